@@ -1,0 +1,3379 @@
+#!/usr/bin/env -S uv run --script
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "litestar>=2.25,<3",
+#     "granian>=2.8.7,<3",
+#     "httpx>=0.28.1,<0.29",
+#     "httpx-aiohttp>=0.2,<0.3",
+#     "msgspec>=0.22,<0.23",
+#     "cachetools>=8,<9",
+#     "prometheus-client>=0.26,<0.27",
+#     "uvloop>=0.23,<0.24; sys_platform != 'win32'",
+# ]
+# ///
+"""Let code in a browser call language models without seeing an API key.
+
+    browser ─► origin, client ─► limits ─► cache / single flight ─► adapter.encode ─► upstream
+                                                                       (retry, fallback) │ bytes
+    browser ◄─ writer (SDK frames | JSON) ◄──── events ◄──── adapter.decode ◄─ SSE ◄─────┘
+                     │ at the end, however it ends
+                     └─► ledger row ─► metrics ─► one log line
+
+Run it with `uv run proxy.py --demo`; the README says the rest. Read it from top to bottom: each
+section uses only what stands above it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import email.utils
+import fnmatch
+import functools
+import hashlib
+import hmac
+import html
+import ipaddress
+import itertools
+import logging
+import os
+import queue
+import re
+import secrets
+import signal
+import socket
+import sqlite3
+import sys
+import threading
+import time
+import tomllib
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import Mapping as Map
+from contextlib import aclosing
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+import aiohttp
+import cachetools
+import httpx
+import httpx_aiohttp
+import litestar
+import msgspec
+import prometheus_client
+from litestar.exceptions import HTTPException
+from litestar.types import ASGIApp, Receive, Scope, Send
+from msgspec import Struct, field
+from msgspec.structs import asdict, astuple, replace
+
+__version__ = "0.1.0"
+
+LOG = logging.getLogger("proxy")
+
+# ---- Config ------------------------------------------------------------------------------------
+# config.toml and the environment become one frozen Config. Nothing here opens a file except
+# load_config, and nothing later reads the environment for a setting.
+
+
+class ConfigError(Exception):
+    """A setting is wrong. The message names its key path and the fix."""
+
+
+class Duration(float):
+    """Seconds, written as "250ms", "25s", "10m", "1h" or "90d"."""
+
+    units: ClassVar = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+class Size(int):
+    """Bytes, written as "64KiB", "8MiB" or "1GiB"."""
+
+    units: ClassVar = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+class Table(Struct, frozen=True, forbid_unknown_fields=True):
+    """A table of config.toml: a misspelt key is an error, never a setting that does nothing."""
+
+
+class Server(Table, frozen=True):
+    host: str = "127.0.0.1"
+    port: int = 8000
+    workers: int = 1
+    cors_origins: tuple[str, ...] = ()
+    trusted_proxies: int | None = None
+    drain: Duration = Duration(25)
+    ping: Duration = Duration(15)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    admin_token: str = ""
+    page: bool = False
+    paused: bool = False
+
+
+class Provider(Table, frozen=True):
+    adapter: Literal["messages", "responses", "chat"]
+    base_url: str
+    key_env: str = ""
+    models: tuple[str, ...] = ("*",)
+    default_model: str = ""
+
+
+class Upstream(Table, frozen=True):
+    connect: Duration = Duration(5)
+    first_byte: Duration = Duration(25)
+    idle: Duration = Duration(60)
+    total: Duration = Duration(600)
+    attempts: int = 3
+
+
+class Limits(Table, frozen=True):
+    requests_per_minute: float = 20
+    burst: int = 10
+    tokens_per_minute: int = 100_000
+    concurrent: int = 4
+    concurrent_total: int = 1000
+    max_tokens: int = 4096
+    max_body: Size = Size(8 * 2**20)
+    body_timeout: Duration = Duration(15)
+    max_messages: int = 1000
+    max_characters: int = 400_000
+
+
+class Model(Table, frozen=True):
+    target: str
+    fallback: tuple[str, ...] = ()
+
+
+class Price(Table, frozen=True):
+    """USD per million tokens. A cache price that is not set is the price of input. `above` holds
+    for the whole request once its input is larger than `above.tokens`."""
+
+    input: Decimal = Decimal(0)
+    output: Decimal = Decimal(0)
+    cache_read: Decimal | None = None
+    cache_write_5m: Decimal | None = None
+    cache_write_1h: Decimal | None = None
+    above: Price | None = None
+    tokens: int = 0
+    free: bool = False
+
+
+class LedgerTable(Table, frozen=True):
+    path: str = "proxy.sqlite3"
+    persistent: bool = False
+    keep: Duration = Duration(90 * 86400)
+
+
+class CacheTable(Table, frozen=True):
+    enabled: bool = False
+    ttl: Duration = Duration(3600)
+    size: Size = Size(64 * 2**20)
+    shared: bool = False
+
+
+class Key(Table, frozen=True):
+    """A static client key, known only by its SHA-256."""
+
+    key_sha256: str
+    models: tuple[str, ...] = ("*",)
+
+
+class Config(Table, frozen=True):
+    server: Server = Server()
+    providers: dict[str, Provider] = {}
+    upstream: Upstream = Upstream()
+    limits: Limits = Limits()
+    models: dict[str, Model] = {}
+    prices: dict[str, Price] = {}
+    ledger: LedgerTable = LedgerTable()
+    cache: CacheTable = CacheTable()
+    clients: dict[str, Key] = {}
+    demo: bool = False  # --demo; a config file cannot set it
+
+
+BUILT_IN_PROVIDERS: dict[str, dict[str, Any]] = {
+    "anthropic": {"adapter": "messages", "base_url": "https://api.anthropic.com",
+                  "key_env": "ANTHROPIC_API_KEY", "models": ["claude-*"]},
+    "openai": {"adapter": "responses", "base_url": "https://api.openai.com/v1",
+               "key_env": "OPENAI_API_KEY", "models": ["gpt-*", "o*", "chat-*"]},
+}  # fmt: skip
+
+# Names that a PaaS or the proxies this one replaces made known; set_legacy reads the others.
+ENVIRONMENT = {
+    "PORT": "server.port",
+    "CORS_ORIGIN": "server.cors_origins",
+    "LOG_LEVEL": "server.log_level",
+    "ADMIN_TOKEN": "server.admin_token",
+    "PROXY_PAUSED": "server.paused",
+    "ANTHROPIC_BASE_URL": "providers.anthropic.base_url",
+    "DEFAULT_ANTHROPIC_MODEL": "providers.anthropic.default_model",
+    "OPENAI_BASE_URL": "providers.openai.base_url",
+    "DEFAULT_OPENAI_MODEL": "providers.openai.default_model",
+    "MAX_TOKENS_LIMIT": "limits.max_tokens",
+    "MAX_CONCURRENT_REQUESTS": "limits.concurrent_total",
+}
+
+LOWER = {"server.log_level", "server.paused"}
+
+# How many X-Forwarded-For values a PaaS itself appends; its presence shows in the environment.
+PLATFORMS = {"DYNO": 1, "RENDER": 1, "RAILWAY_ENVIRONMENT": 1, "FLY_APP_NAME": 2}
+
+
+def convert_unit(kind: Any, value: Any) -> Any:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", value) if isinstance(value, str) else None
+    if not match or match[2] not in kind.units:
+        example = '"25s" or "10m"' if kind is Duration else '"64KiB" or "8MiB"'
+        raise ValueError(f"{value!r} is not a {kind.__name__.lower()}; write it like {example}")
+    return kind(float(match[1]) * kind.units[match[2]])
+
+
+def load_config(
+    path: Path | None = None, environ: Map[str, str] = os.environ, **overrides: Any
+) -> Config:
+    """Settings from `path` (config.toml beside this file by default), then from the environment,
+    then from `overrides` (`{"server.port": 9000}`). Raises ConfigError."""
+    chosen = path or (Path(environ["PROXY_CONFIG"]) if environ.get("PROXY_CONFIG") else None)
+    file = chosen or Path(__file__).with_name("config.toml")
+    tables: dict[str, Any] = {}
+    if chosen or file.is_file():
+        try:
+            tables = tomllib.loads(file.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{file}: {error}") from None
+    if not chosen and tables and not tables.keys() & set(Config.__struct_fields__):
+        LOG.warning("%s has none of our tables and is ignored", file)
+        tables = {}
+    named = {"providers": Provider, "models": Model, "prices": Price, "clients": Key}
+    for section in named:
+        tables[section] = convert(tables.get(section, {}), dict[str, Any], section)
+    for name, preset in BUILT_IN_PROVIDERS.items():
+        given = tables["providers"].get(name, {})
+        tables["providers"][name] = preset | convert(given, dict[str, Any], f"providers.{name}")
+    sources = {}
+    for variable, key in ENVIRONMENT.items():
+        if value := environ.get(variable, "").strip():
+            sources[key] = variable
+            words = [word.strip() for word in value.split(",") if word.strip()]
+            listed = variable == "CORS_ORIGIN"
+            put(tables, key, words if listed else value.lower() if key in LOWER else value)
+    set_legacy(tables, environ)
+    for key, value in {"demo": False, **overrides}.items():
+        put(tables, key, value)
+    try:
+        for section, kind in named.items():  # one by one: so an error can tell which
+            entries = tables[section].items()
+            tables[section] = {n: convert(entry, kind, f"{section}.{n}") for n, entry in entries}
+        config: Config = convert(tables, Config, "")
+        check_values(config)
+    except ConfigError as error:
+        key, colon, message = str(error).partition(": ")
+        source = f" (from {sources[key]})" if key in sources else ""
+        raise ConfigError(f"{key}{source}{colon}{message}") from None
+    return config
+
+
+def convert(value: Any, kind: Any, path: str) -> Any:
+    try:
+        return msgspec.convert(value, kind, strict=False, dec_hook=convert_unit)
+    except msgspec.ValidationError as error:
+        message, _, where = str(error).partition(" - at `$")
+        key = f"{path}{where.rstrip('`').replace('[...]', '')}".strip(".") or "top level"
+        raise ConfigError(f"{key}: {message}; the README lists every setting") from None
+
+
+def put(tables: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for name in parents:
+        tables = tables.setdefault(name, {})
+    tables[last] = value
+
+
+def set_legacy(tables: dict[str, Any], environ: Map[str, str]) -> None:
+    """The variables that are not one setting each."""
+    try:
+        if timeout := environ.get("API_TIMEOUT"):
+            put(tables, "upstream.total", f"{int(timeout)}ms")
+        if maximum := environ.get("RATE_LIMIT_MAX"):
+            window = int(environ.get("RATE_LIMIT_WINDOW_MS") or 60_000)
+            put(tables, "limits.requests_per_minute", int(maximum) * 60_000 / window)
+            put(tables, "limits.burst", int(maximum))
+    except (ValueError, ZeroDivisionError):
+        names = "API_TIMEOUT, RATE_LIMIT_MAX, RATE_LIMIT_WINDOW_MS"
+        raise ConfigError(f"{names}: each must be a whole number above 0") from None
+    keys = f"{environ.get('PROXY_AUTH_TOKEN', '')},{environ.get('ALLOWED_CLIENT_KEYS', '')}"
+    for number, key in enumerate(filter(None, map(str.strip, keys.split(","))), start=1):
+        put(tables, f"clients.env-{number}.key_sha256", sha256(key))
+
+
+BASE_URL = re.compile(r"https?://(\[[0-9a-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[^?#\s]*)?")
+
+
+def check_values(config: Config) -> None:
+    """What types alone cannot say. Raises ConfigError with the key path and the fix."""
+    for section in ("server", "limits", "upstream", "ledger", "cache"):
+        for name, value in asdict(getattr(config, section)).items():
+            least = 0 if name == "trusted_proxies" else 1e-9
+            if isinstance(value, int | float) and not isinstance(value, bool) and value < least:
+                raise ConfigError(f"{section}.{name}: must be above 0, got {value:g}")
+    if config.server.port > 65535:
+        raise ConfigError(f"server.port: must be below 65536, got {config.server.port}")
+    for name, provider in config.providers.items():
+        if not BASE_URL.fullmatch(provider.base_url):
+            wanted = f'must look like "https://api.example.com/v1", not {provider.base_url!r}'
+            raise ConfigError(f"providers.{name}.base_url: {wanted}")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
+            raise ConfigError(f"providers.{name}: use lower-case letters, digits, - and _")
+    for name, model in config.models.items():
+        for target in (model.target, *model.fallback):
+            if target.partition("/")[0] not in config.providers or not target.partition("/")[2]:
+                known = ", ".join(config.providers)
+                wanted = f"must be provider/model with one of the providers {known}"
+                raise ConfigError(f"models.{name}: {target!r} {wanted}")
+    for name, client in config.clients.items():
+        if not re.fullmatch(r"[0-9a-f]{64}", client.key_sha256):
+            wanted = "must be the 64 hex digits that `printf %s KEY | sha256sum` prints"
+            raise ConfigError(f"clients.{name}.key_sha256: {wanted}")
+    for origin in config.server.cors_origins:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*]+", origin):
+            wanted = 'must look like "https://app.example.com", without a path or a final slash'
+            raise ConfigError(f"server.cors_origins: {origin!r} {wanted}")
+    for pattern, price in config.prices.items():
+        if not price.free and not price.input and not price.output:
+            raise ConfigError(f'prices."{pattern}": set input and output, or free = true')
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def vendor_keys(config: Config, environ: Map[str, str]) -> dict[str, str]:
+    """The key of each provider that can be used, "" where it needs none. The two built-in
+    providers may go without as long as one provider is left. Raises ConfigError."""
+    if config.demo:
+        return dict.fromkeys(config.providers, "")
+    keys = {}
+    for name, provider in config.providers.items():
+        key = environ.get(provider.key_env, "").strip()
+        if key and not (key.isascii() and key.isprintable()):
+            raise ConfigError(f"{provider.key_env}: holds a character no key has")
+        if key or not provider.key_env:
+            keys[name] = key
+        elif name not in BUILT_IN_PROVIDERS:
+            raise ConfigError(f"providers.{name}.key_env: {provider.key_env} is not set or empty")
+    if not keys:
+        wanted = " or ".join(provider.key_env for provider in config.providers.values())
+        raise ConfigError(f"no provider has a key: set {wanted}, or try it with --demo")
+    return keys
+
+
+def examine(config: Config, environ: Map[str, str], public: bool) -> list[str]:
+    """Refuse what is open to the world by mistake (ConfigError); return what to warn of."""
+    warnings: list[str] = []
+    server, checked = config.server, bool(config.clients)
+    if public and not server.cors_origins and not checked:
+        fix = "(CORS_ORIGIN=https://app.example.com) or client keys (ALLOWED_CLIENT_KEYS=…)"
+        raise ConfigError(
+            f"server.cors_origins: a public bind needs the origins that may call {fix}"
+        )
+    if "*" in server.cors_origins and not checked:
+        fix = "ALLOWED_CLIENT_KEYS=… or a [clients.NAME] block"
+        raise ConfigError(f'server.cors_origins: "*" lets every page in, so it needs keys: {fix}')
+    if not public:
+        return warnings
+    if not checked:
+        tokens = config.limits.tokens_per_minute * 1440
+        fix = "to close it, set ALLOWED_CLIENT_KEYS or add a [clients.NAME] block"
+        curl = f"anyone with curl can use up {tokens:,} tokens a day from each address"
+        warnings.append(f"no client check: origins stop browsers, not programs, so {curl}; {fix}")
+        platform = next((name for name in PLATFORMS if environ.get(name)), "")
+        if server.trusted_proxies is None and platform:
+            warnings.append(f"{platform} is set, so server.trusted_proxies = {PLATFORMS[platform]}")
+        elif server.trusted_proxies is None:
+            fix = "set it to how many there are in front of this server (0 if none)"
+            warnings.append(
+                f"server.trusted_proxies: behind a proxy all count as one client; {fix}"
+            )
+    if not config.ledger.persistent and not config.demo:
+        fix = "where the disk is kept, set ledger.path to it and ledger.persistent = true"
+        warnings.append(f"ledger.path: what was spent may be forgotten at a restart; {fix}")
+    return warnings
+
+
+# ---- Errors ------------------------------------------------------------------------------------
+# ProxyError ─┬─ BadRequest (400: the message names the field)
+#             └─ UpstreamError (the vendor's, with the status and code the caller is shown)
+
+ERROR_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    415: "invalid_request_error",
+    422: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
+
+class ProxyError(Exception):
+    """An error as the caller sees it. `retry` False says that trying again is useless."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        after: float | None = None,
+        retry: bool = True,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message = status, code, message
+        self.type = ERROR_TYPES.get(status, "api_error")
+        self.headers = {} if retry else {"x-should-retry": "false"}
+        if after is not None:  # official SDKs sleep whatever they are told
+            self.headers["Retry-After"] = str(-int(-min(60, max(1, after)) // 1))
+
+
+class BadRequest(ProxyError):
+    def __init__(self, message: str) -> None:
+        super().__init__(400, "invalid_request", message)
+
+
+# The vendor's status: what the caller gets. Any other is 502 upstream_error.
+UPSTREAM_CODES = {
+    **{status: (status, "upstream_rejected") for status in (400, 404, 413, 422)},
+    **dict.fromkeys((401, 402, 403), (502, "upstream_auth")),
+    429: (429, "upstream_rate_limited"),
+    504: (504, "upstream_timeout"),
+    529: (529, "upstream_overloaded"),
+}
+
+# What vendors call an error inside a stream, where no status comes with it.
+UPSTREAM_TYPES = {
+    "invalid_request_error": 400,
+    "authentication_error": 401,
+    "billing_error": 402,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "request_too_large": 413,
+    "rate_limit_error": 429,
+    "rate_limit_exceeded": 429,
+    "insufficient_quota": 429,
+    "enforced_spend_limit_reached": 429,
+    "timeout_error": 504,
+    "overloaded_error": 529,
+    "server_overloaded": 529,
+}
+EXHAUSTED = {"insufficient_quota", "enforced_spend_limit_reached", "billing_hard_limit_reached"}
+
+SECRET = re.compile(
+    r"\b(?:sk|pk|rk|gsk|xai|org|proj|key)[-_][\w*-]{4,}|\bAIza[\w-]{10,}|\beyJ[\w-]{8,}[\w.-]*"
+    r"|\b[Bb]earer\s+\S+"
+)
+
+
+def redact(message: str, known: Iterable[str] = (), length: int = 500) -> str:
+    """One line of at most `length` characters with everything key-like removed."""
+    for secret in known:
+        message = message.replace(secret, "[removed]") if len(secret) > 3 else message
+    message = SECRET.sub("[removed]", message)[:length]
+    return "".join(c if c.isprintable() else " " for c in message)
+
+
+class UpstreamError(ProxyError):
+    """The vendor failed us. `status` here is the vendor's; `names` are what it calls the error;
+    `sent` says whether it may bill the attempt; `wait` is its retry-after in seconds."""
+
+    def __init__(
+        self, status: int, message: str, names: Iterable[str] = (), *, code: str = "",
+        wait: float | None = None, advice: str = "", sent: bool = True,
+    ) -> None:  # fmt: skip
+        shown, known_code = UPSTREAM_CODES.get(status, (502, "upstream_error"))
+        self.sent, self.wait = sent, wait
+        self.retryable = (status >= 500 or status in (408, 409, 429)) and advice != "false"
+        if not EXHAUSTED.isdisjoint(names):
+            self.retryable = False
+        if known_code == "upstream_auth":
+            message = "the vendor refused the proxy's credentials or account"
+        after = wait if shown in (429, 529) else None
+        super().__init__(shown, code or known_code, message, after=after, retry=self.retryable)
+
+    @property
+    def worth_fallback(self) -> bool:
+        """Another vendor may do better, unless the request itself was at fault."""
+        return self.status not in (400, 413, 422)
+
+
+# ---- Messages ----------------------------------------------------------------------------------
+# The neutral request, and the events of an answer. Every body that an SDK or a hand-written
+# client sends is read into a Request; every vendor's answer is read into Events. No I/O.
+
+
+class Text(Struct, tag=True):
+    text: str
+
+
+class Image(Struct, tag=True):
+    """Either base64 `data` with its media type, or a URL the vendor fetches."""
+
+    media_type: str = ""
+    data: str = ""
+    url: str = ""
+
+
+class ToolUse(Struct, tag=True):
+    """A call the model made; `arguments` is the JSON text of an object."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+class ToolResult(Struct, tag=True):
+    id: str
+    content: str
+    is_error: bool = False
+
+
+Part = Text | Image | ToolUse | ToolResult
+
+
+class Message(Struct):
+    role: Literal["system", "user", "assistant"]
+    content: list[Part]
+
+
+class Tool(Struct):
+    name: str
+    description: str
+    parameters: dict[str, Any]
+
+
+class ToolName(Struct):
+    name: str
+
+
+ToolChoice = Literal["auto", "none", "required"] | ToolName
+
+
+class Request(Struct):
+    """What is asked of a model, whoever serves it. `thinking` None leaves it to the model."""
+
+    model: str
+    max_tokens: int
+    messages: list[Message] = []
+    system: str = ""
+    tools: list[Tool] = []
+    tool_choice: ToolChoice | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stop: list[str] = []
+    thinking: bool | None = None
+
+    def parts(self) -> Iterator[Part]:
+        return itertools.chain.from_iterable(message.content for message in self.messages)
+
+    def characters(self) -> int:
+        """Of text and tools, not of images."""
+        fields = ("text", "name", "arguments", "content")
+        text = sum(len(getattr(part, name, "")) for part in self.parts() for name in fields)
+        return len(self.system) + text + len(msgspec.json.encode(self.tools))
+
+
+class Usage(Struct):
+    """Tokens of one answer. `input_tokens` includes the cached ones, `cache_write_tokens` those
+    for an hour. `known` is False until the vendor has said the final figures."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_read_tokens: int = 0
+    cache_write_tokens: int = 0
+    cache_write_1h_tokens: int = 0
+    reasoning_tokens: int = 0
+    web_searches: int = 0
+    known: bool = False
+
+
+class Thinking(Struct, tag=True):
+    text: str
+
+
+class Finish(Struct, tag=True):
+    """The last event of a complete answer: stop, length, tool_calls or content_filter."""
+
+    reason: str
+
+
+class Failure(Struct, tag=True):
+    """The last event of an answer that the vendor itself says has failed."""
+
+    error: UpstreamError
+
+
+Event = Text | Thinking | ToolUse | Finish | Failure
+Batch = list[Event]  # the events of one network read
+
+
+class Body(Struct):
+    """A request body of either family. What is not named here is dropped and reported."""
+
+    model: str | None = None
+    messages: list[Any] | None = None
+    input: str | list[Any] | None = None
+    system: str | list[Any] | None = None
+    instructions: str | None = None
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    stream: bool | None = None
+    max_tokens: int | None = None
+    max_new_tokens: int | None = None
+    max_output_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_sequences: list[str] | None = None
+    enable_thinking: bool | None = None
+
+
+class Parsed(Struct):
+    """A request, whether its answer is streamed, and the names of what was dropped or lowered."""
+
+    request: Request
+    stream: bool
+    dropped: list[str]
+
+
+def parse_body(body: bytes, limits: Limits, default_model: str = "") -> Parsed:
+    """Read a browser's request body. Raises BadRequest naming the field."""
+    try:
+        raw = msgspec.json.decode(body)
+        given = msgspec.convert(raw, Body)
+    except msgspec.ValidationError as error:
+        message, _, where = str(error).partition(" - at `$")
+        raise BadRequest(f"{where.strip('.`') or 'body'}: {message}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadRequest(f"body: is not valid JSON ({error})") from None
+    unknown = sorted(raw.keys() - set(Body.__struct_fields__))
+    dropped = [redact(name, length=50) for name in unknown[:50]]
+    request = Request(
+        model=given.model or default_model,
+        max_tokens=read_max_tokens(given, limits, dropped),
+        tools=[read_tool(tool, f"tools[{i}]") for i, tool in enumerate(given.tools or ())],
+        temperature=given.temperature,
+        top_p=given.top_p,
+        top_k=given.top_k,
+        seed=given.seed,
+        stop=read_stop(given),
+        thinking=given.enable_thinking,
+    )
+    if not request.model:
+        raise BadRequest("model: is missing")
+    key = "messages" if given.input is None else "input"
+    items = given.messages if given.input is None else given.input
+    if given.messages is not None and given.input is not None:
+        raise BadRequest("input: send either messages or input, not both")
+    items = [{"role": "user", "content": items}] if isinstance(items, str) else items or []
+    if len(items) > limits.max_messages:
+        raise BadRequest(f"{key}: at most {limits.max_messages} messages are allowed")
+    leading = [{"role": "system", "content": t} for t in (given.instructions, given.system) if t]
+    messages = read_items(leading, "system", dropped) + read_items(items, key, dropped)
+    request.system, request.messages = join_messages(messages)
+    if not request.messages:
+        raise BadRequest(f"{key}: must hold a message that is not empty")
+    if request.tools:
+        request.tool_choice = read_tool_choice(given.tool_choice, request.tools)
+    elif given.tool_choice is not None:
+        dropped.append("tool_choice")
+    if (count := request.characters()) > limits.max_characters:
+        raise BadRequest(f"{key}: {count} characters, at most {limits.max_characters} are allowed")
+    return Parsed(request, given.stream is not False, list(dict.fromkeys(dropped)))
+
+
+def read_max_tokens(given: Body, limits: Limits, dropped: list[str]) -> int:
+    names = ("max_tokens", "max_new_tokens", "max_output_tokens", "max_completion_tokens")
+    for name in names:
+        if (value := getattr(given, name)) is not None:
+            if value < 1:
+                raise BadRequest(f"{name}: must be at least 1, got {value}")
+            if value > limits.max_tokens:
+                dropped.append(name)
+            return min(int(value), limits.max_tokens)
+    return limits.max_tokens
+
+
+def read_stop(given: Body) -> list[str]:
+    stop = given.stop if given.stop is not None else given.stop_sequences or []
+    stop = [stop] if isinstance(stop, str) else stop
+    if len(stop) > 16 or any(len(text) > 1000 for text in stop):
+        raise BadRequest("stop: at most 16 texts of at most 1,000 characters")
+    return [text for text in stop if text]
+
+
+def read_items(items: list[Any], key: str, dropped: list[str]) -> list[Message]:
+    messages, user_seen = [], False
+    for i, item in enumerate(items):
+        where = f"{key}[{i}]"
+        match item:
+            case {"type": "function_call", "call_id": str(call), "name": str(name)}:
+                arguments = read_arguments(item.get("arguments"), where)
+                messages.append(Message("assistant", [ToolUse(call, name, arguments)]))
+            case {"type": "function_call_output", "call_id": str(call)}:
+                output = read_result(item.get("output"))
+                messages.append(Message("user", [ToolResult(call, output)]))
+            case {"type": "reasoning"}:  # opaque to every vendor but the one that wrote it
+                dropped.append("reasoning")
+            case {"role": "tool", "tool_call_id": str(call)}:
+                output = read_result(item.get("content"))
+                messages.append(Message("user", [ToolResult(call, output)]))
+            case {"role": "user" | "assistant" | "system" | "developer" as role}:
+                user_seen = user_seen or role == "user"
+                if role == "developer":  # how the SDK relabels the assistant's side of a history
+                    role = "assistant" if user_seen else "system"
+                messages.append(Message(role, read_content(item, where, dropped)))
+            case _:
+                wanted = "a role of user, assistant, system, developer or tool, or a function_call"
+                raise BadRequest(f"{where}: must be an object with {wanted}")
+    return messages
+
+
+def read_content(item: dict[str, Any], where: str, dropped: list[str]) -> list[Part]:
+    content = item.get("content")
+    blocks = content if isinstance(content, list) else [content or ""]
+    read = (read_block(block, f"{where}.content[{i}]", dropped) for i, block in enumerate(blocks))
+    parts = [part for part in read if part]
+    calls = item.get("tool_calls")
+    for i, call in enumerate(calls if isinstance(calls, list) else ()):
+        match call:
+            case {"id": str(number), "function": {"name": str(name), "arguments": arguments}}:
+                arguments = read_arguments(arguments, f"{where}.tool_calls[{i}]")
+                parts.append(ToolUse(number, name, arguments))
+            case _:
+                raise BadRequest(f"{where}.tool_calls[{i}]: needs an id and a function with a name")
+    return parts
+
+
+def read_block(block: Any, where: str, dropped: list[str]) -> Part | None:
+    match block:
+        case (
+            str(text)
+            | {"type": "text" | "input_text" | "output_text", "text": str(text)}
+            | {"type": "refusal", "refusal": str(text)}
+        ):
+            return Text(text)
+        case {"type": "tool_use", "id": str(call), "name": str(name)}:
+            given = block.get("arguments", block.get("input"))
+            return ToolUse(call, name, read_arguments(given, where))
+        case {"type": "tool_result", "tool_use_id": str(call)}:
+            result = read_result(block.get("result", block.get("content")))
+            return ToolResult(call, result, bool(block.get("is_error")))
+        case {"type": "image", "source": {"media_type": str(kind), "data": str(data)}}:
+            return read_image(f"data:{kind};base64,{data}", where)
+        case (
+            {"type": "image", "source": {"url": str(url)}}
+            | {"type": "input_image" | "image_url", "image_url": str(url)}
+            | {"type": "input_image" | "image_url", "image_url": {"url": str(url)}}
+        ):
+            return read_image(url, where)
+        case {"type": "thinking" | "redacted_thinking"}:
+            dropped.append("thinking")
+            return None
+    raise BadRequest(f"{where}: must be a complete text, image, tool_use or tool_result block")
+
+
+def read_arguments(given: Any, where: str) -> str:
+    if isinstance(given, str):
+        try:
+            given = msgspec.json.decode(given or "{}")
+        except (msgspec.DecodeError, RecursionError):
+            raise BadRequest(f"{where}.arguments: is not valid JSON") from None
+    if not isinstance(given or {}, dict):
+        raise BadRequest(f"{where}.arguments: must be a JSON object")
+    return msgspec.json.encode(given or {}).decode()
+
+
+def read_result(given: Any) -> str:
+    """A tool's result as text: a string as it is, text blocks joined, anything else as JSON."""
+    if isinstance(given, list) and all(isinstance(b, dict) and "text" in b for b in given):
+        return "".join(str(block["text"]) for block in given)
+    if given is None or isinstance(given, str):
+        return given or ""
+    return msgspec.json.encode(given).decode()
+
+
+def read_image(url: str, where: str) -> Image:
+    if match := re.fullmatch(r"data:(image/[\w.+-]+);base64,([A-Za-z0-9+/=\s]+)", url):
+        return Image(match[1], match[2])
+    if not re.match(r"https?://", url):
+        raise BadRequest(f"{where}: an image is an http(s) URL, or base64 data with a media type")
+    return Image(url=url)
+
+
+def read_tool(tool: Any, where: str) -> Tool:
+    match tool:
+        case {"definition": dict(inner)} | {"function": dict(inner)} | dict(inner):
+            if (kind := tool.get("type", "function")) not in ("function", "custom"):
+                raise BadRequest(f"{where}.type: {kind!r} runs at the vendor and is not allowed")
+            schema = inner.get("parameters", inner.get("input_schema"))
+            schema = {"properties": {}} if schema is None else schema
+            if isinstance(name := inner.get("name"), str) and name and isinstance(schema, dict):
+                return Tool(name, str(inner.get("description") or ""), {"type": "object"} | schema)
+    raise BadRequest(f"{where}: needs a name, and parameters that are a JSON schema")
+
+
+def read_tool_choice(given: Any, tools: list[Tool]) -> ToolChoice | None:
+    names = [tool.name for tool in tools]
+    match given:
+        case None:
+            return None
+        case "auto" | {"type": "auto"}:
+            return "auto"
+        case "none" | {"type": "none"}:
+            return "none"
+        case "required" | "any" | {"type": "required" | "any"}:
+            return "required"
+        case str(name) | {"function": {"name": str(name)}} | {"name": str(name)} if name in names:
+            return ToolName(name)
+    raise BadRequest("tool_choice: must be auto, none, required or the name of one of the tools")
+
+
+def join_messages(messages: list[Message]) -> tuple[str, list[Message]]:
+    """Lift out the leading system text, drop empty text, join neighbours of one role, and put the
+    results of tool calls next to the calls: every vendor wants that."""
+    system: list[str] = []
+    joined: list[Message] = []
+    for message in messages:
+        parts = [p for p in message.content if not isinstance(p, Text) or p.text.strip()]
+        if not parts:
+            continue
+        last = joined[-1] if joined else None
+        if last is None and message.role == "system":
+            system += [part.text for part in parts if isinstance(part, Text)]
+        elif last and last.role == message.role:
+            last.content.extend(parts)
+        elif last and last.role == "system" and isinstance(parts[0], ToolResult):
+            joined.insert(-1, Message(message.role, parts))
+        else:
+            joined.append(Message(message.role, parts))
+    for message in joined:
+        message.content.sort(key=lambda part: not isinstance(part, ToolResult))
+    return "\n\n".join(system), joined
+
+
+# ---- Clients -----------------------------------------------------------------------------------
+# Who is calling: a verified key, this machine itself, or an address. Body fields and headers such
+# as X-User-ID never decide it.
+
+
+class Client(Struct, frozen=True):
+    id: str
+    models: tuple[str, ...] = ("*",)
+
+
+Headers = dict[str, str]  # lower-case names; repeated headers joined with ", "
+
+FORWARDING = {"forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip"}
+LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")
+
+
+def read_headers(scope: Scope) -> Headers:
+    headers: Headers = {}
+    for raw_name, raw_value in scope["headers"]:
+        name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return headers
+
+
+class Clients:
+    """Decides whether an origin may call and which client a request belongs to. No I/O."""
+
+    def __init__(self, config: Config, environ: Map[str, str], public: bool) -> None:
+        self.keys, self.public = config.clients, public
+        self.origins = frozenset(config.server.cors_origins)
+        self.page = config.server.page
+        platform = next((count for name, count in PLATFORMS.items() if environ.get(name)), 0)
+        given = config.server.trusted_proxies
+        self.proxies = given if given is not None else platform if public else 0
+
+    def trusted(self, scope: Scope, headers: Headers) -> bool:
+        """Is it this machine's own user, on a bind nobody else reaches? A tunnel, or a page that
+        rebinds its name to 127.0.0.1, shows in a forwarding header or in the Host."""
+        own = not self.public and is_loopback(str((scope.get("client") or ("", 0))[0]))
+        local = LOCAL_HOST.fullmatch(headers.get("host", "")) is not None
+        return own and local and FORWARDING.isdisjoint(headers)
+
+    def origin_allowed(self, origin: str, host: str) -> bool:
+        if origin in self.origins or "*" in self.origins:
+            return True
+        scheme, _, place = origin.partition("://")
+        if not self.public:
+            return scheme in ("http", "https") and LOCAL_HOST.fullmatch(place) is not None
+        return self.page and bool(self.keys) and place == host
+
+    def identify(self, scope: Scope, headers: Headers) -> Client:
+        """Raises 401 where keys are configured and none of them was sent."""
+        if not self.keys:
+            if self.trusted(scope, headers):
+                return Client("local")
+            if not self.public:
+                fix = "its owner can configure client keys, or bind it publicly"
+                raise ProxyError(403, "not_local", f"this proxy serves only its own machine; {fix}")
+            return Client(f"ip:{self.address(scope, headers)}")
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        presented = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        digest, found = sha256(presented), None
+        for name, key in self.keys.items():  # every one: no timing to learn from
+            if hmac.compare_digest(digest, key.key_sha256):
+                found = Client(f"key:{name}", key.models)
+        if found is None:
+            message = "a valid client key is needed: send it as `Authorization: Bearer KEY`"
+            raise ProxyError(401, "invalid_key", message, retry=False)
+        return found
+
+    def address(self, scope: Scope, headers: Headers) -> str:
+        """The n-th X-Forwarded-For value from the right, n being the proxies we trust; the
+        connection's own when there are fewer. An IPv6 customer has a /64."""
+        peer = str((scope.get("client") or ("unknown", 0))[0])
+        values = [value.strip() for value in headers.get("x-forwarded-for", "").split(",")]
+        text = values[-self.proxies] if 0 < self.proxies <= len(values) else peer
+        try:
+            address = ipaddress.ip_address(text.partition("%")[0])
+        except ValueError:
+            return peer
+        if isinstance(address, ipaddress.IPv4Address) or address.ipv4_mapped:
+            return str(getattr(address, "ipv4_mapped", address))
+        return str(ipaddress.ip_network((address, 64), strict=False))
+
+
+# ---- Limiter -----------------------------------------------------------------------------------
+# Two token buckets a client: one of requests, one of LLM tokens. It does not know money.
+
+
+class Taken(Struct):
+    """What the buckets hold after a request, or why they refused it and for how long."""
+
+    requests: float
+    tokens: float
+    refused: str = ""
+    wait: float = 0.0
+
+
+class Limiter(Protocol):
+    async def take(self, client: str, requests: int, tokens: int) -> Taken:
+        """Take from both of the client's buckets, or from neither."""
+
+    async def give_back(self, client: str, tokens: int) -> None:
+        """Correct an estimate: put `tokens` back, or take more of them when negative."""
+
+
+class Bucket:
+    """Holds up to `burst` and refills at `rate` a second. Only a correction draws it below 0."""
+
+    __slots__ = ("burst", "level", "rate", "updated")
+
+    def __init__(self, rate: float, burst: float, now: float) -> None:
+        self.rate, self.burst, self.level, self.updated = rate, burst, burst, now
+
+    def refill(self, now: float) -> float:
+        self.level = min(self.burst, self.level + (now - self.updated) * self.rate)
+        self.updated = now
+        return self.level
+
+
+class MemoryLimiter:
+    """Remembers the clients seen last; one it has forgotten has full buckets again."""
+
+    def __init__(self, limits: Limits, clock: Callable[[], float], clients: int = 50_000) -> None:
+        self.limits, self.clock = limits, clock
+        self.buckets: cachetools.LRUCache[str, tuple[Bucket, Bucket]] = cachetools.LRUCache(clients)
+
+    def of(self, client: str) -> tuple[Bucket, Bucket]:
+        limits, now = self.limits, self.clock()
+        if (pair := self.buckets.get(client)) is None:
+            tokens = limits.tokens_per_minute
+            requests = Bucket(limits.requests_per_minute / 60, limits.burst, now)
+            pair = self.buckets[client] = requests, Bucket(tokens / 60, tokens, now)
+        for bucket in pair:
+            bucket.refill(now)
+        return pair
+
+    async def take(self, client: str, requests: int, tokens: int) -> Taken:
+        pair = self.of(client)
+        levels = pair[0].level, pair[1].level
+        for kind, bucket, wanted in zip(
+            ("requests", "tokens"), pair, (requests, tokens), strict=True
+        ):
+            if bucket.level < wanted:
+                return Taken(*levels, kind, (wanted - bucket.level) / bucket.rate)
+        pair[0].level -= requests
+        pair[1].level -= tokens
+        return Taken(pair[0].level, pair[1].level)
+
+    async def give_back(self, client: str, tokens: int) -> None:
+        self.of(client)[1].level += tokens
+
+
+# ---- Cache -------------------------------------------------------------------------------------
+# Finished answers, kept as the batches they arrived in so that a replay has the same pieces, and
+# flights: upstream calls that several identical requests share while they run.
+
+
+class Account(Struct):
+    """What one upstream call came to, over all its attempts. `produced` counts the bytes of text
+    the vendor sent, `bound` the most tokens its input can be billed as, `lost` the USD of
+    attempts that failed after they may have cost something; `hidden` is thinking nobody saw."""
+
+    provider: str = ""
+    model: str = ""
+    attempts: int = 0
+    seconds: float = 0.0
+    answered: bool = False
+    usage: Usage = field(default_factory=Usage)
+    produced: int = 0
+    bound: int = 0
+    hidden: bool = False
+    lost: Decimal = Decimal(0)
+    dropped: list[str] = []
+
+
+class Answer(Struct):
+    batches: list[Batch]
+    usage: Usage
+    dropped: list[str]
+
+
+class Cache(Protocol):
+    async def get(self, key: str) -> Answer | None: ...
+
+    async def put(self, key: str, answer: Answer) -> None: ...
+
+
+class MemoryCache:
+    def __init__(self, table: CacheTable, clock: Callable[[], float]) -> None:
+        self.decoder = msgspec.msgpack.Decoder(Answer)
+        self.entries: cachetools.TTLCache[str, bytes] = cachetools.TTLCache(
+            table.size, table.ttl, timer=clock, getsizeof=lambda entry: len(entry) + 200
+        )
+
+    async def get(self, key: str) -> Answer | None:
+        entry = self.entries.get(key)
+        return self.decoder.decode(entry) if entry else None
+
+    async def put(self, key: str, answer: Answer) -> None:
+        with contextlib.suppress(ValueError):  # larger than the whole cache
+            self.entries[key] = msgspec.msgpack.encode(answer)
+
+
+class Flight:
+    """One upstream call and the requests that read its batches. It is cancelled when the last of
+    them leaves, and not before; `landed` is told when it has arrived whole."""
+
+    def __init__(
+        self,
+        source: AsyncGenerator[Batch, None],
+        account: Account,
+        landed: Callable[[Flight], Awaitable[None]],
+    ) -> None:
+        self.account, self.landed = account, landed
+        self.batches: list[Batch] = []
+        self.error: ProxyError | None = None
+        self.finished = self.abandoned = False
+        self.readers = 0
+        self.changed = asyncio.Event()
+        self.task = asyncio.create_task(self.run(source))
+
+    async def run(self, source: AsyncGenerator[Batch, None]) -> None:
+        try:
+            async with aclosing(source):
+                async for batch in source:
+                    self.batches.append(batch)
+                    self.wake()
+            await self.landed(self)
+        except ProxyError as error:
+            self.error = error
+        except Exception:
+            LOG.exception("an upstream call failed unexpectedly")
+            self.error = ProxyError(500, "internal_error", "internal error")
+        finally:
+            self.finished = True
+            self.wake()
+
+    def wake(self) -> None:
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    async def read(self) -> AsyncGenerator[Batch, None]:
+        self.readers += 1
+        try:
+            for position in itertools.count():
+                while position >= len(self.batches) and not self.finished:
+                    await self.changed.wait()
+                if position >= len(self.batches):
+                    break
+                yield self.batches[position]
+            if self.error:
+                raise self.error
+        finally:
+            self.readers -= 1
+            if not self.readers:
+                self.abandoned = True
+                self.task.cancel()
+
+
+# ---- SSE ---------------------------------------------------------------------------------------
+# Bytes in, events out, split at CR, LF or CRLF as the standard has it, wherever the network cut
+# them. An event counts only with the blank line that ends it.
+
+
+class SSE:
+    LIMIT = 32 * 2**20  # of one event: more than any vendor sends, and an end to garbage
+
+    def __init__(self) -> None:
+        self.rest = b""
+        self.after_cr = False
+
+    def feed(self, chunk: bytes) -> Iterator[bytes]:
+        """The data of each event that `chunk` completes."""
+        if self.after_cr:  # its LF, if that is what comes, is not another line's end
+            chunk = chunk.removeprefix(b"\n")
+        self.after_cr = chunk.endswith(b"\r") if chunk else False
+        if b"\r" in chunk:
+            chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        *blocks, self.rest = (self.rest + chunk).split(b"\n\n")
+        if len(self.rest) > self.LIMIT:
+            raise UpstreamError(502, "an event of the vendor's stream is too large")
+        for block in blocks:
+            lines = block.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+            data = [line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:")]
+            if any(data):
+                yield b"\n".join(data)
+
+
+# ---- Adapters ----------------------------------------------------------------------------------
+# One class a wire dialect, one object an upstream call: encode() writes the request, feed() reads
+# the answer. No I/O. A vendor that speaks a known dialect is a config block; a new dialect is one
+# class here and one line in ADAPTERS.
+
+# What models reject, so that a parameter is dropped and reported instead of a 400. The first
+# pattern that matches counts; a family's last one is for models yet unknown. Anthropic's: `one` of
+# temperature and top_p, or `unsampled`; thinking by `budget` or `adaptive`; no `unforced` tools, no
+# `unfilled` last turn; system text `mid` conversation. OpenAI's: reasons `always`, or unless told
+# not to (`on`), or when told to (`off`); tools `elsewhere` than in Chat.
+CAPABILITIES = {
+    "claude-3*": "one",
+    "claude-*-4-[015]*": "one budget",
+    "claude-*-4-20*": "one budget",
+    "claude-*-4-6*": "one adaptive unfilled",
+    "claude-opus-4-7*": "unsampled adaptive unfilled",
+    "claude-mythos-preview*": "unsampled adaptive unfilled",
+    "claude-opus-4-8*": "unsampled adaptive unfilled mid",
+    "claude-haiku-5-5*": "unsampled adaptive unfilled mid",
+    "claude-*-5-[15]*": "unsampled adaptive unfilled mid unforced",
+    "claude-*-5": "unsampled adaptive unfilled mid",
+    "claude-*-5-20*": "unsampled adaptive unfilled mid",
+    "claude-*": "unsampled adaptive unfilled unforced",
+    "gpt-6-astra*": "always elsewhere",
+    "gpt-6.1-sol*": "always elsewhere",
+    "gpt-6-rosalind*": "always",
+    "gpt-6*": "on",
+    "gpt-5*-chat*": "always",
+    "gpt-5*-pro*": "always",
+    "gpt-5*-cyber*": "always",
+    "gpt-5.[12]-codex*": "always",
+    "gpt-5.[1-9]*": "off",
+    "gpt-5*": "always",
+    "gpt-[34]*": "",
+    "o[1-9]*": "always",
+    "chat-latest": "always",
+    "*daybreak*": "always",
+    "*": "budget",
+}
+
+
+@functools.lru_cache(1000)
+def capability(model: str) -> frozenset[str]:
+    found = next(word for glob, word in CAPABILITIES.items() if fnmatch.fnmatchcase(model, glob))
+    return frozenset(found.split())
+
+
+def number(table: Any, *path: str) -> int:
+    """An integer deep in a vendor's JSON; 0 where any of it is missing or something else."""
+    for key in path:
+        table = table.get(key) if isinstance(table, dict) else None
+    return max(0, table) if isinstance(table, int) else 0
+
+
+class Adapter:
+    """One upstream call in one dialect. After encode(), `dropped` names the parameters the model
+    would have rejected and `cut` holds the stop texts the vendor does not know. While the answer
+    comes, `heard` says whether it has begun, `usage` what it counted, and `complete` whether the
+    vendor's terminal event has arrived."""
+
+    path: ClassVar[str]
+
+    def __init__(self, provider: Provider, model: str) -> None:
+        self.base_url, self.model = provider.base_url.rstrip("/"), model
+        self.can = capability(model)
+        self.sse, self.usage = SSE(), Usage()
+        self.calls: dict[Any, ToolUse] = {}
+        self.dropped: list[str] = []
+        self.cut: list[str] = []
+        self.reason = "stop"
+        self.complete = self.heard = False
+
+    def url(self) -> str:
+        return self.base_url + self.path
+
+    def headers(self, key: str) -> dict[str, str]:
+        return {"authorization": f"Bearer {key}"} if key else {}
+
+    def encode(self, request: Request) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def decode(self, event: dict[str, Any]) -> Iterable[Event]:
+        """The neutral events of one vendor event; unknown ones have none."""
+        raise NotImplementedError
+
+    def feed(self, chunk: bytes) -> Batch:
+        """The events that `chunk` completes. What follows the terminal one is not read."""
+        batch: Batch = []
+        for data in self.sse.feed(chunk):
+            if self.complete:
+                break
+            try:
+                done = data.strip() == b"[DONE]"
+                event = {"type": "[DONE]"} if done else msgspec.json.decode(data or b"null")
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                self.complete = True
+                error = UpstreamError(502, "the vendor's stream holds something that is not JSON")
+                batch.append(Failure(error))
+            else:  # an event of a shape that no pattern expects is skipped as an unknown one
+                with contextlib.suppress(TypeError):
+                    batch.extend(self.decode(event) if isinstance(event, dict) else ())
+        return batch
+
+    def finish(self) -> Iterator[Event]:
+        """The complete calls, then the Finish. Arguments that are not JSON were cut off: that call
+        is not reported, and the answer counts as truncated."""
+        self.complete, reason = True, self.reason
+        for call in self.calls.values():
+            arguments = call.arguments.strip() or ("" if reason == "length" else "{}")
+            try:
+                msgspec.json.decode(arguments, type=dict[str, Any])
+                yield ToolUse(call.id, call.name, arguments)
+            except (msgspec.DecodeError, RecursionError):
+                reason = "length" if reason != "content_filter" else reason
+        yield Finish(reason)
+
+    def fail(self, error: Any) -> Iterator[Event]:
+        """A vendor's error object, as the error the caller is shown."""
+        error = error if isinstance(error, dict) else {"message": str(error or "")}
+        self.complete = True
+        names = [str(error[key]) for key in ("code", "type") if error.get(key)]
+        status = number(error, "status_code") or number(error, "code")
+        status = status or next(filter(None, map(UPSTREAM_TYPES.get, names)), 502)
+        message = str(error.get("message") or "the vendor reported an error")
+        yield Failure(UpstreamError(status, message, names))
+
+    def sampling(self, request: Request, allowed: bool) -> dict[str, float]:
+        given = {"temperature": request.temperature, "top_p": request.top_p}
+        wanted = {name: value for name, value in given.items() if value is not None}
+        if wanted and not allowed:
+            self.dropped.extend(wanted)
+        return wanted if allowed else {}
+
+    def drop(self, request: Request, *names: str) -> None:
+        self.dropped.extend(name for name in names if getattr(request, name) is not None)
+
+
+class Messages(Adapter):
+    """Anthropic Messages. Source: docs.anthropic.com/en/api/messages, version 2023-06-01."""
+
+    path = "/v1/messages"
+    reasons: ClassVar = {
+        "max_tokens": "length", "model_context_window_exceeded": "length",
+        "tool_use": "tool_calls", "refusal": "content_filter",
+    }  # fmt: skip
+
+    def __init__(self, provider: Provider, model: str) -> None:
+        super().__init__(provider, model)
+        self.base_url = self.base_url.removesuffix("/v1")
+        self.counts: dict[str, Any] = {}
+
+    def headers(self, key: str) -> dict[str, str]:
+        return {"anthropic-version": "2023-06-01"} | ({"x-api-key": key} if key else {})
+
+    def encode(self, request: Request) -> dict[str, Any]:
+        body: dict[str, Any] = {"model": self.model, "max_tokens": request.max_tokens}
+        if request.system:
+            body["system"] = request.system
+        body["messages"] = self.messages(request)
+        if body["messages"][-1]["role"] == "assistant" and "unfilled" in self.can:
+            raise BadRequest(f"messages: {self.model} needs the last message to be the user's")
+        if request.tools:
+            body["tools"] = [
+                {
+                    "name": tool.name,
+                    "description": tool.description,
+                    "input_schema": tool.parameters,
+                }
+                for tool in request.tools
+            ]
+        thinking, choice = self.thinking(request), request.tool_choice
+        if choice == "required" or isinstance(choice, ToolName):
+            if "unforced" in self.can:
+                self.dropped.append("tool_choice")
+                choice = None
+            elif thinking:  # the vendor takes one or the other
+                self.dropped.append("enable_thinking")
+                thinking = None
+        match choice:
+            case ToolName(name):
+                body["tool_choice"] = {"type": "tool", "name": name}
+            case str():
+                body["tool_choice"] = {"type": "any" if choice == "required" else choice}
+        if thinking:
+            body["thinking"] = thinking
+        sampled = "unsampled" not in self.can and not thinking
+        body |= self.sampling(request, sampled)
+        if "one" in self.can and "temperature" in body and body.pop("top_p", None) is not None:
+            self.dropped.append("top_p")
+        if body.get("temperature", 0) > 1:  # OpenAI's scale ends at 2
+            body["temperature"] = 1.0
+            self.dropped.append("temperature")
+        if sampled and request.top_k is not None:
+            body["top_k"] = request.top_k
+        self.drop(request, "seed", *(() if sampled else ("top_k",)))
+        if stops := [stop for stop in request.stop if stop.strip()]:
+            body["stop_sequences"] = stops
+        self.cut = [stop for stop in request.stop if not stop.strip()]
+        return body | {"stream": True}
+
+    def thinking(self, request: Request) -> dict[str, Any] | None:
+        if not request.thinking:
+            return None
+        if "adaptive" in self.can:
+            return {"type": "adaptive", "display": "summarized"}
+        # A budget is at least 1,024 and below max_tokens. In the middle of a tool call the vendor
+        # wants its own thinking back, which a browser does not keep.
+        after = itertools.takewhile(lambda m: m.role != "assistant", reversed(request.messages))
+        parts = [part for message in after for part in message.content]
+        begun = not parts or any(isinstance(part, ToolResult) for part in parts)
+        if "budget" not in self.can or request.max_tokens <= 1024 or begun:
+            self.dropped.append("enable_thinking")
+            return None
+        return {"type": "enabled", "budget_tokens": max(1024, request.max_tokens // 2)}
+
+    def messages(self, request: Request) -> list[dict[str, Any]]:
+        turns: list[dict[str, Any]] = []
+        if (
+            request.messages[0].role == "assistant"
+        ):  # a greeting; the vendor wants a user's turn first
+            turns.append({"role": "user", "content": [{"type": "text", "text": "(hello)"}]})
+        following = [message.role for message in request.messages[1:]] + ["assistant"]
+        for message, after in zip(request.messages, following, strict=True):
+            content = [self.block(part) for part in message.content]
+            role = message.role
+            if role == "system":  # between a user's turn and an answer, or folded into the former
+                between = turns and turns[-1]["role"] == "user" and after == "assistant"
+                role = "system" if "mid" in self.can and between else "user"
+            if turns and turns[-1]["role"] == role:
+                turns[-1]["content"].extend(content)
+                turns[-1]["content"].sort(key=lambda block: block["type"] != "tool_result")
+            else:
+                turns.append({"role": role, "content": content})
+        last = turns[-1]["content"][-1]
+        if turns[-1]["role"] == "assistant" and last["type"] == "text":
+            last["text"] = last["text"].rstrip()  # the vendor rejects white space at the end
+        return turns
+
+    def block(self, part: Part) -> dict[str, Any]:
+        match part:
+            case Text(text):
+                return {"type": "text", "text": text}
+            case Image(kind, data, url):
+                base64_source = {"type": "base64", "media_type": kind, "data": data}
+                return {
+                    "type": "image",
+                    "source": {"type": "url", "url": url} if url else base64_source,
+                }
+            case ToolUse(call, name, arguments):
+                given = msgspec.Raw(arguments.encode())
+                return {"type": "tool_use", "id": self.own(call), "name": name, "input": given}
+            case ToolResult(call, content, is_error):
+                block = {"type": "tool_result", "tool_use_id": self.own(call), "content": content}
+                return block | ({"is_error": True} if is_error else {})
+
+    @staticmethod
+    def own(call: str) -> str:
+        """Another vendor's id may hold characters that this one's pattern forbids."""
+        return re.sub(r"[^a-zA-Z0-9_-]", "_", call)
+
+    def decode(self, event: dict[str, Any]) -> Iterator[Event]:
+        self.heard = self.heard or event.get("type") != "ping"
+        match event:
+            case {"type": "content_block_delta", "delta": {"text": str(text)}} if text:
+                yield Text(text)
+            case {"type": "content_block_delta", "delta": {"thinking": str(text)}} if text:
+                yield Thinking(text)
+            case {"type": "content_block_delta", "index": i, "delta": {"partial_json": str(text)}}:
+                if i in self.calls:  # else a tool of the vendor's own
+                    self.calls[i].arguments += text
+            case {"type": "content_block_start", "content_block": {"text": str(text)}} if text:
+                yield Text(text)
+            case {"type": "content_block_start", "index": i, "content_block": {"type": "tool_use"}}:
+                block = event["content_block"]
+                given = msgspec.json.encode(block["input"]).decode() if block.get("input") else ""
+                self.calls[i] = ToolUse(str(block.get("id") or ""), str(block.get("name")), given)
+            case {"type": "message_start", "message": {"usage": dict(usage)}}:
+                self.count(usage)
+            case {"type": "message_delta", "delta": dict(delta)}:
+                if reason := delta.get("stop_reason"):
+                    self.reason = self.reasons.get(reason, "stop")
+                self.count(event.get("usage"))
+                self.usage.known = isinstance(event.get("usage"), dict)
+            case {"type": "message_stop"}:
+                yield from self.finish()
+            case {"type": "error"}:
+                yield from self.fail(event.get("error"))
+
+    def count(self, usage: dict[str, Any] | None) -> None:
+        """message_delta's figures replace message_start's, but lack its cache_creation split."""
+        counts = self.counts
+        counts.update((key, value) for key, value in (usage or {}).items() if value is not None)
+        read = number(counts, "cache_read_input_tokens")
+        written = number(counts, "cache_creation_input_tokens")
+        self.usage = Usage(
+            input_tokens=number(counts, "input_tokens") + read + written,
+            output_tokens=number(counts, "output_tokens"),
+            cache_read_tokens=read,
+            cache_write_tokens=written,
+            cache_write_1h_tokens=number(counts, "cache_creation", "ephemeral_1h_input_tokens"),
+            reasoning_tokens=number(counts, "output_tokens_details", "thinking_tokens"),
+            web_searches=number(counts, "server_tool_use", "web_search_requests"),
+        )
+
+
+class OpenAI(Adapter):
+    """What OpenAI's two dialects have in common."""
+
+    def effort(self, request: Request) -> str | None:
+        """The reasoning effort for enable_thinking; None leaves it to the model."""
+        if request.thinking and self.can & {"always", "on", "off"} and "-pro" not in self.model:
+            return "medium"
+        return "none" if request.thinking is False and "on" in self.can else None
+
+    def sampled(self, effort: str | None) -> bool:
+        """A reasoning model takes sampling parameters only while it does not reason."""
+        idle = effort == "none" if effort else "on" not in self.can
+        return "always" not in self.can and idle
+
+    def choice(self, request: Request, named: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+        choice = request.tool_choice
+        if choice is None:
+            return {}
+        given = (
+            {"type": "function"} | named(choice.name) if isinstance(choice, ToolName) else choice
+        )
+        return {"tool_choice": given}
+
+    def count(self, usage: Any) -> None:
+        if isinstance(usage, dict):
+            into, out = (
+                ("prompt", "completion") if "prompt_tokens" in usage else ("input", "output")
+            )
+            self.usage = Usage(
+                input_tokens=number(usage, f"{into}_tokens"),
+                output_tokens=number(usage, f"{out}_tokens"),
+                cache_read_tokens=number(usage, f"{into}_tokens_details", "cached_tokens"),
+                cache_write_tokens=number(usage, f"{into}_tokens_details", "cache_write_tokens"),
+                reasoning_tokens=number(usage, f"{out}_tokens_details", "reasoning_tokens"),
+                known=True,
+            )
+
+
+class Responses(OpenAI):
+    """OpenAI Responses. Source: platform.openai.com/docs/api-reference/responses-streaming."""
+
+    path = "/responses"
+
+    def encode(self, request: Request) -> dict[str, Any]:
+        tokens = max(16, request.max_tokens)  # the least the vendor takes
+        body: dict[str, Any] = {"model": self.model, "max_output_tokens": tokens, "store": False}
+        if tokens > request.max_tokens:
+            self.dropped.append("max_tokens")
+        if request.system:
+            body["instructions"] = request.system
+        body["input"] = [item for message in request.messages for item in self.items(message)]
+        if request.tools:
+            body["tools"] = [
+                {"type": "function", "strict": False} | asdict(t) for t in request.tools
+            ]
+        body |= self.choice(request, lambda name: {"name": name})
+        effort = self.effort(request)
+        if request.thinking and not self.can & {"always", "on", "off"}:
+            self.dropped.append("enable_thinking")
+        elif request.thinking:
+            body["reasoning"] = {"summary": "auto"} | ({"effort": effort} if effort else {})
+        elif effort:
+            body["reasoning"] = {"effort": effort}
+        body |= self.sampling(request, self.sampled(effort))
+        self.drop(request, "seed", "top_k")
+        self.cut = request.stop
+        return body | {"stream": True}
+
+    def items(self, message: Message) -> Iterator[dict[str, Any]]:
+        role = "developer" if message.role == "system" else message.role
+        content: list[dict[str, Any]] = []
+        for part in message.content:
+            match part:
+                case Text(text) if role == "assistant":
+                    yield {"role": role, "content": text}
+                case Text(text):
+                    content.append({"type": "input_text", "text": text})
+                case Image(kind, data, url):
+                    url = url or f"data:{kind};base64,{data}"
+                    content.append({"type": "input_image", "image_url": url})
+                case ToolUse(call, name, arguments):
+                    item = {"type": "function_call", "call_id": call, "name": name}
+                    yield item | {"arguments": arguments}
+                case ToolResult(call, output):
+                    yield {"type": "function_call_output", "call_id": call, "output": output}
+        if content:
+            yield {"role": role, "content": content}
+
+    def decode(self, event: dict[str, Any]) -> Iterator[Event]:
+        self.heard = True
+        match event:
+            case {"type": "response.output_text.delta", "delta": str(text)} if text:
+                yield Text(text)
+            case {"type": "response.refusal.delta", "delta": str(text)} if text:
+                self.reason = "content_filter"
+                yield Text(text)
+            case {
+                "type": "response.reasoning_summary_text.delta" | "response.reasoning_text.delta",
+                "delta": str(text),
+            } if text:
+                yield Thinking(text)
+            case {
+                "type": "response.output_item.added" | "response.output_item.done",
+                "item": {"type": "function_call", "call_id": str(call), "name": str(name)} as item,
+            }:
+                self.calls[item.get("id")] = ToolUse(call, name, item.get("arguments") or "")
+            case {"type": "response.function_call_arguments.delta", "delta": str(text)}:
+                if event.get("item_id") in self.calls:
+                    self.calls[event["item_id"]].arguments += text
+            case {"type": "response.function_call_arguments.done", "arguments": str(text)}:
+                if event.get("item_id") in self.calls:
+                    self.calls[event["item_id"]].arguments = text
+            case {"type": "response.completed" | "response.incomplete", "response": dict(response)}:
+                self.count(response.get("usage"))
+                match response.get("incomplete_details"):
+                    case {"reason": "content_filter"}:
+                        self.reason = "content_filter"
+                    case _ if event["type"] == "response.incomplete":
+                        self.reason = "length"
+                    case _ if self.calls and self.reason == "stop":
+                        self.reason = "tool_calls"
+                yield from self.finish()
+            case {"type": "response.failed", "response": dict(response)}:
+                self.count(response.get("usage"))
+                yield from self.fail(response.get("error"))
+            case {"type": "error"}:  # nested, as recorded, or flat, as the SDK has it
+                yield from self.fail(event.get("error") or event | {"type": None})
+
+
+class Chat(OpenAI):
+    """OpenAI Chat Completions, as OpenAI and the compatible vendors speak it.
+    Source: platform.openai.com/docs/api-reference/chat-streaming."""
+
+    path = "/chat/completions"
+
+    def encode(self, request: Request) -> dict[str, Any]:
+        if request.tools and "elsewhere" in self.can:
+            raise BadRequest(f"tools: {self.model} takes them only over the responses adapter")
+        reasons = bool(self.can & {"always", "on", "off"})
+        own = "api.openai.com" in self.base_url
+        limit = "max_completion_tokens" if own or reasons else "max_tokens"
+        body: dict[str, Any] = {"model": self.model, limit: request.max_tokens}
+        system = [Message("system", [Text(request.system)])] if request.system else []
+        turns = (self.turns(message) for message in (*system, *request.messages))
+        body["messages"] = list(itertools.chain.from_iterable(turns))
+        if request.tools:
+            body["tools"] = [{"type": "function", "function": asdict(t)} for t in request.tools]
+        body |= self.choice(request, lambda name: {"function": {"name": name}})
+        effort = self.effort(request)
+        if request.thinking and not reasons:
+            if own or not self.can:  # a model of OpenAI's that does not reason
+                self.dropped.append("enable_thinking")
+            else:  # what others serve may
+                effort = "medium"
+        if effort:
+            body["reasoning_effort"] = effort
+        body |= self.sampling(request, self.sampled(effort) or not reasons)
+        if request.seed is not None:
+            body["seed"] = request.seed
+        self.drop(request, "top_k")
+        if reasons or len(request.stop) > 4:
+            self.cut = request.stop
+        elif request.stop:
+            body["stop"] = request.stop
+        return body | {"stream": True, "stream_options": {"include_usage": True}}
+
+    def turns(self, message: Message) -> Iterator[dict[str, Any]]:
+        content: list[dict[str, Any]] = []
+        calls = []
+        for part in message.content:
+            match part:
+                case Text(text):
+                    content.append({"type": "text", "text": text})
+                case Image(kind, data, url):
+                    url = url or f"data:{kind};base64,{data}"
+                    content.append({"type": "image_url", "image_url": {"url": url}})
+                case ToolUse(call, name, arguments):
+                    function = {"name": name, "arguments": arguments}
+                    calls.append({"id": call, "type": "function", "function": function})
+                case ToolResult(call, output):
+                    yield {"role": "tool", "tool_call_id": call, "content": output}
+        texts = [block["text"] for block in content if "text" in block]
+        # a string wherever that is enough: not every compatible server reads a list
+        plain = "\n\n".join(texts) if len(texts) == len(content) else content
+        if calls:
+            yield {"role": message.role, "content": plain or None, "tool_calls": calls}
+        elif plain:
+            yield {"role": message.role, "content": plain}
+
+    def decode(self, event: dict[str, Any]) -> Iterator[Event]:
+        self.heard = True
+        self.count(event.get("usage"))
+        if event.get("type") == "[DONE]":
+            self.reason = "tool_calls" if self.calls and self.reason == "stop" else self.reason
+            yield from self.finish()
+        elif error := event.get("error"):
+            yield from self.fail(error)
+            return
+        match event.get("choices"):
+            case [{"delta": dict(delta)} as choice, *_]:
+                for key in ("reasoning_content", "reasoning"):
+                    if isinstance(thought := delta.get(key), str) and thought:
+                        yield Thinking(thought)
+                        break
+                if isinstance(text := delta.get("content") or delta.get("refusal"), str) and text:
+                    yield Text(text)
+                for call in delta.get("tool_calls") or ():
+                    self.add_call(call)
+                if delta.get("refusal") or choice.get("finish_reason") == "content_filter":
+                    self.reason = "content_filter"
+                elif choice.get("finish_reason") == "length":
+                    self.reason = "length"
+
+    def add_call(self, delta: Any) -> None:
+        """The id and the name come only with the first piece of a call."""
+        match delta:
+            case {"function": dict(function)}:
+                last = next(reversed(self.calls), None)
+                key = delta.get("index", delta.get("id", last))  # not every vendor counts them
+                new = ToolUse(str(delta.get("id") or ""), str(function.get("name") or ""), "")
+                call = self.calls.setdefault(key, new)
+                call.id, call.name = call.id or new.id, call.name or new.name
+                call.arguments += function.get("arguments") or ""
+
+
+ADAPTERS: dict[str, type[Adapter]] = {"messages": Messages, "responses": Responses, "chat": Chat}
+
+
+class StopCutter:
+    """Ends an answer at a stop text where the vendor cannot. Text that may be the beginning of one
+    is held back until what follows decides it."""
+
+    def __init__(self, stops: list[str]) -> None:
+        self.stops, self.held = stops, ""
+
+    def cut(self, batch: Batch) -> Batch:
+        result: Batch = []
+        for event in batch:
+            if not isinstance(event, Text):
+                if self.held and not isinstance(event, Thinking):
+                    result.append(Text(self.held))
+                    self.held = ""
+                result.append(event)
+                continue
+            text = self.held + event.text
+            found = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
+            if found:  # the one that was complete first
+                begin = min(found)[1]
+                return [*result, *([Text(text[:begin])] if begin else []), Finish("stop")]
+            beginnings = (stop[:n] for stop in self.stops for n in range(len(stop)))
+            keep = max((len(b) for b in beginnings if text.endswith(b)), default=0)
+            text, self.held = text[: len(text) - keep], text[len(text) - keep :]
+            result += [Text(text)] if text else []
+        return result
+
+
+# ---- Writers -----------------------------------------------------------------------------------
+# Events to the bytes of a reply: the browser's contract, not the network. `filler` is what may be
+# sent while the vendor is silent; `early` says whether the headers go out with the vendor's first
+# event or wait for the whole answer.
+
+
+class Writer:
+    media_type: ClassVar[str]
+    filler: ClassVar[bytes]
+    early: ClassVar[bool]
+
+    def __init__(self, thinking: bool) -> None:
+        self.show_thinking, self.thinking = thinking, False
+        self.calls: list[dict[str, Any]] = []
+
+    def tokens(self, batch: Batch) -> Iterator[str]:
+        """The texts to show, thinking between <think> and </think> where it was asked for."""
+        for event in batch:
+            if self.thinking and not isinstance(event, Thinking):
+                self.thinking = False
+                yield "</think>"
+            match event:
+                case Text(text):
+                    yield text
+                case Thinking(text) if self.show_thinking:
+                    if not self.thinking:
+                        self.thinking = True
+                        yield "<think>"
+                    yield text
+                case ToolUse(call, name, arguments):
+                    function = {"name": name, "arguments": arguments}
+                    self.calls.append({"id": call, "type": "function", "function": function})
+
+    def write(self, batch: Batch, ttfb: float) -> bytes:
+        """The bytes of one network read; none when there is nothing to say yet."""
+        raise NotImplementedError
+
+    def end(self, finish: str, report: dict[str, Any]) -> bytes:
+        raise NotImplementedError
+
+    def error(self, error: ProxyError) -> bytes | None:
+        """The end of a failed reply already begun; None where only a missing end can say it."""
+        return None
+
+
+class FrameWriter(Writer):
+    """The SDK's stream: one `data:` line a token, the last one with `isLast`, then [DONE]."""
+
+    media_type, filler, early = "text/event-stream; charset=utf-8", b": ping\n\n", True
+    count = 0
+
+    def write(self, batch: Batch, ttfb: float) -> bytes:
+        frames = []
+        for text in self.tokens(batch):
+            first = b',"isFirst":true,"ttfbMs":%d' % (ttfb * 1000) if not self.count else b""
+            token = msgspec.json.encode(text)
+            frames.append(b'data: {"token":%b,"tokenId":%d%b}\n\n' % (token, self.count, first))
+            self.count += 1
+        return b"".join(frames)
+
+    def end(self, finish: str, report: dict[str, Any]) -> bytes:
+        last = {"token": "", "tokenId": self.count, "isLast": True, "finishReason": finish}
+        calls = {"toolCalls": self.calls} if self.calls else {}
+        return b"data: %b\n\ndata: [DONE]\n\n" % msgspec.json.encode(last | calls | report)
+
+    def error(self, error: ProxyError) -> bytes:
+        line = {"message": error.message, "statusCode": error.status, "code": error.code}
+        return b"error: %b\n\n" % msgspec.json.encode(line)
+
+
+class JsonWriter(Writer):
+    """The one shape that loses no tool call, whichever branch of the SDK reads it: `choices` and
+    the flat keys side by side, and no `output`. White space before JSON is valid JSON."""
+
+    media_type, filler, early = "application/json", b" ", False
+
+    def __init__(self, thinking: bool) -> None:
+        super().__init__(thinking)
+        self.texts: list[str] = []
+
+    def write(self, batch: Batch, ttfb: float) -> bytes:
+        self.texts += self.tokens(batch)
+        return b""
+
+    def end(self, finish: str, report: dict[str, Any]) -> bytes:
+        content = "".join(self.texts) or ("" if self.calls else " ")  # the SDK rejects an empty one
+        said = {"content": content} | ({"tool_calls": self.calls} if self.calls else {})
+        ends = {"finish_reason": finish}
+        choice = {"index": 0, "message": {"role": "assistant"} | said} | ends
+        return msgspec.json.encode(said | ends | {"choices": [choice]} | report)
+
+
+# ---- Prices ------------------------------------------------------------------------------------
+# USD per million tokens. What is not known costs None, never nothing.
+
+# Models: input, output, cache read, cache write 5m and 1h. After "above N": how many times as much
+# input (and cache) and output cost for the whole request when its input is larger than N tokens.
+# A date behind a name (-20250929, -2025-08-07) is the same model at the same price.
+BUILT_IN_PRICES = """
+claude-fable-5 claude-mythos-5: 10 50 1 12.5 20
+claude-fable-5-1 claude-mythos-5-1: 10 50 .25 12.5 20
+claude-haiku-4-5: 1 5 .1 1.25 2
+claude-haiku-5-5: .1 .5 .01 .125 .2 above 100000 5 5
+claude-opus-4-5 claude-opus-4-6 claude-opus-4-7 claude-opus-4-8 claude-opus-5: 5 25 .5 6.25 10
+claude-opus-5-5: 4 20 .2 5 8
+claude-sonnet-4-5 claude-sonnet-4-6: 3 15 .3 3.75 6
+claude-sonnet-5: 2 10 .2 2.5 4
+claude-sonnet-5-5: 2 10 .1 2.5 4
+gpt-4o: 2.5 10 1.25
+gpt-4o-2024-05-13: 5 15
+gpt-4o-mini: .15 .6 .075
+gpt-4.1 o3: 2 8 .5
+gpt-4.1-mini: .4 1.6 .1
+gpt-5 gpt-5.1: 1.25 10 .125
+gpt-5-mini: .25 2 .025
+gpt-5-nano: .05 .4 .005
+gpt-5-pro: 15 120
+gpt-5.2 gpt-5.3-codex: 1.75 14 .175
+gpt-5.2-pro: 21 168
+gpt-5.4: 2.5 15 .25 above 272000 2 1.5
+gpt-5.4-mini: .75 4.5 .075
+gpt-5.4-nano: .2 1.25 .02
+gpt-5.4-pro gpt-5.5-pro: 30 180 above 272000 2 1.5
+gpt-5.5: 5 30 .5 above 272000 2 1.5
+gpt-5.6 gpt-5.6-sol: 4 20 .4 5 above 272000 2 1.5
+gpt-5.6-luna: .2 1.2 .02 .25 above 272000 2 1.5
+gpt-5.6-terra: 2 12 .2 2.5 above 272000 2 1.5
+gpt-6-astra: 10 50 1 12.5 above 272000 2 1.5
+gpt-6-luna: .1 .5 .01 .125 above 272000 2 1.5
+gpt-6-sol: 2 10 .2 2.5 above 272000 2 1.5
+gpt-6.1-sol: 2 10 .1 2.5 above 272000 2 1.5
+gpt-6.1-terra: 1 5 .05 1.25 above 272000 2 1.5
+chat-latest: 5 30 .5
+o3-pro: 20 80
+"""
+DATED = re.compile(r"-20\d\d-?\d\d-?\d\d$")
+PRICED = ("input", "output", "cache_read", "cache_write_5m", "cache_write_1h")
+
+
+@functools.cache
+def built_in_prices() -> dict[str, Price]:
+    prices: dict[str, Price] = {}
+    for line in BUILT_IN_PRICES.strip().splitlines():
+        models, _, rest = line.partition(": ")
+        figures, _, above = rest.partition(" above ")
+        usd = dict(zip(PRICED, map(Decimal, figures.split()), strict=False))
+        price = Price(**usd)  # type: ignore[arg-type]
+        if above:
+            tokens, inputs, outputs = map(Decimal, above.split())
+            usd = {k: v * (outputs if k == "output" else inputs) for k, v in usd.items()}
+            price = replace(price, above=Price(**usd, tokens=int(tokens)))  # type: ignore[arg-type]
+        prices |= dict.fromkeys(models.split(), price)
+    return prices
+
+
+class Prices:
+    def __init__(self, configured: Map[str, Price]) -> None:
+        self.configured = sorted(configured.items(), key=lambda item: -len(item[0]))
+
+    def of(self, model: str) -> Price | None:
+        for pattern, price in self.configured:  # the longest, that is the most exact, first
+            if fnmatch.fnmatchcase(model, pattern):
+                return price
+        known = built_in_prices()
+        return known.get(model) or known.get(DATED.sub("", model))
+
+
+def cost(usage: Usage, price: Price | None) -> Decimal | None:
+    """USD of one answer; None where the price is not known."""
+    if price is None or price.free:
+        return Decimal(0) if price else None
+    if price.above and usage.input_tokens > price.above.tokens:
+        price = price.above
+
+    def or_input(figure: Decimal | None) -> Decimal:
+        return price.input if figure is None else figure
+
+    hour = usage.cache_write_1h_tokens
+    written, read = usage.cache_write_tokens, usage.cache_read_tokens
+    write_5m = or_input(price.cache_write_5m)
+    plain = max(0, usage.input_tokens - read - written)
+    total = plain * price.input + read * or_input(price.cache_read)
+    total += (written - hour) * write_5m + usage.output_tokens * price.output
+    total += hour * (write_5m if price.cache_write_1h is None else price.cache_write_1h)
+    return total / 1_000_000
+
+
+IMAGE_TOKENS = 5000  # more than any vendor counts for one image
+TOOL_TOKENS = 1000  # what a vendor writes before the tools
+
+
+def input_bound(body: bytes, request: Request) -> int:
+    """The most tokens a request can be billed for as input: a token is at least a byte."""
+    images = [part for part in request.parts() if isinstance(part, Image)]
+    data = sum(len(image.data) for image in images)
+    return len(body) - data + IMAGE_TOKENS * len(images) + (TOOL_TOKENS if request.tools else 0)
+
+
+# ---- Ledger ------------------------------------------------------------------------------------
+# One row per request: what it cost and how it ended. A thread of its own writes to SQLite in group
+# commits; a request's last byte is sent after its row is on disk.
+
+OUTCOMES = {"stop": "ok", "tool_calls": "ok", "length": "truncated", "content_filter": "refused"}
+
+
+class Entry(Struct):
+    """One row. `time` is in seconds since 1970, the other times are in seconds, and `cost` is in
+    USD, as text so that it stays exact. `outcome` is ok, truncated, refused, error, cancelled or
+    rejected; `estimated` means the vendor never said its figures."""
+
+    time: float
+    id: str
+    request_id: str = ""
+    client: str = ""
+    provider: str = ""
+    model: str = ""
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_read_tokens: int = 0
+    cache_write_tokens: int = 0
+    cache_write_1h_tokens: int = 0
+    reasoning_tokens: int = 0
+    web_searches: int = 0
+    estimated: bool = False
+    cost: str | None = None
+    outcome: str = "error"
+    status: int = 0
+    code: str = ""
+    attempts: int = 0
+    ttfb: float | None = None
+    duration: float = 0.0
+    cache: str = "bypass"
+
+
+COLUMNS = Entry.__struct_fields__
+SCHEMA = f"""
+PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;
+CREATE TABLE IF NOT EXISTS entries ({", ".join(COLUMNS)}, PRIMARY KEY (id)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS entries_time ON entries (time);
+CREATE INDEX IF NOT EXISTS entries_client ON entries (client, time);
+"""
+GROUPS = {
+    "client": "client",
+    "model": "provider || '/' || model",
+    "day": "strftime('%Y-%m-%d', time, 'unixepoch')",
+}
+
+
+class Totals(Struct):
+    """What a group of rows adds up to; `unpriced` counts answers whose price was not known."""
+
+    group: str = ""
+    requests: int = 0
+    errors: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost: Decimal = Decimal(0)
+    unpriced: int = 0
+
+
+def read_totals(path: Path, since: float, by: str, client: str = "") -> list[Totals]:
+    query = f"""
+        SELECT {GROUPS[by]} AS name, count(*), sum(outcome IN ('error', 'rejected')),
+               sum(input_tokens), sum(output_tokens), group_concat(cost, ' '),
+               sum(cost IS NULL AND attempts > 0)
+        FROM entries WHERE time >= ? AND ? IN ('', client) GROUP BY name ORDER BY name
+    """
+    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
+        rows = database.execute(query, (since, client)).fetchall()
+    return [Totals(*row[:5], total(row[5]), row[6]) for row in rows]  # type: ignore[call-arg]
+
+
+def total(costs: str | None) -> Decimal:
+    """Money is added up here, because SQLite would do it in floats."""
+    return sum(map(Decimal, (costs or "").split()), Decimal(0))
+
+
+class Ledger:
+    def __init__(self, path: Path, keep: float, clock: Callable[[], float]) -> None:
+        self.path, self.keep, self.clock = path, keep, clock
+        self.loop = asyncio.get_running_loop()
+        self.jobs: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
+        self.healthy, self.prune_at = True, 0.0
+        try:
+            self.database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            self.database.executescript(SCHEMA)
+        except sqlite3.Error as error:
+            raise ConfigError(f"ledger.path: {path} cannot be written ({error})") from None
+        self.thread = threading.Thread(target=self.run, name="ledger", daemon=True)
+        self.thread.start()
+
+    def record(self, entry: Entry) -> Awaitable[None]:
+        """Done when the row is on disk. Never raises: a full disk must not end an answer."""
+        written = self.loop.create_future()
+        self.jobs.put((astuple(entry), written))
+        return written
+
+    def close(self) -> None:
+        self.jobs.put((None, None))
+        self.thread.join(timeout=5)
+        self.database.close()
+
+    def run(self) -> None:
+        open_ = True
+        while open_:
+            batch = [self.jobs.get()]
+            with contextlib.suppress(queue.Empty):
+                while len(batch) < 1000:
+                    batch.append(self.jobs.get_nowait())
+            open_ = all(row for row, _ in batch)
+            try:
+                self.commit([row for row, _ in batch if row])
+                self.healthy = True
+            except sqlite3.Error as error:
+                self.healthy = False
+                LOG.error("the ledger cannot be written: %s", error)
+            with contextlib.suppress(RuntimeError):  # the loop has gone
+                self.loop.call_soon_threadsafe(self.tell, [done for _, done in batch if done])
+
+    def commit(self, rows: list[tuple[Any, ...]]) -> None:
+        with self.database:  # commits, or rolls back when it fails
+            self.database.execute("BEGIN")
+            places = ", ".join("?" * len(COLUMNS))
+            self.database.executemany(f"INSERT OR IGNORE INTO entries VALUES ({places})", rows)
+            if self.clock() > self.prune_at:
+                self.prune_at = self.clock() + 86400
+                old = self.clock() - self.keep
+                self.database.execute("DELETE FROM entries WHERE time < ?", (old,))
+
+    def tell(self, written: list[asyncio.Future[None]]) -> None:
+        for future in written:
+            if not future.done():
+                future.set_result(None)
+
+
+# ---- Metrics and logs --------------------------------------------------------------------------
+# Prometheus metrics in a registry of the app's own, and one log line per request and per retry.
+# Neither ever holds a prompt, an answer or a secret.
+
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
+
+
+class Metrics:
+    NAMES = 200  # of clients and of models: whoever comes after that counts as "other"
+
+    def __init__(self) -> None:
+        self.registry = prometheus_client.CollectorRegistry()
+        make: Any = functools.partial
+        counter = make(prometheus_client.Counter, registry=self.registry)
+        gauge = make(prometheus_client.Gauge, registry=self.registry)
+        histogram = make(prometheus_client.Histogram, registry=self.registry, buckets=SECONDS)
+        served = ("provider", "model")
+        self.requests = counter(
+            "proxy_requests", "By how they ended", (*served, "outcome", "status")
+        )
+        self.duration = histogram("proxy_duration_seconds", "Whole requests", served)
+        self.first_token = histogram("proxy_first_token_seconds", "Until the first token", served)
+        self.upstream = histogram("proxy_upstream_seconds", "At the vendor", served)
+        self.tokens = counter("proxy_tokens", "By kind", (*served, "kind"))
+        self.cost = counter("proxy_cost_usd", "Spent at vendors", ("client", "model"))
+        self.retries = counter("proxy_retries", "Attempts after the first", ("provider", "code"))
+        self.timeouts = counter("proxy_timeouts", "Upstream deadlines passed", ("provider",))
+        self.cache = counter("proxy_cache", "Cache results", ("result",))
+        self.rejections = counter("proxy_rejections", "Requests refused by us", ("code",))
+        self.streams = gauge("proxy_streams_in_flight", "Requests being answered")
+        self.clients = gauge("proxy_active_clients", "Clients with a request being answered")
+        self.seen: dict[str, set[str]] = {"client": set(), "model": set()}
+
+    def label(self, kind: str, name: str) -> str:
+        if name not in self.seen[kind] and len(self.seen[kind]) >= self.NAMES:
+            return "other"
+        self.seen[kind].add(name)
+        return name
+
+    def count(self, entry: Entry, account: Account) -> None:
+        rejected = entry.outcome == "rejected"
+        # a name nobody has served is whatever a caller made up
+        served = entry.provider, "" if rejected else self.label("model", entry.model)
+        self.requests.labels(*served, entry.outcome, str(entry.status)).inc()
+        if rejected:
+            self.rejections.labels(entry.code).inc()
+            return
+        self.cache.labels(entry.cache).inc()
+        self.duration.labels(*served).observe(entry.duration)
+        if entry.ttfb is not None:
+            self.first_token.labels(*served).observe(entry.ttfb)
+        if entry.attempts:
+            self.upstream.labels(*served).observe(account.seconds)
+        for kind in ("input", "output", "cache_read", "cache_write", "reasoning"):
+            if tokens := getattr(entry, f"{kind}_tokens"):
+                self.tokens.labels(*served, kind).inc(tokens)
+        if entry.cost and entry.cost != "0":
+            self.cost.labels(self.label("client", entry.client), served[1]).inc(float(entry.cost))
+
+
+class LogFormat(logging.Formatter):
+    """JSON lines; on a terminal, lines for people. `extra={"fields": {...}}` carries the data."""
+
+    def __init__(self, terminal: bool, known: Iterable[str] = ()) -> None:
+        super().__init__()
+        self.terminal, self.known = terminal, tuple(known)
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = dict(getattr(record, "fields", {}))
+        if record.exc_info:
+            fields["exception"] = redact(self.formatException(record.exc_info), self.known, 4000)
+        level, event = record.levelname.lower(), record.getMessage()
+        if self.terminal:
+            clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+            return " ".join((clock, level, event, *(f"{k}={v}" for k, v in fields.items())))
+        line = {"time": round(record.created, 3), "level": level, "event": event}
+        return msgspec.json.encode(line | fields).decode()
+
+
+# ---- Proxy -------------------------------------------------------------------------------------
+# The story of a request: one funnel, in one order, for every endpoint that can reach a vendor.
+
+
+class Target(Struct, frozen=True):
+    """A model at a provider: where an attempt goes."""
+
+    provider: str
+    model: str
+
+
+class Call:
+    """One request from its arrival to its ledger row, and the caller's side of it: what was sent,
+    and since when nothing was (`wrote`), or whether a write is stuck (`writing`)."""
+
+    request: Request
+    writer: Writer
+    task: asyncio.Task[None]
+
+    def __init__(self, scope: Scope, clock: Callable[[], float]) -> None:
+        state = scope["state"]
+        # the server's own send: what wraps it on the way here would cost each token
+        self.send, self.headers, self.added = state["send"], state["headers"], state["added"]
+        self.now = time.monotonic
+        self.started = self.wrote = self.now()
+        self.entry = Entry(clock(), state["id"], state["request_id"])
+        self.public_id = state["request_id"] or state["id"]
+        self.begun = self.writing = self.settled = False
+        self.client = Client("")
+        self.account, self.pays = Account(), True
+        self.dropped: list[str] = []
+        self.rates: dict[str, str] = {}
+        self.estimate = 0
+        self.leads: Flight | None = None
+        self.finish = ""
+        self.failure: ProxyError | None = None
+
+    def stop(self, error: ProxyError) -> None:
+        """End the work from outside, with an error the caller is told."""
+        if not self.settled:
+            self.failure = self.failure or error
+            self.task.cancel()
+
+    async def begin(self, status: int, media_type: str, more: Map[str, str]) -> None:
+        self.begun = True
+        headers = {
+            "content-type": media_type,
+            "cache-control": "no-store",
+            "x-accel-buffering": "no",
+        }
+        headers |= self.rates | {"x-cache": self.entry.cache}
+        if dropped := dict.fromkeys(self.dropped + self.account.dropped):
+            headers["x-dropped-params"] = ", ".join(dropped)
+        items = (headers | dict(more)).items()
+        raw = [(k.lower().encode(), v.encode("latin-1", "replace")) for k, v in items]
+        raw += self.added
+        await self.send({"type": "http.response.start", "status": status, "headers": raw})
+
+    async def write(self, data: bytes, last: bool = False) -> None:
+        self.wrote, self.writing = self.now(), True
+        await self.send({"type": "http.response.body", "body": data, "more_body": not last})
+        self.wrote, self.writing = self.now(), False
+
+    async def reply(self, status: int, data: bytes, more: Map[str, str]) -> None:
+        """A whole JSON reply."""
+        await self.begin(status, "application/json", {"content-length": str(len(data)), **more})
+        await self.write(data, last=True)
+
+    async def deliver(self, batch: Batch) -> None:
+        if batch:
+            self.entry.ttfb = self.entry.ttfb or round(self.now() - self.started, 4)
+            self.finish = getattr(batch[-1], "reason", "")
+        data = self.writer.write(batch, self.entry.ttfb or 0)
+        if self.writer.early and not self.begun:
+            await self.begin(200, self.writer.media_type, {})
+        if data:
+            await self.write(data)
+
+    async def fill(self) -> None:
+        if not self.begun:
+            await self.begin(200, self.writer.media_type, {})
+        await self.write(self.writer.filler)
+
+    def error_body(self, error: ProxyError) -> bytes:
+        body = {"error": error.message, "type": error.type, "code": error.code}
+        return msgspec.json.encode(body | {"requestId": self.public_id})
+
+
+parse_url = functools.lru_cache(100)(httpx.URL)
+
+
+class Attempt:
+    """One try at one target: sends the request, reads the answer, and closes the connection or,
+    where the answer was complete, hands it back for the next one."""
+
+    def __init__(self, proxy: Proxy, target: Target, request: Request, deadline: float) -> None:
+        self.proxy, self.times, self.deadline = proxy, proxy.config.upstream, deadline
+        provider = proxy.config.providers[target.provider]
+        self.adapter = ADAPTERS[provider.adapter](provider, target.model)
+        self.body = msgspec.json.encode(self.adapter.encode(request))
+        self.cutter = StopCutter(self.adapter.cut) if self.adapter.cut else None
+        self.key = proxy.keys[target.provider]
+        self.response: httpx.Response | None = None
+
+    async def open(self) -> Batch:
+        """Send the request and wait for the vendor's first event. Raises UpstreamError."""
+        headers = {"content-type": "application/json", "accept": "text/event-stream"}
+        headers |= {"accept-encoding": "identity", "user-agent": f"proxy.py/{__version__}"}
+        headers |= self.adapter.headers(self.key)
+        timeouts = {"timeout": {"connect": self.times.connect, "pool": self.times.connect}}
+        url = parse_url(self.adapter.url())
+        request = httpx.Request(
+            "POST", url, headers=headers, content=self.body, extensions=timeouts
+        )
+        try:
+            response = await self.proxy.transport.handle_async_request(request)
+            self.response, self.body = response, b""  # sent: a long stream need not keep it
+            if response.status_code != 200:
+                raise await read_refusal(response)
+            encoded = response.headers.get("content-encoding", "identity") != "identity"
+            stream: Any = response.aiter_bytes() if encoded else response.stream
+            self.chunks = aiter(stream)
+            while True:
+                batch = await self.next()
+                if batch and isinstance(batch[0], Failure):
+                    raise batch[0].error
+                if batch or self.adapter.heard:
+                    return batch
+        except (httpx.HTTPError, aiohttp.ClientError, OSError) as error:
+            raise classify(error) from error
+
+    async def next(self) -> Batch:
+        try:
+            batch = self.adapter.feed(await anext(self.chunks))
+        except StopAsyncIteration:
+            message = "the vendor ended the answer before it was complete"
+            raise UpstreamError(502, message) from None
+        return self.cutter.cut(batch) if self.cutter else batch
+
+    async def rest(self, batch: Batch) -> AsyncGenerator[Batch, None]:
+        """The answer from its first batch to its end. Raises UpstreamError."""
+        silence = Silence(self.times.idle, self.deadline)
+        try:
+            while True:
+                last = batch[-1] if batch else None
+                if isinstance(last, Failure):
+                    yield batch[:-1]
+                    raise last.error
+                yield batch
+                if isinstance(last, Finish):
+                    return
+                silence.waiting_since = time.monotonic()
+                batch = await self.next()
+                silence.waiting_since = None
+        except asyncio.CancelledError:
+            if not silence.passed:
+                raise
+            silence.task.uncancel()
+            raise UpstreamError(504, "the vendor stopped in the middle of its answer") from None
+        except (httpx.HTTPError, aiohttp.ClientError, OSError) as error:
+            raise classify(error) from error
+        finally:
+            silence.timer.cancel()
+
+    async def close(self) -> None:
+        if self.response and self.adapter.complete:
+            self.proxy.spawn(self.hand_back(self.response))
+        elif self.response:
+            await self.response.stream.aclose()  # type: ignore[union-attr]
+
+    async def hand_back(self, response: httpx.Response) -> None:
+        """The end of the HTTP message may come after the last event: only when it has been read
+        can the connection serve again."""
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(1):
+                async for _ in self.chunks:
+                    pass
+        await response.stream.aclose()  # type: ignore[union-attr]
+
+
+class Silence:
+    """Cancels the task that made it when the vendor has been waited for too long. A timeout around
+    every read would do the same at a tenth of the cost of a token."""
+
+    def __init__(self, idle: float, deadline: float) -> None:
+        self.idle, self.deadline = idle, deadline
+        self.waiting_since: float | None = None
+        self.passed = False
+        task = asyncio.current_task()
+        assert task
+        self.task, self.loop = task, task.get_loop()
+        self.check()
+
+    def check(self) -> None:
+        now = time.monotonic()
+        since = now if self.waiting_since is None else self.waiting_since
+        due = min(since + self.idle, max(self.deadline, since + 0.05))
+        if due <= now:
+            self.passed = True
+            self.task.cancel()
+        self.timer = self.loop.call_later(due - now, self.check)
+
+
+async def read_refusal(response: httpx.Response) -> UpstreamError:
+    body = b""
+    async for chunk in response.aiter_bytes():
+        if len(body := body + chunk) > 65536:
+            break
+    error: dict[str, Any] = {}
+    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        match msgspec.json.decode(body):
+            case {"error": dict(error)}:
+                pass
+            case {"error": str(message)} | {"message": str(message)}:
+                error = {"message": message}
+    details = error.get("details")
+    deep = details.get("error_code") if isinstance(details, dict) else None
+    return UpstreamError(
+        response.status_code,
+        str(error.get("message") or f"the vendor answered {response.status_code}"),
+        [str(error.get("type")), str(error.get("code")), str(deep)],
+        wait=read_retry_after(response.headers),
+        advice=response.headers.get("x-should-retry", ""),
+        sent=False,  # an answer of 400 or above is not billed
+    )
+
+
+def read_retry_after(headers: Map[str, str]) -> float | None:
+    """Seconds, from milliseconds, seconds or a date."""
+    milliseconds, after = headers.get("retry-after-ms"), headers.get("retry-after")
+    with contextlib.suppress(ValueError):
+        if milliseconds or after:
+            return max(0.0, float(milliseconds) / 1000 if milliseconds else float(after or 0))
+    with contextlib.suppress(ValueError, TypeError):
+        return max(0.0, email.utils.parsedate_to_datetime(after or "").timestamp() - time.time())
+    return None
+
+
+def classify(error: BaseException) -> UpstreamError:
+    """The transport's exceptions mislead: what they were raised from tells what happened."""
+    cause = error.__cause__ if isinstance(error, httpx.HTTPError) and error.__cause__ else error
+    gone = "upstream_unreachable"
+    match cause:
+        case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError():
+            return UpstreamError(502, "the vendor cannot be reached", code=gone, sent=False)
+        case aiohttp.ServerDisconnectedError() | aiohttp.ClientPayloadError() | OSError():
+            return UpstreamError(502, "the connection to the vendor broke", code=gone)
+    return UpstreamError(502, "the vendor's answer is not HTTP")
+
+
+class Proxy:
+    """What lives as long as the process: settings, stores, the upstream transport, and the calls
+    being answered. create_app builds it, `running` opens and closes it."""
+
+    transport: httpx.AsyncBaseTransport
+
+    def __init__(
+        self, config: Config, environ: Map[str, str], public: bool, clock: Callable[[], float]
+    ) -> None:
+        self.config, self.clock = config, clock
+        self.keys = vendor_keys(config, environ)
+        self.warnings = examine(config, environ, public)
+        self.secrets = (*self.keys.values(), config.server.admin_token)
+        self.clients = Clients(config, environ, public)
+        self.prices = Prices(config.prices)
+        self.limiter = MemoryLimiter(config.limits, time.monotonic)
+        cached = config.cache.enabled
+        self.cache: Cache | None = MemoryCache(config.cache, time.monotonic) if cached else None
+        self.metrics = Metrics()
+        self.ledger: Ledger | None = None
+        self.flights: dict[str, Flight] = {}
+        self.live: set[Call] = set()
+        self.inflight: Counter[str] = Counter()
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.rejected_rows = Bucket(1, 1000, time.monotonic())
+        self.draining = False
+
+    @contextlib.asynccontextmanager
+    async def running(self, transport: httpx.AsyncBaseTransport) -> AsyncIterator[None]:
+        for warning in self.warnings:
+            LOG.warning("%s", warning)
+        self.transport, table = transport, self.config.ledger
+        if table.path and not self.config.demo:
+            self.ledger = Ledger(Path(__file__).parent / table.path, table.keep, self.clock)
+        try:
+            yield
+        finally:
+            self.stop_calls()
+            if tasks := [*(call.task for call in self.live), *self.tasks]:
+                await asyncio.wait(tasks, timeout=5)
+            await transport.aclose()
+            if self.ledger:
+                await asyncio.to_thread(self.ledger.close)
+
+    def spawn(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def stop_calls(self) -> None:
+        for call in list(self.live):
+            call.stop(ProxyError(503, "server_stopping", "the server is stopping", after=5))
+
+    async def serve(self, provider: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """The story of a request."""
+        call = Call(scope, self.clock)
+        try:
+            self.check_open(call, provider)
+            call.client = self.clients.identify(scope, call.headers)
+            call.entry.client = call.client.id
+            with self.place(call.client.id):
+                body = await read_body(receive, call.headers, self.config.limits)
+                targets = await self.admit(call, provider, body)
+                await self.supervise(call, targets, receive)
+        except ClientGone:
+            await self.settle(call, None)
+        except ProxyError as error:
+            await self.settle(call, error)
+        except Exception:
+            LOG.exception("a request failed unexpectedly")
+            await self.settle(call, ProxyError(500, "internal_error", "internal error"))
+
+    def check_open(self, call: Call, provider: str) -> None:
+        if self.config.server.paused:
+            raise ProxyError(503, "paused", "the proxy is paused by its owner", retry=False)
+        if self.draining:
+            raise ProxyError(503, "server_stopping", "the server is stopping", after=5)
+        if provider not in self.keys:
+            known = ", ".join(f"/api/{name}" for name in self.keys)
+            message = f"provider {redact(provider)!r} is not configured; there is {known}"
+            raise ProxyError(404, "not_found", message)
+        call.entry.provider = provider
+        if (
+            call.headers.get("content-type", "").partition(";")[0].strip().lower()
+            != "application/json"
+        ):
+            raise ProxyError(415, "not_json", "Content-Type: must be application/json")
+
+    @contextlib.contextmanager
+    def place(self, client: str) -> Iterator[None]:
+        """One of the client's and of the server's places, from before the body to the end."""
+        limits = self.config.limits
+        if len(self.live) >= limits.concurrent_total:
+            raise ProxyError(503, "busy", "the server is at its limit; try again", after=1)
+        if self.inflight[client] >= limits.concurrent:
+            message = f"{limits.concurrent} requests at a time are allowed; let one end"
+            raise ProxyError(429, "too_many_streams", message, after=1)
+        self.inflight[client] += 1
+        try:
+            yield
+        finally:
+            self.inflight[client] -= 1
+            if not self.inflight[client]:
+                del self.inflight[client]
+
+    async def admit(self, call: Call, provider: str, body: bytes) -> list[Target]:
+        """Read the body, find the model, and take what it needs from the client's buckets. A body
+        that is refused counts as a request too."""
+        limits, failure, targets = self.config.limits, None, []
+        try:
+            parsed = parse_body(body, limits, self.config.providers[provider].default_model)
+            call.request, call.dropped = parsed.request, parsed.dropped
+            call.writer = (FrameWriter if parsed.stream else JsonWriter)(
+                bool(parsed.request.thinking)
+            )
+            targets = self.resolve(provider, parsed.request.model, call.client)
+            call.entry.provider, call.entry.model = targets[0].provider, targets[0].model
+            images = sum(isinstance(part, Image) for part in parsed.request.parts())
+            text = parsed.request.characters() // 4
+            call.estimate = text + 1000 * images + parsed.request.max_tokens
+            if call.estimate > limits.tokens_per_minute:
+                allowed = f"{limits.tokens_per_minute} a minute are allowed; send less"
+                raise BadRequest(f"max_tokens: about {call.estimate} tokens are needed, {allowed}")
+        except ProxyError as error:
+            failure, call.estimate = error, 0
+        taken = await self.limiter.take(call.client.id, 1, call.estimate)
+        for kind, level, full, rate in (
+            ("requests", taken.requests, limits.burst, limits.requests_per_minute),
+            ("tokens", taken.tokens, limits.tokens_per_minute, limits.tokens_per_minute),
+        ):
+            call.rates[f"x-ratelimit-limit-{kind}"] = f"{rate:.15g}"
+            call.rates[f"x-ratelimit-remaining-{kind}"] = str(max(0, int(level)))
+            call.rates[f"x-ratelimit-reset-{kind}"] = f"{(full - level) * 60 / rate:.0f}s"
+        if taken.refused:
+            call.estimate = 0
+            message = f"too many {taken.refused}; try again in {taken.wait:.0f} s"
+            raise ProxyError(429, "rate_limited", message, after=taken.wait)
+        if failure:
+            raise failure
+        return targets
+
+    def resolve(self, provider: str, name: str, client: Client) -> list[Target]:
+        """The targets of a model name or alias, first choice first. Raises 403."""
+        if not matches(name, client.models):
+            allowed = f"this key may use {', '.join(client.models)}"
+            raise ProxyError(403, "model_not_allowed", f"model: {allowed}, not {redact(name)!r}")
+        if alias := self.config.models.get(name):
+            pairs = [target.partition("/") for target in (alias.target, *alias.fallback)]
+            if targets := [Target(p, model) for p, _, model in pairs if p in self.keys]:
+                return targets
+        prefix, _, rest = name.partition("/")
+        if matches(name, self.config.providers[provider].models):
+            return [Target(provider, name)]
+        if prefix in self.keys and rest and matches(rest, self.config.providers[prefix].models):
+            return [Target(prefix, rest)]
+        others = [p for p in self.keys if matches(name, self.config.providers[p].models)]
+        hint = f"; send it to /api/{others[0]}" if others else ""
+        offer = f"{provider} offers {', '.join(self.config.providers[provider].models)}"
+        raise ProxyError(403, "model_not_allowed", f"model: {offer}, not {redact(name)!r}{hint}")
+
+    async def supervise(self, call: Call, targets: list[Target], receive: Receive) -> None:
+        """Run the work; stop it when the caller leaves or takes nothing more; keep a silent reply
+        alive. A caller that has everything leaves too: then there is nothing to stop."""
+        call.task = work = asyncio.create_task(self.work(call, targets))
+        gone = asyncio.create_task(departure(receive))
+        self.live.add(call)
+        try:
+            while not (work.done() or gone.done() or call.settled):
+                # an answer in one piece waits a little longer before it gives up its status
+                silence = self.config.server.ping + (0 if call.begun or call.writer.early else 5)
+                silence = self.config.upstream.idle if call.writing else silence
+                due = call.wrote + silence - call.now()
+                if due > 0:
+                    await asyncio.wait((work, gone), timeout=due, return_when="FIRST_COMPLETED")
+                elif call.writing:
+                    break
+                elif call.begun or not call.writer.early:
+                    await call.fill()
+                else:  # no reply yet to keep alive: the upstream's deadlines hold
+                    call.wrote = call.now()
+        finally:
+            gone.cancel()
+            if not call.settled:
+                work.cancel()
+            await asyncio.wait((work,))
+            self.live.discard(call)
+
+    async def work(self, call: Call, targets: list[Target]) -> None:
+        """Fetch and deliver the answer, then settle it, however it ends."""
+        failure: ProxyError | None = None
+        try:
+            async with aclosing(await self.source(call, targets)) as batches:
+                async for batch in batches:
+                    await call.deliver(batch)
+        except ProxyError as error:
+            failure = error
+        except asyncio.CancelledError:
+            failure = call.failure  # None where the caller has left
+        except Exception:
+            LOG.exception("an answer failed unexpectedly")
+            failure = ProxyError(500, "internal_error", "internal error")
+        if call.leads:  # the one that leads pays, also when it leaves while others stay
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait((call.leads.task,))
+        await self.settle(call, failure)
+
+    async def source(self, call: Call, targets: list[Target]) -> AsyncGenerator[Batch, None]:
+        """Where the answer comes from: the cache, another request's flight, or the vendor."""
+        if self.cache is None or "no-cache" in call.headers.get("cache-control", ""):
+            return self.upstream(call, targets)
+        scope = "" if self.config.cache.shared else call.client.id
+        key = sha256(repr((scope, targets, call.request)))
+        if answer := await self.cache.get(key):
+            call.entry.cache, call.pays = "hit", False
+            call.account.usage, call.account.dropped = answer.usage, answer.dropped
+            return replay(answer)
+        flight = self.flights.get(key)
+        if flight and not flight.abandoned:
+            call.entry.cache, call.pays, call.account = "coalesced", False, flight.account
+        else:
+            call.entry.cache = "miss"
+            landed = functools.partial(self.keep, key)
+            call.leads = flight = Flight(self.upstream(call, targets), call.account, landed)
+            self.flights[key] = flight
+            flight.task.add_done_callback(lambda _: self.flights.pop(key, None))
+        return flight.read()
+
+    async def keep(self, key: str, flight: Flight) -> None:
+        finish, account = flight.batches[-1][-1], flight.account
+        if self.cache and OUTCOMES.get(getattr(finish, "reason", "")) == "ok":
+            await self.cache.put(key, Answer(flight.batches, account.usage, account.dropped))
+
+    async def upstream(self, call: Call, targets: list[Target]) -> AsyncGenerator[Batch, None]:
+        """The vendor's answer: retries and fallbacks until the first event, then that stream."""
+        times, account, now = self.config.upstream, call.account, call.now
+        deadline, error = call.started + times.first_byte, None
+        for position, target in enumerate(targets):
+            # while other targets are left, this one gets its share of the time
+            limit = now() + (deadline - now()) / (len(targets) - position)
+            for retry in range(times.attempts):
+                if retry and error:
+                    wait = retry if error.wait is None else error.wait
+                    if not error.retryable or now() + wait >= limit:
+                        break
+                    await asyncio.sleep(wait)
+                try:
+                    attempt = Attempt(self, target, call.request, call.started + times.total)
+                except BadRequest:  # this model cannot be asked; what another has said counts more
+                    if not error:
+                        raise
+                    break
+                if error:
+                    self.note_retry(call, target, error)
+                self.open_account(account, target, attempt, call.request)
+                began = now()
+                try:
+                    async with asyncio.timeout(limit - now()):
+                        first = await attempt.open()
+                    account.answered = True
+                    async with aclosing(attempt.rest(first)) as batches:
+                        async for batch in batches:
+                            account.usage = attempt.adapter.usage
+                            texts = [e.text for e in batch if isinstance(e, Text | Thinking)]
+                            account.produced += sum(len(text.encode()) for text in texts)
+                            yield batch
+                    return
+                except TimeoutError:
+                    error = UpstreamError(504, "the vendor did not answer in time")
+                except UpstreamError as failed:
+                    error = failed
+                finally:
+                    account.seconds += now() - began
+                    await attempt.close()
+                error.message = redact(error.message, self.secrets)
+                if error.status == 504:
+                    self.metrics.timeouts.labels(target.provider).inc()
+                if account.answered:
+                    raise error
+                if error.sent:  # it may have been billed for what it could have cost
+                    tokens = call.request.max_tokens if error.status == 504 or account.hidden else 0
+                    lost = cost(Usage(account.bound, tokens), self.prices.of(target.model))
+                    account.lost += lost or 0
+            if error and not error.worth_fallback:
+                break
+        raise error or UpstreamError(504, "the vendor did not answer in time")
+
+    def open_account(
+        self, account: Account, target: Target, attempt: Attempt, request: Request
+    ) -> None:
+        account.attempts += 1
+        account.provider, account.model = target.provider, target.model
+        account.dropped = attempt.adapter.dropped
+        account.bound = input_bound(attempt.body, request)
+        account.hidden = bool(attempt.adapter.can & {"always", "on", "off"})
+
+    def note_retry(self, call: Call, target: Target, error: UpstreamError) -> None:
+        self.metrics.retries.labels(target.provider, error.code).inc()
+        fields = {"id": call.entry.id, "provider": target.provider, "model": target.model}
+        fields |= {"after": error.code, "message": error.message}
+        LOG.info("retry", extra={"fields": fields})
+
+    async def settle(self, call: Call, failure: ProxyError | None) -> None:
+        """Account for a request, once, and then end its reply."""
+        if call.settled:
+            return
+        call.settled = True
+        entry, account = call.entry, call.account
+        entry.duration = round(call.now() - call.started, 4)
+        if failure:
+            ours = not account.attempts and failure.status != 500
+            entry.outcome, entry.status = "rejected" if ours else "error", failure.status
+            entry.code = failure.code
+        elif call.finish:
+            entry.outcome, entry.status = OUTCOMES[call.finish], 200
+        else:
+            entry.outcome, entry.status, entry.code = "cancelled", 499, "client_left"
+        if not call.pays:
+            entry.cost = "0"
+        elif account.attempts:
+            self.charge(call)
+        self.metrics.count(entry, account)
+        written = self.report(call)
+        if call.estimate:
+            used = entry.input_tokens + entry.output_tokens
+            await self.limiter.give_back(call.client.id, call.estimate - used)
+        if written:
+            await written
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(5):
+                await self.end_reply(call, failure)
+
+    def charge(self, call: Call) -> None:
+        """The row's usage and cost: by the vendor's figures, or else by the most it can be: the
+        input at its bytes, the output at those delivered, or all of it where some is hidden."""
+        entry, account = call.entry, call.account
+        usage = account.usage
+        if account.answered and not usage.known:
+            entry.estimated, most = True, call.request.max_tokens
+            output = most if account.hidden else min(most, account.produced)
+            output = max(usage.output_tokens, output)
+            inputs = max(usage.input_tokens, account.bound)
+            usage = replace(usage, input_tokens=inputs, output_tokens=output)
+        for name in Usage.__struct_fields__[:-1]:
+            setattr(entry, name, getattr(usage, name))
+        entry.provider, entry.model = account.provider, account.model
+        entry.attempts = account.attempts
+        usd = cost(usage, self.prices.of(account.model))
+        entry.cost = None if usd is None else f"{(usd + account.lost).normalize():f}"
+
+    def report(self, call: Call) -> Awaitable[None] | None:
+        """The log line and the ledger row."""
+        entry = call.entry
+        fields = asdict(entry) | {"dropped": ", ".join(call.dropped + call.account.dropped)}
+        fields |= {"time": None, "cost": entry.cost and float(entry.cost)}
+        LOG.info("request", extra={"fields": {k: v for k, v in fields.items() if v}})
+        if entry.outcome == "rejected":  # these cost nothing: a flood must not fill the disk
+            if self.rejected_rows.refill(time.monotonic()) < 1:
+                return None
+            self.rejected_rows.level -= 1
+        return self.ledger.record(entry) if self.ledger else None
+
+    async def end_reply(self, call: Call, failure: ProxyError | None) -> None:
+        entry = call.entry
+        if failure and not call.begun:
+            await call.reply(failure.status, call.error_body(failure), failure.headers)
+        elif failure:
+            if line := call.writer.error(failure):  # else the missing end of the body says it
+                await call.write(line, last=True)
+        elif entry.outcome != "cancelled":
+            usd = None if entry.cost is None else float(entry.cost)
+            usage, model = call.account.usage, call.account.model or entry.model
+            report = {"usage": spell(usage), "costUsd": usd, "model": model}
+            data = call.writer.end(call.finish, report | {"requestId": call.public_id})
+            if call.begun:
+                await call.write(data, last=True)
+            else:
+                await call.reply(200, data, {"x-cost-usd": entry.cost} if entry.cost else {})
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def spell(usage: Usage) -> dict[str, int]:
+    """Usage in both of the spellings that clients read."""
+    prompt, completion = usage.input_tokens, usage.output_tokens
+    camel = {"promptTokens": prompt, "completionTokens": completion}
+    snake = {"prompt_tokens": prompt, "completion_tokens": completion}
+    total = {"totalTokens": prompt + completion, "total_tokens": prompt + completion}
+    cached = {"cacheReadTokens": usage.cache_read_tokens, "reasoningTokens": usage.reasoning_tokens}
+    return camel | snake | total | cached
+
+
+class ClientGone(Exception):
+    """The caller left while it was still sending its body."""
+
+
+async def read_body(receive: Receive, headers: Headers, limits: Limits) -> bytes:
+    body, declared = bytearray(), headers.get("content-length", "")
+    too_large = ProxyError(413, "body_too_large", f"body: larger than {limits.max_body} bytes")
+    if declared.isdecimal() and int(declared[:20]) > limits.max_body:
+        raise too_large
+    try:
+        async with asyncio.timeout(limits.body_timeout):
+            while True:
+                message: Any = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                body += message.get("body", b"")
+                if len(body) > limits.max_body:
+                    raise too_large
+                if not message.get("more_body"):
+                    return bytes(body)
+    except TimeoutError:
+        text = f"body: not complete after {limits.body_timeout:g} s"
+        raise ProxyError(408, "body_timeout", text) from None
+
+
+async def departure(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def replay(answer: Answer) -> AsyncGenerator[Batch, None]:
+    for batch in answer.batches:
+        yield batch
+
+
+def open_session() -> aiohttp.ClientSession:
+    """A cookie jar would replay one caller's cookies to the next, so there is none."""
+    tls = httpx.create_ssl_context(trust_env=False)
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30, ssl=tls),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        max_line_size=65536,
+        max_field_size=65536,
+        skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+    )
+
+
+# ---- HTTP --------------------------------------------------------------------------------------
+# The edge that every request passes, the routes, and the app that holds them.
+
+EXPOSED = (
+    b"X-Request-ID, X-Cache, X-Cost-USD, X-Dropped-Params, X-Demo, Retry-After, x-should-retry, "
+    b"x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, "
+    b"x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens"
+)
+
+
+class App(litestar.Litestar):
+    """Litestar behind the edge: ids, origins and CORS hold for every request, those that no route
+    matches included."""
+
+    proxy: Proxy
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return await super().__call__(scope, receive, send)
+        headers, config = read_headers(scope), self.proxy.config
+        given = headers.get("x-request-id", "").partition(",")[0].strip()
+        given = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else ""
+        # a state of our own: where we are mounted, the host's is not ours to write in
+        state = {"id": secrets.token_hex(12), "request_id": given, "headers": headers, "send": send}
+        scope = {**scope, "state": state}
+        added = [(b"x-request-id", (given or str(state["id"])).encode()), (b"vary", b"Origin")]
+        added.append((b"x-content-type-options", b"nosniff"))
+        added += [(b"x-demo", b"true")] if config.demo else []
+        origin, host, clients = headers.get("origin"), headers.get("host", ""), self.proxy.clients
+        allowed = origin is None or clients.origin_allowed(origin, host)
+        if origin and allowed:
+            added.append((b"access-control-allow-origin", origin.encode("latin-1")))
+            added.append((b"access-control-expose-headers", EXPOSED))
+        state["added"] = added
+
+        async def send_with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *added]
+            await send(message)
+
+        if not allowed:
+            fix = "its owner can add it to server.cors_origins"
+            message = f"origin {redact(str(origin))} may not call this proxy; {fix}"
+            call = Call(scope, self.proxy.clock)
+            await self.proxy.settle(call, ProxyError(403, "origin_not_allowed", message))
+        elif scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
+            await preflight(headers, send_with_headers)
+        else:
+            await super().__call__(scope, receive, send_with_headers)
+
+
+async def preflight(headers: Headers, send: Send) -> None:
+    """Allow the headers that were asked for: SDKs send a dozen of their own."""
+    raw = [(b"access-control-allow-methods", b"GET, POST"), (b"access-control-max-age", b"600")]
+    asked = headers.get("access-control-request-headers", "")
+    if re.fullmatch(r"[\w!#$%&'*+.^`|~, -]{1,2000}", asked, re.ASCII):
+        raw.append((b"access-control-allow-headers", asked.encode()))
+    await send({"type": "http.response.start", "status": 204, "headers": raw})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def error_response(request: litestar.Request[Any, Any, Any], error: Exception) -> Any:
+    """Errors of the routes themselves; Proxy.serve answers for its own."""
+    if isinstance(error, HTTPException):
+        code = "not_found" if error.status_code == 404 else "invalid_request"
+        error = ProxyError(error.status_code, code, f"{request.method}: {error.detail}")
+    elif not isinstance(error, ProxyError):
+        LOG.error("a route failed unexpectedly", exc_info=error)
+        error = ProxyError(500, "internal_error", "internal error")
+    state = request.scope["state"]
+    body = {"error": error.message, "type": error.type, "code": error.code}
+    body["requestId"] = state["request_id"] or state["id"]
+    return litestar.Response(body, status_code=error.status, headers=error.headers)
+
+
+def create_app(
+    config: Config,
+    environ: Map[str, str] = os.environ,
+    *,
+    public: bool = True,
+    standalone: bool = False,
+    transport: httpx.AsyncBaseTransport | None = None,
+    clock: Callable[[], float] = time.time,
+) -> App:
+    """The application; opens nothing. Raises ConfigError.
+
+    `public` is False only where nobody but this machine can connect. `standalone` lets it end the
+    process after a signal; mounted in another app, enter `app.lifespan()` in the host's lifespan.
+    """
+    # a proxy in front of a loopback bind means that others get in
+    proxy = Proxy(config, environ, public or bool(config.server.trusted_proxies), clock)
+
+    @litestar.post("/api/{provider:str}")
+    async def api(provider: str) -> ASGIApp:
+        return functools.partial(proxy.serve, provider)
+
+    @litestar.route(["/health", "/healthz", "/livez"], http_method=["GET", "HEAD"])
+    async def health() -> dict[str, Any]:
+        return {"status": "ok", "version": __version__, "demo": config.demo}
+
+    @litestar.route(["/ready", "/readyz"], http_method=["GET", "HEAD"])
+    async def ready() -> litestar.Response[dict[str, Any]]:
+        checks = {"draining": proxy.draining, "ledger": not proxy.ledger or proxy.ledger.healthy}
+        good = checks["ledger"] and not proxy.draining
+        body = {"status": "ready" if good else "not ready"} | checks
+        return litestar.Response(body, status_code=200 if good else 503)
+
+    @litestar.get("/metrics")
+    async def metrics(request: litestar.Request[Any, Any, Any]) -> litestar.Response[bytes]:
+        headers, token = request.scope["state"]["headers"], config.server.admin_token
+        presented = headers.get("authorization", "").removeprefix("Bearer ")
+        known = bool(token) and hmac.compare_digest(sha256(presented), sha256(token))
+        if not known and not proxy.clients.trusted(request.scope, headers):
+            message = "metrics need server.admin_token as `Authorization: Bearer TOKEN`"
+            raise ProxyError(401, "invalid_key", message, retry=False)
+        proxy.metrics.streams.set(len(proxy.live))
+        proxy.metrics.clients.set(len(proxy.inflight))
+        text = prometheus_client.generate_latest(proxy.metrics.registry)
+        return litestar.Response(text, media_type="text/plain; version=0.0.4")
+
+    @litestar.get("/usage")
+    async def usage(request: litestar.Request[Any, Any, Any]) -> dict[str, Any]:
+        client = proxy.clients.identify(request.scope, request.scope["state"]["headers"])
+        midnight, rows = proxy.clock() // 86400 * 86400, [Totals()]
+        if proxy.ledger:
+            ask = asyncio.to_thread(read_totals, proxy.ledger.path, midnight, "day", client.id)
+            rows = await ask or rows
+        today: dict[str, float] = {
+            "requests": rows[0].requests,
+            "inputTokens": rows[0].input_tokens,
+        }
+        today |= {"outputTokens": rows[0].output_tokens, "costUsd": float(rows[0].cost)}
+        taken, limits = await proxy.limiter.take(client.id, 0, 0), config.limits
+        left: dict[str, float] = {"requests": int(taken.requests), "tokens": int(taken.tokens)}
+        left |= {"requestsPerMinute": limits.requests_per_minute}
+        left |= {"tokensPerMinute": limits.tokens_per_minute}
+        return {"client": client.id, "today": today, "left": left}
+
+    @litestar.get("/")
+    async def page(request: litestar.Request[Any, Any, Any]) -> litestar.Response[str]:
+        local = proxy.clients.trusted(request.scope, request.scope["state"]["headers"])
+        if not (local or config.server.page):
+            raise ProxyError(404, "not_found", "the page is off: server.page = true serves it")
+        csp = {"content-security-policy": PAGE_CSP}
+        return litestar.Response(render_page(proxy), media_type="text/html", headers=csp)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: litestar.Litestar) -> AsyncIterator[None]:
+        demo = DemoTransport() if config.demo else None
+        chosen = transport or demo or httpx_aiohttp.AiohttpTransport(client=open_session)
+        async with proxy.running(chosen):
+            with stop_on_signals(proxy) if standalone else contextlib.nullcontext():
+                yield
+
+    routes = [api, health, ready, metrics, usage, page]
+    app = App(
+        routes,
+        exception_handlers={Exception: error_response},
+        lifespan=[lifespan],
+        openapi_config=None,
+        logging_config=None,
+    )
+    app.proxy = proxy
+    return app
+
+
+@contextlib.contextmanager
+def stop_on_signals(proxy: Proxy) -> Iterator[None]:
+    """On SIGTERM the server lets what runs finish, without an end to its patience. So after `drain`
+    what still runs is ended with its error line, and 3 s later the process leaves, whatever a
+    half-sent request or a reader that does not read would hold it with."""
+    loop, drain = asyncio.get_running_loop(), proxy.config.server.drain
+
+    def leave() -> None:
+        if proxy.ledger:
+            proxy.ledger.close()
+        os._exit(0)
+
+    def begin() -> None:
+        if not proxy.draining:
+            proxy.draining = True
+            loop.call_later(drain, proxy.stop_calls)
+            loop.call_later(drain + 3, leave)
+
+    def chain(previous: Any) -> Callable[[int, Any], None]:
+        def handle(number: int, frame: Any) -> None:
+            loop.call_soon_threadsafe(begin)
+            if callable(previous):
+                previous(number, frame)
+
+        return handle
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, chain(signal.getsignal(number)))
+    yield
+
+
+# ---- Page --------------------------------------------------------------------------------------
+# A small page to try the proxy with. Model text reaches it only through textContent.
+
+PAGE_SCRIPT = """
+const $ = id => document.getElementById(id);
+let controller;
+$("stop").onclick = () => controller?.abort();
+$("form").onsubmit = async event => {
+  event.preventDefault();
+  controller?.abort();
+  controller = new AbortController();
+  const started = performance.now(), headers = {"Content-Type": "application/json"};
+  if ($("key").value) headers.Authorization = "Bearer " + $("key").value;
+  $("answer").textContent = $("facts").textContent = "";
+  let first, rest = "";
+  try {
+    const reply = await fetch("api/" + $("provider").value, {
+      method: "POST", headers, signal: controller.signal,
+      body: JSON.stringify({model: $("model").value, enable_thinking: $("think").checked,
+        messages: [{role: "user", content: $("prompt").value}]}),
+    });
+    if (!reply.ok) throw new Error((await reply.json()).error);
+    const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
+    for (let part; !(part = await reader.read()).done;) {
+      const lines = (rest + part.value).split("\\n");
+      rest = lines.pop();
+      for (const line of lines) {
+        if (line.startsWith("error: ")) throw new Error(JSON.parse(line.slice(7)).message);
+        if (!line.startsWith("data: {")) continue;
+        const chunk = JSON.parse(line.slice(6));
+        first ??= performance.now() - started;
+        $("answer").textContent += chunk.token;
+        if (!chunk.isLast) continue;
+        for (const call of chunk.toolCalls ?? [])
+          $("answer").textContent += `\\n→ ${call.function.name}(${call.function.arguments})`;
+        $("facts").textContent = `first token ${Math.round(first)} ms · ` +
+          `${chunk.usage.totalTokens} tokens · cost ` +
+          (chunk.costUsd === null ? "unknown" : "$" + chunk.costUsd) + " · " + chunk.finishReason;
+      }
+    }
+  } catch (error) {
+    $("facts").textContent = error.name === "AbortError" ? "stopped" : "Error: " + error.message;
+  }
+};
+"""
+PAGE_STYLE = """
+body { font: 16px system-ui; max-width: 44rem; margin: 2rem auto; padding: 0 1rem }
+textarea, pre { width: 100%; box-sizing: border-box; font: inherit; white-space: pre-wrap }
+"""
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>proxy.py</title>
+<meta name="viewport" content="width=device-width"><style>%(style)s</style>
+<h1>proxy.py</h1><p>%(hint)s</p><form id="form">
+<label>Provider <select id="provider">%(providers)s</select></label>
+<label>Model <input id="model" list="models" value="%(model)s"></label>
+<datalist id="models">%(models)s</datalist>
+<label><input type="checkbox" id="think"> show thinking</label>
+<label>Key <input id="key" type="password" placeholder="where one is needed"></label>
+<p><textarea id="prompt" rows="4" required autofocus>Say hello.</textarea></p>
+<button id="send">Send</button> <button id="stop" type="button">Stop</button>
+</form><pre id="answer"></pre><p id="facts" role="status"></p><script>%(script)s</script></html>
+"""
+DEMO_HINT = (
+    "Demo: no vendor is called. Begin the prompt with /tool, /think, /long, /error or /cut to see "
+    "that kind of answer."
+)
+
+
+def csp_hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+PAGE_CSP = (
+    f"default-src 'none'; script-src {csp_hash(PAGE_SCRIPT)}; style-src {csp_hash(PAGE_STYLE)}; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+def render_page(proxy: Proxy) -> str:
+    def options(names: Iterable[str]) -> str:
+        return "".join(f"<option>{html.escape(name)}</option>" for name in names)
+
+    globs = {name: proxy.config.providers[name].models for name in proxy.keys}
+    offered = [m for m in built_in_prices() if any(matches(m, glob) for glob in globs.values())]
+    first = proxy.config.providers[next(iter(globs))]
+    chosen = first.default_model or next((m for m in offered if matches(m, first.models)), "")
+    return PAGE % {
+        "style": PAGE_STYLE,
+        "script": PAGE_SCRIPT,
+        "hint": DEMO_HINT if proxy.config.demo else "Send a prompt to a configured model.",
+        "providers": options(globs),
+        "models": options([*proxy.config.models, *offered]),
+        "model": html.escape(chosen),
+    }
+
+
+# ---- Demo --------------------------------------------------------------------------------------
+# A vendor inside the process: it answers the real request of an adapter with the bytes that vendor
+# would send, at a believable pace. Only the network is missing.
+
+DEMO_TEXT = (
+    "Hello! This answer comes from the demo provider inside proxy.py: no vendor was called and "
+    "nothing was spent. Everything else is real, from the request your page sent to the tokens "
+    "you are reading. "
+)
+
+# The vendors' events, by dialect and by the kind of thing said; %s is filled in with JSON.
+DEMO_EVENTS: dict[str, dict[str, str]] = {
+    "messages": {
+        "start": '{"type":"message_start","message":{"usage":{"input_tokens":25}}}',
+        "Text": '{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":%s}}',
+        "Thinking": '{"type":"content_block_delta","index":0,'
+        '"delta":{"type":"thinking_delta","thinking":%s}}',
+        "ToolUse": '{"type":"content_block_start","index":1,"content_block":'
+        '{"type":"tool_use","id":"toolu_demo","name":%s,"input":{"city":"Paris"}}}',
+        "tool_calls": '{"type":"message_delta","delta":{"stop_reason":"tool_use"},'
+        '"usage":{"output_tokens":%s}}\n\ndata: {"type":"message_stop"}',
+        "stop": '{"type":"message_delta","delta":{"stop_reason":"end_turn"},'
+        '"usage":{"output_tokens":%s}}\n\ndata: {"type":"message_stop"}',
+    },
+    "responses": {
+        "start": '{"type":"response.created","response":{}}',
+        "Text": '{"type":"response.output_text.delta","delta":%s}',
+        "Thinking": '{"type":"response.reasoning_summary_text.delta","delta":%s}',
+        "ToolUse": '{"type":"response.output_item.added","item":{"type":"function_call",'
+        '"id":"fc_demo","call_id":"call_demo","name":%s}}\n\ndata: {"type":'
+        '"response.function_call_arguments.done","item_id":"fc_demo",'
+        '"arguments":"{\\"city\\":\\"Paris\\"}"}',
+        "stop": '{"type":"response.completed","response":{"usage":'
+        '{"input_tokens":25,"output_tokens":%s}}}',
+    },
+    "chat": {
+        "start": '{"choices":[{"delta":{"role":"assistant"}}]}',
+        "Text": '{"choices":[{"delta":{"content":%s}}]}',
+        "Thinking": '{"choices":[{"delta":{"reasoning_content":%s}}]}',
+        "ToolUse": '{"choices":[{"delta":{"tool_calls":[{"index":0,"id":"call_demo","function":'
+        '{"name":%s,"arguments":"{\\"city\\":\\"Paris\\"}"}}]}}]}',
+        "stop": '{"choices":[],"usage":{"prompt_tokens":25,"completion_tokens":%s}}'
+        "\n\ndata: [DONE]",
+    },
+}
+
+
+class DemoTransport(httpx.AsyncBaseTransport):
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        body = msgspec.json.decode(request.content)
+        last = (body.get("messages") or body.get("input"))[-1]
+        content = last.get("content", "") if last.get("role") == "user" else ""
+        prompt = content if isinstance(content, str) else content[0].get("text", "")
+        if prompt.startswith("/error"):
+            error = {"type": "overloaded_error", "message": "The demo model is overloaded"}
+            return httpx.Response(529, json={"type": "error", "error": error})
+        dialect = next(name for name, a in ADAPTERS.items() if request.url.path.endswith(a.path))
+        tool = (body.get("tools") or [{"name": "get_weather"}])[0]
+        name = tool.get("name") or tool["function"]["name"]
+        return httpx.Response(200, stream=DemoStream(DEMO_EVENTS[dialect], prompt, name))
+
+
+class DemoStream(httpx.AsyncByteStream):
+    def __init__(self, events: dict[str, str], prompt: str, tool: str) -> None:
+        self.events = events
+        self.said = [("Text", word) for word in re.findall(r"\S+\s*", DEMO_TEXT)]
+        end = "stop"
+        if prompt.startswith("/long"):
+            self.said *= 20
+        elif prompt.startswith("/cut"):
+            del self.said[12:]
+            end = ""
+        elif prompt.startswith("/think"):
+            thoughts = "The person wants to see thinking. I think a little, then I answer. "
+            self.said[:0] = [("Thinking", word) for word in re.findall(r"\S+\s*", thoughts)]
+        elif prompt.startswith("/tool"):
+            self.said, end = [("Text", "Let me look that up. "), ("ToolUse", tool)], "tool_calls"
+        self.end = events.get(end, events["stop"] if end else "")
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield b"data: %b\n\n" % self.events["start"].encode()
+        for kind, text in self.said:
+            await asyncio.sleep(0.03)
+            yield (
+                b"data: %b\n\n" % (self.events[kind] % msgspec.json.encode(text).decode()).encode()
+            )
+        if self.end:
+            yield b"data: %b\n\n" % (self.end % len(self.said)).encode()
+
+
+# ---- Command line ------------------------------------------------------------------------------
+# One line and exit code 2 for what is wrong; otherwise Granian serves until a signal.
+
+
+def __getattr__(name: str) -> Any:
+    """`granian --interface asgi proxy:app` works; importing the module builds nothing."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()["app"] = app = load_app(load_config(), public=True)
+    return app
+
+
+def load_app(config: Config, public: bool) -> App:
+    """What a Granian worker runs; at module level, so that a spawned process finds it."""
+    set_up_logging(config.server.log_level)
+    app = create_app(config, public=public, standalone=True)
+    set_up_logging(config.server.log_level, app.proxy.secrets)
+    return app
+
+
+def set_up_logging(level: str, known: Iterable[str] = ()) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogFormat(sys.stderr.isatty(), known))
+    LOG.handlers[:] = [handler]
+    LOG.setLevel(level.upper())
+    LOG.propagate = False
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    name, about = Path(__file__).name, "Let code in a browser call language models."
+    parser = argparse.ArgumentParser(prog=name, description=about)
+    add = parser.add_argument
+    add("--host", help="address to bind (127.0.0.1, or 0.0.0.0 where PORT is set)")
+    add("--port", type=int, help="port to bind (PORT, or 8000)")
+    add("--workers", type=int, help="worker processes (1)")
+    add("--config", type=Path, help="settings file (config.toml beside this file)")
+    add("--check", action="store_true", help="print what is configured, open and missing; exit")
+    add("--demo", action="store_true", help="answer from a built-in model instead of the vendors")
+    add("--version", action="version", version=f"{name} {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="")
+    usage = commands.add_parser("usage", help="print what was used, from the ledger")
+    usage.add_argument("--since", default="7d", help="how far back, like 12h (%(default)s)")
+    usage.add_argument("--by", choices=GROUPS, default="day", help="one row each (%(default)s)")
+    usage.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    set_up_logging("info")
+    try:
+        config = configure(options, os.environ)
+        set_up_logging(config.server.log_level)
+        if options.command == "usage":
+            print(show_usage(config, options))
+            return 0
+        public = not is_loopback(config.server.host)
+        proxy = create_app(config, public=public).proxy
+        if options.check:
+            print(show_check(proxy, public))
+            return 0
+        address = check_port(config.server.host, config.server.port)
+    except ConfigError as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        return 2
+    serve(config, address, public)
+    return 0
+
+
+def configure(options: argparse.Namespace, environ: Map[str, str]) -> Config:
+    given = {f"server.{name}": getattr(options, name) for name in ("host", "port", "workers")}
+    given = {key: value for key, value in given.items() if value is not None}
+    if options.demo:
+        given = {"demo": True, "server.host": "127.0.0.1"} | given
+    elif environ.get("PORT"):
+        given = {"server.host": "0.0.0.0"} | given  # a PaaS says so
+    config = load_config(options.config, environ, **given)
+    if config.server.workers != 1:
+        reason = "limits are kept in one process's memory, so there can be only 1"
+        raise ConfigError(f"server.workers: {reason}")
+    if environ.get("WEB_CONCURRENCY", "1") != "1":
+        LOG.warning("WEB_CONCURRENCY is ignored: limits are kept in one process's memory")
+    return config
+
+
+def check_port(host: str, port: int) -> str:
+    """The address to bind. A second Granian on it would start without a word and split traffic."""
+    try:
+        family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+    except OSError as error:
+        fix = "choose others with --host and --port"
+        raise ConfigError(f"server.port: cannot bind {host}:{port} ({error}); {fix}") from None
+    return str(place[0])
+
+
+def serve(config: Config, address: str, public: bool) -> None:
+    from granian import Granian
+    from granian.constants import HTTPModes, Interfaces, Loops
+
+    server, places = config.server, max(1024, 2 * config.limits.concurrent_total)
+    LOG.info("serving http://%s:%s", server.host, server.port)
+    Granian(
+        "proxy",
+        address=address,
+        port=server.port,
+        interface=Interfaces.ASGI,
+        loop=Loops.asyncio if sys.platform == "win32" else Loops.uvloop,
+        http=HTTPModes.http1,
+        websockets=False,
+        backlog=places,
+        backpressure=places,  # counts connections, idle ones too; beyond it the next client hangs
+        log_enabled=False,
+        respawn_failed_workers=True,
+        workers_kill_timeout=int(server.drain) + 5,
+    ).serve(target_loader=functools.partial(load_app, config, public), wrap_loader=False)
+
+
+def show_check(proxy: Proxy, public: bool) -> str:
+    config, limits = proxy.config, proxy.config.limits
+    lines = [("bind", f"{config.server.host}:{config.server.port}, public: {public}")]
+    for name, provider in config.providers.items():
+        state = "ready" if name in proxy.keys else f"off: {provider.key_env} is not set"
+        lines.append(("provider", f"{name}: {provider.adapter} at {provider.base_url}, {state}"))
+    for name, model in config.models.items():
+        lines.append(("model", f"{name}: {', then '.join((model.target, *model.fallback))}"))
+    origins = [*config.server.cors_origins, *(() if public else ("this machine's",))]
+    lines.append(("origins", ", ".join(origins) or "none"))
+    lines.append(("clients", ", ".join(config.clients) or "no keys: each address is a client"))
+    rates = f"{limits.requests_per_minute:g} requests and {limits.tokens_per_minute:,} tokens"
+    lines.append(("limits", f"{rates} a minute, {limits.concurrent} at a time, per client"))
+    lines.append(("ledger", config.ledger.path or "none"))
+    lines.append(("cache", "on" if config.cache.enabled else "off"))
+    lines += [("warning", warning) for warning in proxy.warnings]
+    return "\n".join(f"{name:9} {text}" for name, text in lines)
+
+
+def show_usage(config: Config, options: argparse.Namespace) -> str:
+    try:
+        since = time.time() - convert_unit(Duration, options.since)
+    except ValueError as error:
+        raise ConfigError(f"--since: {error}") from None
+    path = Path(__file__).parent / config.ledger.path
+    if not path.is_file():
+        raise ConfigError(f"ledger.path: there is no ledger at {path} yet")
+    rows = read_totals(path, since, options.by)
+    if options.json:
+        return msgspec.json.encode(rows).decode()
+    lines: list[tuple[str, ...]] = [
+        (options.by, "requests", "errors", "input", "output", "USD", "unpriced")
+    ]
+    lines += [tuple(map(str, astuple(row))) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = ([cell.rjust(w) for cell, w in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join("  ".join(line) for line in padded)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
