@@ -1046,7 +1046,7 @@ class Account(Struct):
     model: str = ""
     attempts: int = 0
     seconds: float = 0.0
-    answered: bool = False
+    billed: bool = False
     usage: Usage = field(default_factory=Usage)
     produced: int = 0
     bound: int = 0
@@ -1106,8 +1106,12 @@ class Flight:
             async with aclosing(source):
                 async for batch in source:
                     self.batches.append(batch)
+                    if batch and isinstance(batch[-1], Finish):
+                        await self.landed(self)
+                        self.finished = True
+                        break
                     self.wake()
-            await self.landed(self)
+                self.wake()
         except ProxyError as error:
             self.error = error
         except Exception:
@@ -2035,6 +2039,7 @@ class Ledger:
         open_ = True
         while open_:
             batch = [self.jobs.get()]
+            time.sleep(0.002)  # so that rows that end together are one commit
             with contextlib.suppress(queue.Empty):
                 while len(batch) < 1000:
                     batch.append(self.jobs.get_nowait())
@@ -2160,7 +2165,7 @@ class Call:
 
     request: Request
     writer: Writer
-    task: asyncio.Task[None]
+    timer: asyncio.TimerHandle
 
     def __init__(self, scope: Scope, clock: Callable[[], float]) -> None:
         state = scope["state"]
@@ -2179,9 +2184,10 @@ class Call:
         self.leads: Flight | None = None
         self.finish = ""
         self.failure: ProxyError | None = None
+        self.task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
 
-    def stop(self, error: ProxyError) -> None:
-        """End the work from outside, with an error the caller is told."""
+    def stop(self, error: ProxyError | None) -> None:
+        """End the work from outside: with an error for the caller, or None where it has left."""
         if not self.settled:
             self.failure = self.failure or error
             self.task.cancel()
@@ -2308,19 +2314,15 @@ class Attempt:
             silence.timer.cancel()
 
     async def close(self) -> None:
-        if self.response and self.adapter.complete:
-            self.proxy.spawn(self.hand_back(self.response))
-        elif self.response:
-            await self.response.stream.aclose()  # type: ignore[union-attr]
-
-    async def hand_back(self, response: httpx.Response) -> None:
         """The end of the HTTP message may come after the last event: only when it has been read
         can the connection serve again."""
-        with contextlib.suppress(Exception):
-            async with asyncio.timeout(1):
-                async for _ in self.chunks:
-                    pass
-        await response.stream.aclose()  # type: ignore[union-attr]
+        if self.response:
+            with contextlib.suppress(Exception):
+                if self.adapter.complete:
+                    async with asyncio.timeout(1):
+                        async for _ in self.chunks:
+                            pass
+            await self.response.stream.aclose()  # type: ignore[union-attr]
 
 
 class Silence:
@@ -2554,31 +2556,32 @@ class Proxy:
         raise ProxyError(403, "model_not_allowed", f"model: {offer}, not {redact(name)!r}{hint}")
 
     async def supervise(self, call: Call, targets: list[Target], receive: Receive) -> None:
-        """Run the work; stop it when the caller leaves or takes nothing more; keep a silent reply
-        alive. A caller that has everything leaves too: then there is nothing to stop."""
-        call.task = work = asyncio.create_task(self.work(call, targets))
+        """Work in this task; cancel it when the caller leaves, which shows only to a second one."""
         gone = asyncio.create_task(departure(receive))
+        gone.add_done_callback(lambda _: call.stop(None))
         self.live.add(call)
+        self.watch(call)
         try:
-            while not (work.done() or gone.done() or call.settled):
-                # an answer in one piece waits a little longer before it gives up its status
-                silence = self.config.server.ping + (0 if call.begun or call.writer.early else 5)
-                silence = self.config.upstream.idle if call.writing else silence
-                due = call.wrote + silence - call.now()
-                if due > 0:
-                    await asyncio.wait((work, gone), timeout=due, return_when="FIRST_COMPLETED")
-                elif call.writing:
-                    break
-                elif call.begun or not call.writer.early:
-                    await call.fill()
-                else:  # no reply yet to keep alive: the upstream's deadlines hold
-                    call.wrote = call.now()
+            await self.work(call, targets)
         finally:
+            call.timer.cancel()
             gone.cancel()
-            if not call.settled:
-                work.cancel()
-            await asyncio.wait((work,))
             self.live.discard(call)
+
+    def watch(self, call: Call) -> None:
+        """Keep a silent reply alive, and end one that the caller takes nothing more of."""
+        times, now = self.config, call.now()
+        # an answer in one piece waits a little longer before it gives up its status
+        silence = times.server.ping + (0 if call.begun or call.writer.early else 5)
+        silence = times.upstream.idle if call.writing else silence
+        if call.wrote + silence <= now:
+            if call.writing:
+                call.stop(None)
+            elif call.begun or not call.writer.early:
+                self.spawn(call.fill())
+            call.wrote = now  # else there is no reply yet to keep alive
+        due = max(0.01, call.wrote + silence - now)
+        call.timer = asyncio.get_running_loop().call_later(due, self.watch, call)
 
     async def work(self, call: Call, targets: list[Target]) -> None:
         """Fetch and deliver the answer, then settle it, however it ends."""
@@ -2587,10 +2590,13 @@ class Proxy:
             async with aclosing(await self.source(call, targets)) as batches:
                 async for batch in batches:
                     await call.deliver(batch)
+                    if call.finish:  # the caller need not wait for the vendor's connection
+                        return await self.settle(call, None)
         except ProxyError as error:
             failure = error
         except asyncio.CancelledError:
             failure = call.failure  # None where the caller has left
+            call.task.uncancel()
         except Exception:
             LOG.exception("an answer failed unexpectedly")
             failure = ProxyError(500, "internal_error", "internal error")
@@ -2647,13 +2653,15 @@ class Proxy:
                 if error:
                     self.note_retry(call, target, error)
                 self.open_account(account, target, attempt, call.request)
-                began = now()
+                begun, began, before = False, now(), account.seconds
+                account.billed = True  # until it is known better; also where the caller leaves
                 try:
                     async with asyncio.timeout(limit - now()):
                         first = await attempt.open()
-                    account.answered = True
+                    begun = True
                     async with aclosing(attempt.rest(first)) as batches:
                         async for batch in batches:
+                            account.seconds = before + now() - began
                             account.usage = attempt.adapter.usage
                             texts = [e.text for e in batch if isinstance(e, Text | Thinking)]
                             account.produced += sum(len(text.encode()) for text in texts)
@@ -2664,13 +2672,14 @@ class Proxy:
                 except UpstreamError as failed:
                     error = failed
                 finally:
-                    account.seconds += now() - began
+                    account.seconds = before + now() - began
                     await attempt.close()
                 error.message = redact(error.message, self.secrets)
                 if error.status == 504:
                     self.metrics.timeouts.labels(target.provider).inc()
-                if account.answered:
+                if begun:
                     raise error
+                account.billed = False
                 if error.sent:  # it may have been billed for what it could have cost
                     tokens = call.request.max_tokens if error.status == 504 or account.hidden else 0
                     lost = cost(Usage(account.bound, tokens), self.prices.of(target.model))
@@ -2729,7 +2738,7 @@ class Proxy:
         input at its bytes, the output at those delivered, or all of it where some is hidden."""
         entry, account = call.entry, call.account
         usage = account.usage
-        if account.answered and not usage.known:
+        if account.billed and not usage.known:
             entry.estimated, most = True, call.request.max_tokens
             output = most if account.hidden else min(most, account.produced)
             output = max(usage.output_tokens, output)
