@@ -761,6 +761,8 @@ def read_content(item: dict[str, Any], where: str, dropped: list[str]) -> list[P
     blocks = content if isinstance(content, list) else [content or ""]
     read = (read_block(block, f"{where}.content[{i}]", dropped) for i, block in enumerate(blocks))
     parts = [part for part in read if part]
+    if item["role"] != "user" and any(isinstance(part, Image) for part in parts):
+        raise BadRequest(f"{where}.content: only a user's message can hold images")
     calls = item.get("tool_calls")
     for i, call in enumerate(calls if isinstance(calls, list) else ()):
         match call:
@@ -773,6 +775,8 @@ def read_content(item: dict[str, Any], where: str, dropped: list[str]) -> list[P
 
 
 def read_block(block: Any, where: str, dropped: list[str]) -> Part | None:
+    if isinstance(block, dict) and "cache_control" in block:
+        dropped.append("cache_control")
     match block:
         case (
             str(text)
@@ -955,6 +959,7 @@ class Clients:
         peer = str((scope.get("client") or ("unknown", 0))[0])
         values = [value.strip() for value in headers.get("x-forwarded-for", "").split(",")]
         text = values[-self.proxies] if 0 < self.proxies <= len(values) else peer
+        text = text.partition(":")[0] if text.count(":") == 1 else text  # some proxies add a port
         try:
             address = ipaddress.ip_address(text.partition("%")[0])
         except ValueError:
@@ -1186,7 +1191,7 @@ CAPABILITIES = {
     "claude-3*": "one",
     "claude-*-4-[015]*": "one budget",
     "claude-*-4-20*": "one budget",
-    "claude-*-4-6*": "one adaptive unfilled",
+    "claude-*-4-6*": "adaptive unfilled",
     "claude-opus-4-7*": "unsampled adaptive unfilled",
     "claude-mythos-preview*": "unsampled adaptive unfilled",
     "claude-opus-4-8*": "unsampled adaptive unfilled mid",
@@ -1454,7 +1459,7 @@ class Messages(Adapter):
                 if reason := delta.get("stop_reason"):
                     self.reason = self.reasons.get(reason, "stop")
                 self.count(event.get("usage"))
-                self.usage.known = isinstance(event.get("usage"), dict)
+                self.usage.known = isinstance(self.counts.get("output_tokens"), int)
             case {"type": "message_stop"}:
                 yield from self.finish()
             case {"type": "error"}:
@@ -1501,7 +1506,7 @@ class OpenAI(Adapter):
         return {"tool_choice": given}
 
     def count(self, usage: Any) -> None:
-        if isinstance(usage, dict):
+        if isinstance(usage, dict) and usage.keys() & {"prompt_tokens", "input_tokens"}:
             into, out = (
                 ("prompt", "completion") if "prompt_tokens" in usage else ("input", "output")
             )
@@ -1511,7 +1516,7 @@ class OpenAI(Adapter):
                 cache_read_tokens=number(usage, f"{into}_tokens_details", "cached_tokens"),
                 cache_write_tokens=number(usage, f"{into}_tokens_details", "cache_write_tokens"),
                 reasoning_tokens=number(usage, f"{out}_tokens_details", "reasoning_tokens"),
-                known=True,
+                known=isinstance(usage.get(f"{out}_tokens"), int),
             )
 
 
@@ -1976,7 +1981,7 @@ CREATE INDEX IF NOT EXISTS entries_client ON entries (client, time);
 """
 GROUPS = {
     "client": "client",
-    "model": "provider || '/' || model",
+    "model": "iif(model = '', '-', provider || '/' || model)",
     "day": "strftime('%Y-%m-%d', time, 'unixepoch')",
 }
 
@@ -2358,8 +2363,10 @@ async def read_refusal(response: httpx.Response) -> UpstreamError:
         match msgspec.json.decode(body):
             case {"error": dict(error)}:
                 pass
-            case {"error": str(message)} | {"message": str(message)}:
+            case {"error": str(message)} | {"message": str(message)} | {"detail": str(message)}:
                 error = {"message": message}
+            case [{"error": dict(error)}, *_]:
+                pass
     details = error.get("details")
     deep = details.get("error_code") if isinstance(details, dict) else None
     return UpstreamError(
@@ -2634,7 +2641,9 @@ class Proxy:
     async def upstream(self, call: Call, targets: list[Target]) -> AsyncGenerator[Batch, None]:
         """The vendor's answer: retries and fallbacks until the first event, then that stream."""
         times, account, now = self.config.upstream, call.account, call.now
-        deadline, error = call.started + times.first_byte, None
+        deadline = call.started + times.first_byte
+        error: UpstreamError | None = None
+        refusal: BadRequest | None = None
         for position, target in enumerate(targets):
             # while other targets are left, this one gets its share of the time
             limit = now() + (deadline - now()) / (len(targets) - position)
@@ -2646,9 +2655,8 @@ class Proxy:
                     await asyncio.sleep(wait)
                 try:
                     attempt = Attempt(self, target, call.request, call.started + times.total)
-                except BadRequest:  # this model cannot be asked; what another has said counts more
-                    if not error:
-                        raise
+                except BadRequest as failed:  # this model cannot be asked, another may be
+                    refusal = failed
                     break
                 if error:
                     self.note_retry(call, target, error)
@@ -2686,7 +2694,7 @@ class Proxy:
                     account.lost += lost or 0
             if error and not error.worth_fallback:
                 break
-        raise error or UpstreamError(504, "the vendor did not answer in time")
+        raise error or refusal or UpstreamError(504, "the vendor did not answer in time")
 
     def open_account(
         self, account: Account, target: Target, attempt: Attempt, request: Request
@@ -2718,12 +2726,13 @@ class Proxy:
             entry.outcome, entry.status = OUTCOMES[call.finish], 200
         else:
             entry.outcome, entry.status, entry.code = "cancelled", 499, "client_left"
-        if not call.pays:
-            entry.cost = "0"
-        elif account.attempts:
+        written = None
+        try:
             self.charge(call)
-        self.metrics.count(entry, account)
-        written = self.report(call)
+            self.metrics.count(entry, account)
+            written = self.report(call)
+        except Exception:  # a figure gone wrong must not take the answer with it
+            LOG.exception("a request could not be accounted for")
         if call.estimate:
             used = entry.input_tokens + entry.output_tokens
             await self.limiter.give_back(call.client.id, call.estimate - used)
@@ -2737,6 +2746,9 @@ class Proxy:
         """The row's usage and cost: by the vendor's figures, or else by the most it can be: the
         input at its bytes, the output at those delivered, or all of it where some is hidden."""
         entry, account = call.entry, call.account
+        if not call.pays or not account.attempts:
+            entry.cost = "0"
+            return
         usage = account.usage
         if account.billed and not usage.known:
             entry.estimated, most = True, call.request.max_tokens
@@ -2886,6 +2898,7 @@ class App(litestar.Litestar):
             fix = "its owner can add it to server.cors_origins"
             message = f"origin {redact(str(origin))} may not call this proxy; {fix}"
             call = Call(scope, self.proxy.clock)
+            call.entry.client = f"ip:{clients.address(scope, headers)}"
             await self.proxy.settle(call, ProxyError(403, "origin_not_allowed", message))
         elif scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
             await preflight(headers, send_with_headers)
@@ -3047,6 +3060,9 @@ PAGE_SCRIPT = """
 const $ = id => document.getElementById(id);
 let controller;
 $("stop").onclick = () => controller?.abort();
+const choose = () => $("model").value = $("provider").selectedOptions[0].dataset.model;
+$("provider").onchange = choose;
+choose();
 $("form").onsubmit = async event => {
   event.preventDefault();
   controller?.abort();
@@ -3093,7 +3109,7 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>proxy.py</
 <meta name="viewport" content="width=device-width"><style>%(style)s</style>
 <h1>proxy.py</h1><p>%(hint)s</p><form id="form">
 <label>Provider <select id="provider">%(providers)s</select></label>
-<label>Model <input id="model" list="models" value="%(model)s"></label>
+<label>Model <input id="model" list="models"></label>
 <datalist id="models">%(models)s</datalist>
 <label><input type="checkbox" id="think"> show thinking</label>
 <label>Key <input id="key" type="password" placeholder="where one is needed"></label>
@@ -3118,20 +3134,19 @@ PAGE_CSP = (
 
 
 def render_page(proxy: Proxy) -> str:
-    def options(names: Iterable[str]) -> str:
-        return "".join(f"<option>{html.escape(name)}</option>" for name in names)
-
-    globs = {name: proxy.config.providers[name].models for name in proxy.keys}
-    offered = [m for m in built_in_prices() if any(matches(m, glob) for glob in globs.values())]
-    first = proxy.config.providers[next(iter(globs))]
-    chosen = first.default_model or next((m for m in offered if matches(m, first.models)), "")
+    names, providers, models = built_in_prices(), [], [*proxy.config.models]
+    for provider in proxy.keys:
+        settings = proxy.config.providers[provider]
+        offered = [name for name in names if matches(name, settings.models)]
+        first = html.escape(settings.default_model or next(iter(offered), ""))
+        providers.append(f'<option data-model="{first}">{html.escape(provider)}</option>')
+        models += offered
     return PAGE % {
         "style": PAGE_STYLE,
         "script": PAGE_SCRIPT,
         "hint": DEMO_HINT if proxy.config.demo else "Send a prompt to a configured model.",
-        "providers": options(globs),
-        "models": options([*proxy.config.models, *offered]),
-        "model": html.escape(chosen),
+        "providers": "".join(providers),
+        "models": "".join(f"<option>{html.escape(name)}</option>" for name in models),
     }
 
 
@@ -3282,10 +3297,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(show_usage(config, options))
             return 0
         public = not is_loopback(config.server.host)
-        proxy = create_app(config, public=public).proxy
         if options.check:
-            print(show_check(proxy, public))
-            return 0
+            return print_check(config, os.environ, public)
+        create_app(config, public=public)  # whatever is wrong is said once, not by each worker
         address = check_port(config.server.host, config.server.port)
     except ConfigError as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
@@ -3345,23 +3359,30 @@ def serve(config: Config, address: str, public: bool) -> None:
     ).serve(target_loader=functools.partial(load_app, config, public), wrap_loader=False)
 
 
-def show_check(proxy: Proxy, public: bool) -> str:
-    config, limits = proxy.config, proxy.config.limits
-    lines = [("bind", f"{config.server.host}:{config.server.port}, public: {public}")]
+def print_check(config: Config, environ: Map[str, str], public: bool) -> int:
+    """What is configured, what is open and what is missing; 2 where it would not start."""
+    server, limits = config.server, config.limits
+    lines = [("bind", f"{server.host}:{server.port}, {'public' if public else 'this machine'}")]
     for name, provider in config.providers.items():
-        state = "ready" if name in proxy.keys else f"off: {provider.key_env} is not set"
+        missing = provider.key_env and not environ.get(provider.key_env) and not config.demo
+        state = f"off: {provider.key_env} is not set" if missing else "ready"
         lines.append(("provider", f"{name}: {provider.adapter} at {provider.base_url}, {state}"))
     for name, model in config.models.items():
         lines.append(("model", f"{name}: {', then '.join((model.target, *model.fallback))}"))
-    origins = [*config.server.cors_origins, *(() if public else ("this machine's",))]
+    origins = [*server.cors_origins, *(() if public else ("this machine's",))]
     lines.append(("origins", ", ".join(origins) or "none"))
     lines.append(("clients", ", ".join(config.clients) or "no keys: each address is a client"))
     rates = f"{limits.requests_per_minute:g} requests and {limits.tokens_per_minute:,} tokens"
     lines.append(("limits", f"{rates} a minute, {limits.concurrent} at a time, per client"))
     lines.append(("ledger", config.ledger.path or "none"))
     lines.append(("cache", "on" if config.cache.enabled else "off"))
-    lines += [("warning", warning) for warning in proxy.warnings]
-    return "\n".join(f"{name:9} {text}" for name, text in lines)
+    try:
+        vendor_keys(config, environ)
+        lines += [("warning", warning) for warning in examine(config, environ, public)]
+    except ConfigError as error:
+        lines.append(("missing", str(error)))
+    print("\n".join(f"{name:9} {text}" for name, text in lines))
+    return 2 if lines[-1][0] == "missing" else 0
 
 
 def show_usage(config: Config, options: argparse.Namespace) -> str:
