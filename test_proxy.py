@@ -1,0 +1,6403 @@
+"""The tests of proxy.py, in the order of its sections: `python -m pytest`.
+
+They talk to a real server in a process of its own, which talks to a vendor on loopback that plays
+scripts. What is missing on a machine skips its tests and says so: the recordings and tables in
+../shared, a Chromium for the page, the granian command, IPv6, /proc.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import fnmatch
+import functools
+import gzip
+import hashlib
+import http.server
+import itertools
+import json
+import os
+import random
+import re
+import resource
+import select
+import shutil
+import signal
+import socket
+import sqlite3
+import struct
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import anthropic
+import httpx
+import msgspec
+import openai
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import proxy
+
+PROXY = Path(__file__).with_name("proxy.py")
+SHARED = Path(__file__).parent.parent / "shared"
+RECORDINGS = SHARED / "recordings"
+NO_RECORDINGS = "there are no recordings in ../shared, which is not part of the repository"
+
+
+# ---- Fixtures ----------------------------------------------------------------------------------
+# A vendor on loopback plays scripts, one for each request and the last one for all that follow. A
+# script is a list of steps: bytes to send, seconds to wait, a Step, or a callable that gives more.
+
+ANTHROPIC_KEY = "sk-ant-test-0123456789abcdef"
+OPENAI_KEY = "sk-test-0123456789abcdef"
+COMPATIBLE_KEY = "gsk_compatible0123456789"
+CLIENT_KEY = "client-key-0123456789"
+KEYS = iter(f"client-key-{number}" for number in range(200))
+ALL_KEYS = ",".join(f"client-key-{number}" for number in range(200))
+IDS = iter(f"request-{number}" for number in range(10_000))
+CORS = ("access-control-allow-origin", "access-control-expose-headers")
+ORIGIN = "https://app.example"
+NO_LIMITS = """
+[limits]
+requests_per_minute = 1_000_000
+burst = 1_000_000
+tokens_per_minute = 1_000_000_000
+concurrent = 5000
+"""
+
+
+class Step(enum.Enum):
+    RESET = enum.auto()  # a TCP reset
+    CLOSE = enum.auto()  # an orderly close
+    HANG = enum.auto()  # silence until the peer leaves
+
+
+RESET, CLOSE, HANG = Step.RESET, Step.CLOSE, Step.HANG
+
+
+class Received:
+    """A request as the vendor got it. `closed` is set when the peer left or the reply ended."""
+
+    def __init__(self, method: str, path: str, headers: dict[str, str], body: bytes) -> None:
+        self.method, self.path, self.headers, self.body = method, path, headers, body
+        self.closed = threading.Event()
+        self.at = time.monotonic()
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class PeerReader(asyncio.StreamReader):
+    """Knows when the peer has left, whether anybody is reading or not."""
+
+    def __init__(self) -> None:
+        super().__init__(limit=2**20)
+        self.gone = asyncio.Event()
+
+    def feed_eof(self) -> None:
+        super().feed_eof()
+        self.gone.set()
+
+    def set_exception(self, exc: Any) -> None:
+        super().set_exception(exc)
+        self.gone.set()
+
+
+class Upstream:
+    RESET, CLOSE, HANG = RESET, CLOSE, HANG
+
+    def __init__(self) -> None:
+        self.requests: list[Received] = []
+        self.scripts: list[Any] = []
+        self.connections = 0
+        self.loop = asyncio.new_event_loop()
+        self.port = 0
+        ready = threading.Event()
+        self.thread = threading.Thread(target=self.run, args=(ready,), daemon=True)
+        self.thread.start()
+        assert ready.wait(5)
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def play(self, *scripts: Any) -> None:
+        self.scripts = list(scripts)
+
+    def clear(self) -> None:
+        self.requests, self.scripts = [], []
+
+    def stop(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(5)
+
+    def run(self, ready: threading.Event) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.set_exception_handler(lambda *_: None)  # peers that reset are the point here
+
+        def protocol() -> asyncio.StreamReaderProtocol:
+            return asyncio.StreamReaderProtocol(PeerReader(), self.connected)
+
+        server = self.loop.run_until_complete(
+            self.loop.create_server(protocol, "127.0.0.1", 0, backlog=2048)
+        )
+        self.port = server.sockets[0].getsockname()[1]
+        self.loop.call_soon(ready.set)
+        self.loop.run_forever()
+        server.close()
+        tasks = asyncio.all_tasks(self.loop)
+        for task in tasks:
+            task.cancel()
+        self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self.loop.close()
+
+    async def connected(self, reader: PeerReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        try:
+            while True:
+                received = await self.receive(reader)
+                script = self.scripts[0] if self.scripts else answer
+                if len(self.scripts) > 1:
+                    self.scripts.pop(0)
+                self.requests.append(received)
+                try:
+                    await self.perform(script, received, reader, writer)
+                finally:
+                    received.closed.set()
+        except (OSError, EOFError, asyncio.LimitOverrunError):
+            pass
+        finally:
+            writer.close()
+
+    async def receive(self, reader: PeerReader) -> Received:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        first, *lines = head.strip().split("\r\n")
+        method, path, _ = first.split(" ", 2)
+        headers = {k.lower(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+        if headers.get("transfer-encoding") == "chunked":
+            body = b""
+            while size := int(await reader.readline(), 16):
+                body += (await reader.readexactly(size + 2))[:-2]
+            await reader.readline()
+        else:
+            body = await reader.readexactly(int(headers.get("content-length", 0)))
+        return Received(method, path, headers, body)
+
+    async def perform(
+        self, script: Any, received: Received, reader: PeerReader, writer: asyncio.StreamWriter
+    ) -> None:
+        if callable(script):
+            script = script(received)
+        for step in [script] if isinstance(script, bytes) else script:
+            if isinstance(step, bytes):
+                writer.write(step)
+                await writer.drain()
+            elif step is RESET:
+                linger = struct.pack("ii", 1, 0)
+                writer.get_extra_info("socket").setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, linger
+                )
+                writer.transport.abort()
+            elif callable(step):
+                await self.perform(step(received), received, reader, writer)
+            elif step is not CLOSE:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(reader.gone.wait(), 30 if step is HANG else step)
+            if step in (RESET, CLOSE, HANG) or reader.gone.is_set():
+                raise EOFError
+
+
+def reply(
+    status: int = 200,
+    body: bytes | dict[str, Any] = b"",
+    headers: Mapping[str, str] = {},
+    content_type: str = "application/json",
+) -> bytes:
+    """A whole HTTP reply with a Content-Length."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = {"Content-Type": content_type, "Content-Length": str(len(data)), **headers}
+    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+    return f"HTTP/1.1 {status} Status\r\n{head}\r\n".encode() + data
+
+
+def stream(*chunks: Any, headers: Mapping[str, str] = {}, end: bool = True) -> list[Any]:
+    """A chunked event stream, each piece of bytes an HTTP chunk of its own; other steps stay."""
+    lines = {"Content-Type": "text/event-stream", "Transfer-Encoding": "chunked", **headers}
+    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+    steps: list[Any] = [f"HTTP/1.1 200 OK\r\n{head}\r\n".encode()]
+    for chunk in chunks:
+        sized = isinstance(chunk, bytes)
+        steps.append(b"%x\r\n%b\r\n" % (len(chunk), chunk) if sized else chunk)
+    return [*steps, b"0\r\n\r\n"] if end else steps
+
+
+def sse(*events: dict[str, Any]) -> list[bytes]:
+    return [
+        b"event: %b\ndata: %b\n\n" % (event["type"].encode(), json.dumps(event).encode())
+        for event in events
+    ]
+
+
+Texts = str | list[str]
+ToolCall = tuple[str, str, str]  # id, name, arguments
+
+
+def pieces(text: Texts) -> list[str]:
+    return [text] if isinstance(text, str) else text
+
+
+def messages_events(
+    text: Texts = "Hello",
+    *,
+    thinking: str = "",
+    tools: tuple[ToolCall, ...] = (),
+    stop_reason: str = "end_turn",
+    usage: Mapping[str, Any] = {},
+    output_tokens: int = 5,
+) -> list[bytes]:
+    """An Anthropic stream, one element an event. `usage` adds to message_start's."""
+    first = {"input_tokens": 10, "output_tokens": 1, **usage}
+    events: list[dict[str, Any]] = [
+        {"type": "message_start", "message": {"id": "msg_1", "role": "assistant", "usage": first}},
+        {"type": "ping"},
+    ]
+    blocks: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
+    if thinking:
+        delta = {"type": "thinking_delta", "thinking": thinking}
+        blocks.append(({"type": "thinking", "thinking": ""}, [delta]))
+    if text:
+        deltas = [{"type": "text_delta", "text": piece} for piece in pieces(text)]
+        blocks.append(({"type": "text", "text": ""}, deltas))
+    for call, name, arguments in tools:
+        delta = {"type": "input_json_delta", "partial_json": arguments}
+        blocks.append(({"type": "tool_use", "id": call, "name": name, "input": {}}, [delta]))
+    for index, (block, deltas) in enumerate(blocks):
+        events.append({"type": "content_block_start", "index": index, "content_block": block})
+        part = {"type": "content_block_delta", "index": index}
+        events += [part | {"delta": delta} for delta in deltas]
+        events.append({"type": "content_block_stop", "index": index})
+    reason = {"stop_reason": "tool_use" if tools else stop_reason}
+    last = {"output_tokens": output_tokens}
+    events.append({"type": "message_delta", "delta": reason, "usage": last})
+    return sse(*events, {"type": "message_stop"})
+
+
+def responses_events(
+    text: Texts = "Hello",
+    *,
+    thinking: str = "",
+    tools: tuple[ToolCall, ...] = (),
+    incomplete: str = "",
+    usage: Mapping[str, Any] = {},
+    output_tokens: int = 5,
+) -> list[bytes]:
+    events: list[dict[str, Any]] = [{"type": "response.created", "response": {"id": "resp_1"}}]
+    if thinking:
+        events.append({"type": "response.reasoning_summary_text.delta", "delta": thinking})
+    part = {"type": "response.output_text.delta", "item_id": "msg_1"}
+    events += [part | {"delta": piece} for piece in pieces(text) if text]
+    for index, (call, name, arguments) in enumerate(tools):
+        item = {"type": "function_call", "id": f"fc_{index}", "call_id": call, "name": name}
+        part = {"item_id": f"fc_{index}", "output_index": index}
+        events += [
+            {"type": "response.output_item.added", "item": item | {"arguments": ""}},
+            {"type": "response.function_call_arguments.delta", "delta": arguments, **part},
+            {"type": "response.function_call_arguments.done", "arguments": arguments, **part},
+        ]
+    counted = {"input_tokens": 10, "output_tokens": output_tokens, **usage}
+    response: dict[str, Any] = {"id": "resp_1", "usage": counted}
+    if incomplete:
+        response["incomplete_details"] = {"reason": incomplete}
+    kind = "response.incomplete" if incomplete else "response.completed"
+    events.append({"type": kind, "response": response})
+    return sse(*[event | {"sequence_number": n} for n, event in enumerate(events)])
+
+
+def chat_events(
+    text: Texts = "Hello",
+    *,
+    thinking: str = "",
+    tools: tuple[ToolCall, ...] = (),
+    finish_reason: str = "stop",
+    usage: Mapping[str, Any] | None = {},
+    output_tokens: int = 5,
+) -> list[bytes]:
+    """An OpenAI Chat stream; `usage` None leaves the usage chunk out."""
+    deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ""}]
+    if thinking:
+        deltas.append({"reasoning_content": thinking})
+    deltas += [{"content": piece} for piece in pieces(text) if text]
+    for index, (call, name, arguments) in enumerate(tools):
+        function = {"name": name, "arguments": ""}
+        first = {"index": index, "id": call, "type": "function", "function": function}
+        rest = {"index": index, "function": {"arguments": arguments}}
+        deltas += [{"tool_calls": [first]}, {"tool_calls": [rest]}]
+    chunk = {"id": "chatcmpl-1", "object": "chat.completion.chunk"}
+    chunks: list[dict[str, Any]] = [
+        chunk | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+        for delta in deltas
+    ]
+    reason = "tool_calls" if tools else finish_reason
+    chunks.append(chunk | {"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
+    if usage is not None:
+        counted = {"prompt_tokens": 10, "completion_tokens": output_tokens, **usage}
+        chunks.append(chunk | {"choices": [], "usage": counted})
+    return [*(b"data: %b\n\n" % json.dumps(c).encode() for c in chunks), b"data: [DONE]\n\n"]
+
+
+def messages_sse(*args: Any, **more: Any) -> bytes:
+    return b"".join(messages_events(*args, **more))
+
+
+def responses_sse(*args: Any, **more: Any) -> bytes:
+    return b"".join(responses_events(*args, **more))
+
+
+def chat_sse(*args: Any, **more: Any) -> bytes:
+    return b"".join(chat_events(*args, **more))
+
+
+def answer(received: Received) -> list[Any]:
+    """What an upstream without a script says: "Hello" in the dialect that was asked."""
+    by_path = {"/messages": messages_sse, "/responses": responses_sse}
+    found = next((say for end, say in by_path.items() if received.path.endswith(end)), chat_sse)
+    return stream(found())
+
+
+MAKE_EVENTS: dict[str, Callable[..., list[bytes]]] = {
+    "messages": messages_events,
+    "responses": responses_events,
+    "chat": chat_events,
+}
+MAKE = {"messages": messages_sse, "responses": responses_sse, "chat": chat_sse}
+
+HALF = messages_events(["Hel", "lo"])[:5]
+
+
+def vendor_error(kind: str = "api_error", message: str = "It broke", **more: Any) -> dict[str, Any]:
+    return {"type": "error", "error": {"type": kind, "message": message, **more}}
+
+
+ONCE = {"x-should-retry": "false"}  # the vendor's own word against a retry
+AGAIN = {"retry-after-ms": "0"}  # and for a quick one
+
+
+def until(gate: threading.Event, every: float = 0.02) -> Callable[[Received], list[Any]]:
+    """A step of a script: silence until the test opens the gate."""
+
+    def step(_: Received) -> list[Any]:
+        return [] if gate.is_set() else [every, step]
+
+    return step
+
+
+def tell(event: threading.Event) -> Any:
+    """A step that says how far the script has come."""
+
+    def step(_: Received) -> list[Any]:
+        event.set()
+        return []
+
+    return step
+
+
+# A live server: proxy.py in a process of its own, configured by a file in a directory of its own.
+
+
+def clean_environment(environ: Mapping[str, str | None] = {}) -> dict[str, str]:
+    """Nothing of this machine's settings but what a program needs; None takes a variable out."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    merged = {
+        "ANTHROPIC_API_KEY": ANTHROPIC_KEY,
+        "OPENAI_API_KEY": OPENAI_KEY,
+        "PYTHONUNBUFFERED": "1",
+        **environ,
+    }
+    return kept | {name: value for name, value in merged.items() if value is not None}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for(condition: Callable[[], Any], timeout: float = 5) -> Any:
+    """Polls until `condition` gives something true, and returns that."""
+    deadline = time.monotonic() + timeout
+    while not (result := condition()):
+        assert time.monotonic() < deadline, f"not so within {timeout} s"
+        time.sleep(0.01)
+    return result
+
+
+def ask(prompt: str = "Hi", model: str = "claude-haiku-4-5", **fields: Any) -> dict[str, Any]:
+    """A request body of the SDK's `messages` family."""
+    return {"model": model, "messages": [{"role": "user", "content": prompt}], **fields}
+
+
+def run_proxy(
+    *arguments: str,
+    environ: Mapping[str, str | None] = {},
+    program: Path = PROXY,
+    timeout: float = 20,
+) -> subprocess.CompletedProcess[str]:
+    """Runs the command line to its end."""
+    return subprocess.run(
+        [sys.executable, str(program), *arguments],
+        env=clean_environment(environ),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+class Server:
+    """proxy.py in a process of its own."""
+
+    def __init__(
+        self,
+        command: list[str],
+        directory: Path,
+        port: int,
+        environ: Mapping[str, str | None] = {},
+    ) -> None:
+        self.directory, self.port = directory, port
+        self.url = f"http://127.0.0.1:{port}"
+        self.lines: list[str] = []
+        self.process = subprocess.Popen(
+            command,
+            cwd=directory,
+            env=clean_environment(environ),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Granian's worker is a process of its own: end both at once
+        )
+        self.reading = threading.Thread(target=self.collect, daemon=True)
+        self.reading.start()
+        self.http = httpx.Client(base_url=self.url, timeout=20, trust_env=False)
+        try:
+            wait_for(self.healthy, 15)
+        except AssertionError:
+            self.kill()
+            raise AssertionError(f"did not start: {self.lines}") from None
+
+    def collect(self) -> None:
+        assert self.process.stderr
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip("\n"))
+
+    def healthy(self) -> bool:
+        assert self.process.poll() is None, f"ended with {self.process.returncode}: {self.lines}"
+        with contextlib.suppress(httpx.TransportError):
+            return self.http.get("/health").status_code == 200
+        return False
+
+    def log(self, event: str = "") -> list[dict[str, Any]]:
+        """The log lines so far, or those of one event; what is not JSON becomes {"text": line}."""
+        found = []
+        for line in list(self.lines):
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                found.append({"text": line})
+        return [line for line in found if not event or line.get("event") == event]
+
+    def get(self, path: str, **more: Any) -> httpx.Response:
+        return self.http.get(path, **more)
+
+    def post(
+        self, path: str = "/api/anthropic", json: Any = None, *, content: Any = None, **more: Any
+    ) -> httpx.Response:
+        """Sends `json` (or raw `content`) and reads the whole reply."""
+        with self.open(path, json, content=content, **more) as response:
+            response.read()
+            return response
+
+    def open(
+        self,
+        path: str = "/api/anthropic",
+        json: Any = None,
+        *,
+        content: Any = None,
+        headers: Mapping[str, str] = {},
+        **more: Any,
+    ) -> contextlib.AbstractContextManager[httpx.Response]:
+        """The same, as a context manager that leaves the body to the caller to read."""
+        body = {"content": content} if content is not None else {"json": json or ask()}
+        headers = {"content-type": "application/json", **headers}
+        return self.http.stream("POST", path, headers=headers, **body, **more)
+
+    def stream_lines(self, *args: Any, **more: Any) -> Iterator[str]:
+        with self.open(*args, **more) as response:
+            yield from filter(None, response.iter_lines())
+
+    def connect(
+        self,
+        path: str = "/api/anthropic",
+        json_body: Any = None,
+        headers: Mapping[str, str] = {},
+        *,
+        length: int | None = None,
+        receive_buffer: int = 0,
+    ) -> socket.socket:
+        """A raw connection with a request on it, for clients that behave badly. `length` declares
+        another Content-Length than the body has."""
+        body = json.dumps(json_body or ask()).encode()
+        lines = {
+            "Host": f"127.0.0.1:{self.port}",
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body) if length is None else length),
+            **headers,
+        }
+        head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+        connection = socket.socket()
+        connection.settimeout(10)
+        if receive_buffer:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        connection.connect(("127.0.0.1", self.port))
+        connection.sendall(f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + body)
+        return connection
+
+    def terminate(self, timeout: float = 40) -> int:
+        """SIGTERM, and the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout)
+
+    def kill(self) -> None:
+        """SIGKILL to the server and its worker."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(10)
+        self.reading.join(5)
+
+    def stop(self) -> None:
+        self.http.close()
+        self.kill()
+
+
+def write_config(directory: Path, config: str) -> Path:
+    """The text plus what every test wants: the ledger in `directory`, and no limits unless the
+    test names its own."""
+    ledger = f'path = "{directory / "proxy.sqlite3"}"'
+    if "[ledger]" not in config:
+        config += f"\n[ledger]\n{ledger}\n"
+    elif "path" not in config.partition("[ledger]")[2].partition("\n[")[0]:
+        config = config.replace("[ledger]", f"[ledger]\n{ledger}", 1)
+    if "[limits]" not in config:
+        config += NO_LIMITS
+    file = directory / "config.toml"
+    file.write_text(config)
+    return file
+
+
+def start_server(
+    directory: Path,
+    upstream: Upstream,
+    config: str = "",
+    environ: Mapping[str, str | None] = {},
+    arguments: tuple[str, ...] = (),
+) -> Server:
+    port = free_port()
+    command = [sys.executable, str(PROXY), "--config", str(write_config(directory, config))]
+    vendors = {"ANTHROPIC_BASE_URL": upstream.url, "OPENAI_BASE_URL": f"{upstream.url}/v1"}
+    return Server(
+        [*command, "--port", str(port), *arguments], directory, port, {**vendors, **environ}
+    )
+
+
+Serve = Callable[..., Server]
+
+
+def server_factory(upstream: Upstream, new_directory: Callable[[], Path]) -> Iterator[Serve]:
+    started: list[Server] = []
+
+    def serve(
+        config: str = "",
+        *,
+        environ: Mapping[str, str | None] = {},
+        arguments: tuple[str, ...] = (),
+    ) -> Server:
+        started.append(start_server(new_directory(), upstream, config, environ, arguments))
+        return started[-1]
+
+    yield serve
+    for server in started:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def upstream_module() -> Iterator[Upstream]:
+    upstream = Upstream()
+    yield upstream
+    upstream.stop()
+
+
+@pytest.fixture
+def upstream(upstream_module: Upstream) -> Iterator[Upstream]:
+    """The module's vendor with nothing received and nothing to play."""
+    upstream_module.clear()
+    yield upstream_module
+    upstream_module.clear()
+
+
+@pytest.fixture(scope="module")
+def serve_module(
+    upstream_module: Upstream, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Serve]:
+    yield from server_factory(upstream_module, lambda: tmp_path_factory.mktemp("server"))
+
+
+@pytest.fixture
+def serve(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
+    yield from server_factory(upstream, lambda: tmp_path_factory.mktemp("server"))
+
+
+@pytest.fixture(scope="module")
+def plain_server(serve_module: Serve) -> Server:
+    """One server on loopback without limits, for every test that needs no settings of its own."""
+    return serve_module()
+
+
+def digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def public_server(serve_module: Serve) -> Server:
+    """A public bind that tells its clients apart by address, behind one proxy."""
+    config = f"[server]\ncors_origins = ['{ORIGIN}']\ntrusted_proxies = 1"
+    return serve_module(config, arguments=("--host", "0.0.0.0"))
+
+
+@pytest.fixture(scope="module")
+def keyed_server(serve_module: Serve) -> Server:
+    """A public bind with client keys, one of them for few models."""
+    config = f"""
+    [server]
+    cors_origins = ["{ORIGIN}"]
+    admin_token = "admin-token-0123456789"
+    [limits]
+    requests_per_minute = 1_000_000
+    burst = 1_000_000
+    max_body = "10KiB"
+    [clients.web]
+    key_sha256 = "{digest(CLIENT_KEY)}"
+    [clients.narrow]
+    key_sha256 = "{digest("narrow-key")}"
+    models = ["claude-haiku-*"]
+    """
+    environ = {"ALLOWED_CLIENT_KEYS": "from-environment"}
+    return serve_module(config, environ=environ, arguments=("--host", "0.0.0.0"))
+
+
+@pytest.fixture(scope="module")
+def limited_server(serve_module: Serve) -> Server:
+    config = """
+    [limits]
+    requests_per_minute = 60
+    burst = 3
+    tokens_per_minute = 10_000
+    concurrent = 2
+    max_tokens = 6000
+    max_body = "100KiB"
+    body_timeout = "300ms"
+    max_messages = 5
+    max_characters = 50_000
+    """
+    return serve_module(config, environ={"ALLOWED_CLIENT_KEYS": ALL_KEYS})
+
+
+@pytest.fixture
+def key() -> dict[str, str]:
+    return {"authorization": f"Bearer {next(KEYS)}"}
+
+
+TROUBLE = """
+[server]
+ping = "100ms"
+drain = "500ms"
+[upstream]
+connect = "500ms"
+first_byte = "3s"
+idle = "400ms"
+total = "20s"
+[providers.nobody]
+adapter = "chat"
+base_url = "http://127.0.0.1:1/v1"
+[providers.compatible]
+adapter = "chat"
+base_url = "UPSTREAM/compatible/v1"
+key_env = "COMPATIBLE_KEY"
+[models.fallback]
+target = "anthropic/claude-haiku-4-5"
+fallback = ["openai/gpt-5-mini", "compatible/any"]
+[models.unreachable]
+target = "nobody/x"
+fallback = ["compatible/any"]
+"""
+
+
+@pytest.fixture(scope="module")
+def trouble(serve_module: Serve, upstream_module: Upstream) -> Server:
+    config = TROUBLE.replace("UPSTREAM", upstream_module.url)
+    return serve_module(config, environ={"COMPATIBLE_KEY": COMPATIBLE_KEY})
+
+
+@pytest.fixture(scope="module")
+def vendors(serve_module: Serve, upstream_module: Upstream) -> Server:
+    """A server with a provider of each dialect, one attempt at each request, and aliases."""
+    return serve_module(
+        f"""
+[providers.local]
+adapter = "chat"
+base_url = "{upstream_module.url}/v1"
+[upstream]
+attempts = 1
+[models.fast]
+target = "local/llama-4"
+[models.sturdy]
+target = "anthropic/claude-haiku-4-5"
+fallback = ["openai/gpt-4o", "local/llama-4"]
+"""
+    )
+
+
+# What the tests read: replies, held against the whole contract of the browser's SDK, the ledger,
+# and the metrics.
+
+
+def frames(body: str | bytes) -> list[Any]:
+    """The SDK's reading of a stream: chunks as dicts, "[DONE]", {"error_line": …} for errors."""
+    text = body if isinstance(body, str) else body.decode()
+    found: list[Any] = []
+    for line in text.split("\n"):
+        if line.startswith("data: "):
+            data = line.removeprefix("data: ")
+            found.append(data if data == "[DONE]" else json.loads(data))
+        elif line.startswith("error: "):
+            found.append({"error_line": json.loads(line.removeprefix("error: "))})
+    return found
+
+
+def text_of(body: str | bytes) -> str:
+    """The text of a stream's chunks."""
+    return "".join(f["token"] for f in frames(body) if isinstance(f, dict) and "token" in f)
+
+
+def ledger(server: Server) -> list[dict[str, Any]]:
+    """The rows of the ledger, the oldest first."""
+    path = server.directory / "proxy.sqlite3"
+    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
+        database.row_factory = sqlite3.Row
+        return [dict(row) for row in database.execute("SELECT * FROM entries ORDER BY time")]
+
+
+def metric(server: Server, name: str, **labels: str) -> float:
+    """The sum of a metric's samples that have these labels."""
+    total = 0.0
+    for line in server.get("/metrics").text.splitlines():
+        sample, _, value = line.rpartition(" ")
+        if sample.partition("{")[0] == name and all(
+            f'{key}="{wanted}"' in sample for key, wanted in labels.items()
+        ):
+            total += float(value)
+    return total
+
+
+def last_row(server: Server, request_id: str) -> dict[str, Any]:
+    """The ledger row of a request, by the id its caller gave it."""
+    rows = wait_for(lambda: [r for r in ledger(server) if r["request_id"] == request_id])
+    assert len(rows) == 1
+    return dict(rows[0])
+
+
+def read_until(connection: socket.socket, end: bytes) -> bytes:
+    data = b""
+    while end not in data and (chunk := connection.recv(65536)):
+        data += chunk
+    assert end in data, data
+    return data
+
+
+USAGE_KEYS = {
+    "promptTokens", "completionTokens", "totalTokens", "prompt_tokens", "completion_tokens",
+    "total_tokens",
+}  # fmt: skip
+
+
+def check_usage(reply_of: dict[str, Any]) -> None:
+    usage = reply_of["usage"]
+    assert usage.keys() >= USAGE_KEYS
+    assert usage["promptTokens"] + usage["completionTokens"] == usage["totalTokens"]
+    for camel in ("promptTokens", "completionTokens", "totalTokens"):
+        assert usage[camel] == usage[re.sub("T", "_t", camel)]
+    cost = reply_of["costUsd"]
+    assert cost is None or (isinstance(cost, float | int) and cost >= 0)
+    assert reply_of["model"]
+    assert reply_of["requestId"]
+
+
+def check_calls(calls: list[dict[str, Any]]) -> None:
+    for call in calls:
+        assert call.keys() == {"id", "type", "function"}
+        assert call["type"] == "function"
+        assert call["function"].keys() == {"name", "arguments"}
+        assert isinstance(json.loads(call["function"]["arguments"]), dict)
+
+
+FINISHES = {"stop", "length", "tool_calls", "content_filter"}
+
+
+def check_frames(body: str) -> dict[str, Any]:
+    """A stream that ended well, held against the contract; returns its last chunk."""
+    assert body.endswith("\n\n")
+    for line in body.split("\n"):
+        assert not line or line.startswith(("data: ", ": ")), line
+    *chunks, done = frames(body)
+    assert done == "[DONE]"
+    assert [chunk["tokenId"] for chunk in chunks] == list(range(len(chunks)))
+    assert all(type(chunk["token"]) is str for chunk in chunks)
+    *tokens, last = chunks
+    for number, chunk in enumerate(tokens):
+        more = {"isFirst", "ttfbMs"} if number == 0 else set()
+        assert chunk.keys() == {"token", "tokenId"} | more
+        assert chunk["token"], "a chunk that says nothing"
+    if tokens:
+        assert tokens[0]["isFirst"] is True
+        assert type(tokens[0]["ttfbMs"]) is int
+    assert last["isLast"] is True
+    assert last["token"] == ""  # its text would be lost
+    assert last["finishReason"] in FINISHES
+    check_usage(last)
+    check_calls(last.get("toolCalls", []))
+    return last
+
+
+def check_whole(response: httpx.Response) -> dict[str, Any]:
+    """A reply in one piece, held against every way the SDK may read it."""
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("application/json")
+    body = response.json()
+    assert "output" not in body
+    [choice] = body["choices"]
+    message = choice["message"]
+    assert message["role"] == "assistant"
+    assert (message["content"], choice["finish_reason"]) == (body["content"], body["finish_reason"])
+    assert message.get("tool_calls") == body.get("tool_calls")
+    assert isinstance(body["content"], str)
+    assert body["content"] or body["tool_calls"]
+    assert body["finish_reason"] in FINISHES
+    check_usage(body)
+    check_calls(body.get("tool_calls") or [])
+    return body
+
+
+def check_error(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"].startswith("application/json")
+    error = response.json()
+    assert error.keys() == {"error", "type", "code", "requestId"}
+    assert error["code"] == code
+    assert all(type(value) is str and value for value in error.values())
+    return error
+
+
+def cut_line(body: str) -> dict[str, Any]:
+    """The error line that ended a stream."""
+    *_, last = frames(body)
+    assert "[DONE]" not in body
+    assert body.endswith("\n")
+    line = last["error_line"]
+    assert line.keys() == {"message", "statusCode", "code"}
+    assert type(line["message"]) is str and line["message"]
+    return line
+
+
+# The adapters without a server.
+
+LOCAL = {"adapter": "chat", "base_url": "http://127.0.0.1:9/v1"}
+OPENAI_CHAT = {"adapter": "chat", "base_url": "https://api.openai.com/v1"}
+CONFIG = proxy.load_config(
+    None, {}, **{"providers.local": LOCAL, "providers.openai-chat": OPENAI_CHAT}
+)
+
+# which provider's adapter a test means by a dialect
+BY_DIALECT = {"messages": "anthropic", "responses": "openai", "chat": "local"}
+DIALECTS = list(BY_DIALECT)
+MODELS = {"anthropic": "claude-haiku-4-5", "openai": "gpt-4o", "local": "llama-4"}
+PATHS = [pytest.param(dialect, provider, id=provider) for dialect, provider in BY_DIALECT.items()]
+
+
+def adapter(provider: str, model: str = "m") -> Any:
+    settings_of = CONFIG.providers[provider]
+    return proxy.ADAPTERS[settings_of.adapter](settings_of, model)
+
+
+class Sent(NamedTuple):
+    """What a vendor would get for a browser's body, and which parameters it would not."""
+
+    body: dict[str, Any]
+    dropped: list[str]
+
+
+def parse(body: Any) -> Any:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return proxy.parse_body(data, CONFIG.limits, "")
+
+
+def sent(provider: str, model: str, body: dict[str, Any]) -> Sent:
+    parsed = parse(body | {"model": model})
+    speaks = adapter(provider, model)
+    encoded = json.loads(msgspec.json.encode(speaks.encode(parsed.request)))
+    return Sent(encoded, [*parsed.dropped, *speaks.dropped])
+
+
+def everywhere(body: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What each of the three dialects makes of a body."""
+    return {
+        dialect: sent(provider, MODELS[provider], body).body
+        for dialect, provider in BY_DIALECT.items()
+    }
+
+
+# ---- Config ------------------------------------------------------------------------------------
+
+
+def write(directory: Path, config: str) -> str:
+    file = directory / "settings.toml"
+    file.write_text(config)
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        pytest.param("[upstreem]\nidle = '1s'", ["upstreem"], id="unknown table"),
+        pytest.param("[server]\nprot = 1", ["server", "prot"], id="unknown key"),
+        pytest.param("[upstream]\nconnect = 'soon'", ["upstream.connect", '"25s"'], id="duration"),
+        pytest.param("[upstream]\nconnect = 5", ["upstream.connect", '"25s"'], id="bare number"),
+        pytest.param("[limits]\nmax_body = '8 MB'", ["limits.max_body", '"8MiB"'], id="size"),
+        pytest.param("[limits]\nburst = 0", ["limits.burst", "above 0"], id="zero"),
+        pytest.param("[cache]\nenabled = 'perhaps'", ["cache.enabled"], id="type"),
+        pytest.param(
+            "[providers.x]\nadapter = 'chat'\nbase_url = 'x.example/v1'",
+            ["providers.x.base_url", "https://"],
+            id="URL without a scheme",
+        ),
+        pytest.param(
+            "[providers.x]\nadapter = 'chat'\nbase_url = 'http://x:port/v1'",
+            ["providers.x.base_url"],
+            id="URL that does not parse",
+        ),
+        pytest.param(
+            "[providers.x]\nadapter = 'chat'\nbase_url = 'https://user:pw@x.example/v1'",
+            ["providers.x.base_url"],
+            id="URL with a password",
+        ),
+        pytest.param(
+            "[providers.x]\nadapter = 'chatty'\nbase_url = 'http://x/v1'",
+            ["providers.x.adapter"],
+            id="adapter",
+        ),
+        pytest.param(
+            "[models.fast]\ntarget = 'claude-haiku-4-5'",
+            ["models.fast", "provider/model"],
+            id="alias without a provider",
+        ),
+        pytest.param(
+            "[models.fast]\ntarget = 'nobody/x'", ["models.fast", "nobody"], id="alias of nobody"
+        ),
+        pytest.param(
+            "[clients.a]\nkey_sha256 = 'secret'", ["clients.a.key_sha256", "sha256"], id="key hash"
+        ),
+        pytest.param(
+            "[server]\ncors_origins = ['https://a.example/']",
+            ["server.cors_origins", "https://app.example.com"],
+            id="origin with a slash",
+        ),
+        pytest.param("[prices.'x*']\ninput = 0", ["prices", "x*", "free"], id="price of nothing"),
+        pytest.param("server = 3", ["server"], id="a number for a table"),
+        pytest.param("providers = 3", ["providers"], id="a number for providers"),
+        pytest.param("[providers]\nopenai = 3", ["providers.openai"], id="a number for a provider"),
+        pytest.param("[server]\nport = 70000", ["server.port"], id="port out of range"),
+        pytest.param("[server]\nping = '0s'", ["server.ping"], id="pings without a pause"),
+        pytest.param("[server]\ntrusted_proxies = -1", ["server.trusted_proxies"], id="negative"),
+    ],
+)
+def test_a_wrong_setting_names_its_key_and_the_fix(
+    tmp_path: Path, config: str, said: list[str]
+) -> None:
+    with pytest.raises(proxy.ConfigError) as raised:
+        proxy.load_config(Path(write(tmp_path, config)), {})
+    assert all(word in str(raised.value) for word in said), str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        pytest.param({"PORT": "eighty"}, "PORT", id="PORT"),
+        pytest.param({"API_TIMEOUT": "30s"}, "API_TIMEOUT", id="API_TIMEOUT"),
+        pytest.param({"RATE_LIMIT_MAX": "many"}, "RATE_LIMIT_MAX", id="RATE_LIMIT_MAX"),
+        pytest.param({"MAX_TOKENS_LIMIT": "-1"}, "MAX_TOKENS_LIMIT", id="MAX_TOKENS_LIMIT"),
+        pytest.param({"OPENAI_BASE_URL": "nowhere"}, "OPENAI_BASE_URL", id="OPENAI_BASE_URL"),
+        pytest.param({"CORS_ORIGIN": "a.example"}, "CORS_ORIGIN", id="CORS_ORIGIN"),
+        pytest.param({"LOG_LEVEL": "loud"}, "LOG_LEVEL", id="LOG_LEVEL"),
+    ],
+)
+def test_a_wrong_variable_is_named_as_the_source(environ: dict[str, str], said: str) -> None:
+    with pytest.raises(proxy.ConfigError, match=said):
+        proxy.load_config(None, environ)
+
+
+def test_variables_of_the_reference_proxies_and_of_a_paas_work() -> None:
+    environ = {
+        "PORT": "9001",
+        "CORS_ORIGIN": "https://a.example, https://b.example",
+        "RATE_LIMIT_MAX": "30",
+        "RATE_LIMIT_WINDOW_MS": "30000",
+        "API_TIMEOUT": "45000",
+        "MAX_TOKENS_LIMIT": "512",
+        "MAX_CONCURRENT_REQUESTS": "17",
+        "LOG_LEVEL": "WARNING",
+        "ADMIN_TOKEN": "admin-token",
+        "DEFAULT_ANTHROPIC_MODEL": "claude-haiku-4-5",
+        "DEFAULT_OPENAI_MODEL": "gpt-5-mini",
+        "ANTHROPIC_BASE_URL": "http://127.0.0.1:1",
+        "OPENAI_BASE_URL": "http://127.0.0.1:2/v1",
+        "PROXY_PAUSED": "true",
+        "ALLOWED_CLIENT_KEYS": "one, two",
+        "PROXY_AUTH_TOKEN": "three",
+    }
+    config = proxy.load_config(None, environ)
+    assert config.server.port == 9001
+    assert tuple(config.server.cors_origins) == ("https://a.example", "https://b.example")
+    assert config.limits.requests_per_minute == 60  # 30 in half a minute
+    assert config.upstream.total == 45
+    assert config.limits.max_tokens == 512
+    assert config.limits.concurrent_total == 17
+    assert config.server.log_level == "warning"
+    assert config.server.admin_token == "admin-token"
+    assert config.server.paused
+    anthropic, openai = config.providers["anthropic"], config.providers["openai"]
+    assert (anthropic.default_model, openai.default_model) == ("claude-haiku-4-5", "gpt-5-mini")
+    assert (anthropic.base_url, openai.base_url) == ("http://127.0.0.1:1", "http://127.0.0.1:2/v1")
+    digests = {digest(key) for key in ("one", "two", "three")}
+    assert {client.key_sha256 for client in config.clients.values()} == digests
+
+
+def test_an_environment_variable_overrides_the_file(tmp_path: Path) -> None:
+    file = Path(write(tmp_path, "[server]\nport = 1000\n[limits]\nmax_tokens = 7"))
+    config = proxy.load_config(file, {"PORT": "2000"})
+    assert (config.server.port, config.limits.max_tokens) == (2000, 7)
+    by_name = proxy.load_config(None, {"PROXY_CONFIG": str(file)})
+    assert by_name.server.port == 1000
+
+
+def test_the_commented_settings_of_config_toml_are_the_defaults(tmp_path: Path) -> None:
+    """Uncommenting a line of config.toml changes nothing, so what it shows is true. Examples are
+    in tables with names of one's own, or of settings that have no default."""
+    file = PROXY.parent / "config.toml"
+    if not file.is_file():
+        pytest.skip("config.toml is not beside proxy.py")
+    text = re.sub(r"(?m)^# ?(?=\[|[\w\"*.-]+ = )", "", file.read_text("utf-8"))
+    tables = tomllib.loads(text)
+    shown = proxy.load_config(Path(write(tmp_path, text)), {})
+    defaults = proxy.load_config(Path(write(tmp_path, "")), {})
+    for section in ("server", "upstream", "limits", "ledger", "cache"):
+        default = getattr(defaults, section)
+        values = {name: getattr(default, name) for name in default.__struct_fields__}
+        set_ones = {name for name, value in values.items() if value is not None}
+        assert set_ones <= set(tables[section]), section
+        for name in set_ones:
+            assert getattr(getattr(shown, section), name) == values[name], f"{section}.{name}"
+    for name, provider in defaults.providers.items():
+        assert shown.providers[name] == provider
+
+
+def test_pyproject_and_the_script_header_agree() -> None:
+    file = PROXY.parent / "pyproject.toml"
+    if not file.is_file():
+        pytest.skip("pyproject.toml is not beside proxy.py")
+    block = re.search(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", PROXY.read_text("utf-8"))
+    assert block
+    header = tomllib.loads(re.sub(r"(?m)^# ?", "", block[1]))
+    project = tomllib.loads(file.read_text("utf-8"))["project"]
+    assert header["dependencies"] == project["dependencies"]
+    assert header["requires-python"] == project["requires-python"]
+
+
+def test_importing_the_module_reads_nothing_and_opens_nothing(tmp_path: Path) -> None:
+    """Every file, socket or variable access after the libraries are loaded would be seen here."""
+    script = """
+import os, sys, importlib.util, pathlib
+path = sys.argv[1]
+spec = importlib.util.spec_from_file_location("proxy", path)
+import litestar, httpx, httpx_aiohttp, aiohttp, cachetools, msgspec, prometheus_client
+module = importlib.util.module_from_spec(spec)
+sys.modules["proxy"] = module
+seen = []
+def audit(event, arguments):
+    ours = event.startswith(("socket.", "sqlite3.", "subprocess."))
+    opened = event == "open" and str(arguments[0]).endswith((".toml", ".sqlite3", ".env"))
+    if ours or opened:
+        seen.append((event, arguments))
+sys.addaudithook(audit)
+spec.loader.exec_module(module)
+print(seen)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(PROXY)],
+        cwd=tmp_path,
+        env=clean_environment({"PORT": "not a number"}),
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+# ---- Errors ------------------------------------------------------------------------------------
+# The vendor's status and words, and what the caller is shown of them.
+
+REFUSALS = [
+    (400, 400, "upstream_rejected"),
+    (404, 404, "upstream_rejected"),
+    (413, 413, "upstream_rejected"),
+    (422, 422, "upstream_rejected"),
+    (401, 502, "upstream_auth"),
+    (402, 502, "upstream_auth"),
+    (403, 502, "upstream_auth"),
+    (429, 429, "upstream_rate_limited"),
+    (529, 529, "upstream_overloaded"),
+    (500, 502, "upstream_error"),
+    (503, 502, "upstream_error"),
+    (504, 504, "upstream_timeout"),
+    (302, 502, "upstream_error"),
+]
+
+
+@pytest.mark.parametrize("streamed", [True, False], ids=["stream", "JSON"])
+@pytest.mark.parametrize(("vendor", "status", "code"), REFUSALS, ids=[str(r[0]) for r in REFUSALS])
+def test_what_the_vendor_answers_and_what_the_caller_sees(
+    trouble: Server, upstream: Upstream, vendor: int, status: int, code: str, streamed: bool
+) -> None:
+    headers = {**ONCE, "location": f"{upstream.url}/elsewhere"}
+    upstream.play(reply(vendor, vendor_error(message="The vendor's own words"), headers))
+    number = next(IDS)
+    answered = trouble.post(json=ask(stream=streamed), headers={"x-request-id": number})
+    assert (answered.status_code, answered.json()["code"]) == (status, code)
+    assert answered.json()["requestId"] == number
+    if code == "upstream_rejected":
+        assert "The vendor's own words" in answered.json()["error"]
+        assert answered.headers["x-should-retry"] == "false"
+    if code == "upstream_auth":  # about the owner's account: not for the caller
+        assert "The vendor's own words" not in answered.text
+    assert len(upstream.requests) == 1  # no retry, and no redirect followed
+    row = last_row(trouble, number)
+    assert (row["outcome"], row["status"], row["code"]) == ("error", status, code)
+    assert Decimal(row["cost"]) == 0  # an answer of 400 or above is not billed
+
+
+def test_a_huge_error_body_is_reduced(trouble: Server, upstream: Upstream) -> None:
+    upstream.play(reply(400, b"<html>" + b"x" * 3_000_000, ONCE, "text/html"))
+    answered = trouble.post()
+    assert answered.status_code == 400
+    assert len(answered.content) < 2000
+    upstream.play(reply(400, vendor_error(message="y" * 50_000), ONCE))
+    assert len(trouble.post().content) < 2000
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"[]", id="list"),
+        pytest.param(b'"text"', id="text"),
+        pytest.param(b'{"error": "just words"}', id="a string"),
+        pytest.param(b'{"error": null}', id="null"),
+        pytest.param(b'{"error": {"message": {"deep": 1}, "type": 5}}', id="wrong types"),
+        pytest.param(b"\xff\xfe", id="not UTF-8"),
+        pytest.param(b"[" * 50_000, id="deep"),
+    ],
+)
+def test_an_error_body_of_any_shape_is_an_error(
+    trouble: Server, upstream: Upstream, body: bytes
+) -> None:
+    upstream.play(reply(400, body, ONCE))
+    answered = trouble.post()
+    assert (answered.status_code, answered.json()["code"]) == (400, "upstream_rejected")
+    assert answered.json()["error"]
+
+
+def test_retry_after_reaches_the_caller_bounded(trouble: Server, upstream: Upstream) -> None:
+    date = "Wed, 21 Oct 2099 07:28:00 GMT"
+    for wait, shown in (("7", "7"), ("600", "60"), (date, "60"), ("inf", "60"), ("1e400", "60")):
+        upstream.play(reply(429, vendor_error("rate_limit_error"), {"retry-after": wait}))
+        answered = trouble.post()
+        assert (answered.status_code, answered.headers["retry-after"]) == (429, shown)
+        assert len(upstream.requests) == 1
+        upstream.clear()
+
+
+PLANTED = [ANTHROPIC_KEY, OPENAI_KEY, COMPATIBLE_KEY, "sk-ant-api03-somebody-elses-key-AAAA"]
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(reply(400, vendor_error(message=" ".join(PLANTED)), ONCE), id="error body"),
+        pytest.param(reply(500, vendor_error(message=" ".join(PLANTED)), ONCE), id="server error"),
+        pytest.param(reply(500, vendor_error(message=" ".join(PLANTED)), AGAIN), id="retried"),
+        pytest.param(reply(400, " ".join(PLANTED).encode(), ONCE, "text/plain"), id="plain text"),
+        pytest.param(
+            stream(*HALF, sse(vendor_error(message=" ".join(PLANTED)))[0]), id="error event"
+        ),
+        pytest.param(stream(sse(vendor_error(message=" ".join(PLANTED)))[0]), id="only an error"),
+    ],
+)
+@pytest.mark.parametrize("streamed", [True, False], ids=["stream", "JSON"])
+def test_keys_in_a_vendors_error_reach_nobody(
+    trouble: Server, upstream: Upstream, script: Any, streamed: bool
+) -> None:
+    upstream.play(script)
+    answered = trouble.post(json=ask(stream=streamed))
+    seen = answered.text + str(answered.headers) + "\n".join(trouble.lines) + str(ledger(trouble))
+    assert [key for key in PLANTED if key in seen] == []
+
+
+def test_errors_carry_the_cors_headers(keyed_server: Server, upstream: Upstream) -> None:
+    """Without them a page sees "Failed to fetch" instead of the message."""
+    upstream.play(reply(500, headers={"x-should-retry": "false"}))
+    key = {"origin": ORIGIN, "authorization": f"Bearer {CLIENT_KEY}"}
+    plain = {**key, "content-type": "text/plain"}
+    replies = {
+        401: keyed_server.post(headers={"origin": ORIGIN}),
+        404: keyed_server.post("/api/nobody", headers=key),
+        413: keyed_server.post(json=ask("x" * 20_000), headers=key),
+        415: keyed_server.post(content=b"{}", headers=plain),
+        400: keyed_server.post(content=b"{", headers=key),
+        403: keyed_server.post(json=ask(model="gpt-5"), headers=key),
+        405: keyed_server.get("/api/anthropic", headers=key),
+        502: keyed_server.post(headers=key),
+    }
+    for status, answered in replies.items():
+        assert answered.status_code == status
+        assert answered.headers[CORS[0]] == ORIGIN, status
+        assert "x-should-retry" in answered.headers[CORS[1]], status
+        assert set(answered.json()) == {"error", "type", "code", "requestId"}, status
+
+
+# ---- Messages ----------------------------------------------------------------------------------
+# Every spelling of a body means the same request. What is compared is what the vendors would be
+# sent: the bodies that all three adapters make of it.
+
+
+def user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content}
+
+
+def system(content: Any) -> dict[str, Any]:
+    return {"role": "system", "content": content}
+
+
+def item(role: str, text: str) -> dict[str, Any]:
+    """A message as the SDK's `input` family spells it."""
+    return {"type": "message", "role": role, "content": [{"type": "input_text", "text": text}]}
+
+
+HI = [user("Hi")]
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+WEATHER = {"name": "weather", "description": "Tells it", "parameters": SCHEMA}
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNgYGD4DwABBAEAX+XDSwAAAABJRU5E"
+CALL = {"type": "tool_use", "id": "call_1", "name": "weather", "arguments": {"city": "Paris"}}
+RESULT = {"type": "tool_result", "tool_use_id": "call_1", "result": "Sunny"}
+CHAT_CALL = {
+    "id": "call_1",
+    "type": "function",
+    "function": {"name": "weather", "arguments": '{"city":"Paris"}'},
+}
+INPUT_CALL = {
+    "type": "function_call",
+    "call_id": "call_1",
+    "name": "weather",
+    "arguments": '{"city":"Paris"}',
+}
+INPUT_RESULT = {"type": "function_call_output", "call_id": "call_1", "output": "Sunny"}
+HISTORY = {
+    "messages": [
+        user("Weather?"),
+        assistant([{"type": "text", "text": "I look."}, CALL]),
+        user([RESULT]),
+    ],
+    "tools": [WEATHER],
+}
+CONVERSATION = {
+    "messages": [system("Be brief."), user("Hi"), assistant("Hello!"), user("How are you?")]
+}
+WITH_IMAGE = {
+    "messages": [
+        user(
+            [
+                {"type": "text", "text": "What is this?"},
+                {
+                    "type": "image",
+                    "source": {"type": "base64", "media_type": "image/png", "data": PIXEL},
+                },
+            ]
+        )
+    ]
+}
+WITH_IMAGE_URL = {
+    "messages": [user([{"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}])]
+}
+WITH_TOOL = {"messages": HI, "tools": [WEATHER]}
+
+
+def same_tool(tool: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": HI, "tools": [tool]}
+
+
+def asks(choice: Any) -> dict[str, Any]:
+    return WITH_TOOL | {"tool_choice": choice}
+
+
+def history(calls: list[Any], results: list[Any]) -> dict[str, Any]:
+    return {"messages": [user("Weather?"), *calls, *results], "tools": [WEATHER]}
+
+
+@pytest.mark.parametrize(
+    ("body", "meant"),
+    [
+        pytest.param(
+            {"input": [item("system", "Be brief."), item("user", "Hi"), item("developer", "Hello!"),
+                       item("user", "How are you?")]},
+            CONVERSATION, id="input family, assistant relabelled as developer",
+        ),
+        pytest.param(
+            {"input": [item("developer", "Be brief."), item("user", "Hi"),
+                       item("assistant", "Hello!"), item("user", "How are you?")]},
+            CONVERSATION, id="input family, developer before the user is an instruction",
+        ),
+        pytest.param(
+            {"input": [{"role": "user", "content": "Hi"},
+                       assistant([{"type": "output_text", "text": "Hello!"}]),
+                       {"role": "user", "content": "How are you?"}], "instructions": "Be brief."},
+            CONVERSATION, id="input family as OpenAI documents it",
+        ),
+        pytest.param(
+            {"system": "Be brief.", "messages": CONVERSATION["messages"][1:]},
+            CONVERSATION, id="top-level system",
+        ),
+        pytest.param(
+            {"system": [{"type": "text", "text": "Be brief."}],
+             "messages": CONVERSATION["messages"][1:]},
+            CONVERSATION, id="top-level system as blocks",
+        ),
+        pytest.param(
+            {"messages": [system([{"type": "text", "text": "Be brief."}]),
+                          user([{"type": "text", "text": "Hi"}]),
+                          assistant([{"type": "text", "text": "Hello!"}]),
+                          user([{"type": "text", "text": "How are you?"}])]},
+            CONVERSATION, id="content as blocks",
+        ),
+        pytest.param(
+            {"messages": [system("Be brief."), user("Hi"), assistant(""), assistant("Hello!"),
+                          user([{"type": "text", "text": ""}, {"type": "text", "text": " \n"}]),
+                          user("How are you?")]},
+            CONVERSATION, id="empty text is left out",
+        ),
+        pytest.param({"input": "Hi"}, {"messages": HI}, id="input as a string"),
+        pytest.param(
+            {"messages": [user("Hi")], "tools": None, "stop": None, "temperature": None,
+             "system": None, "tool_choice": None, "max_tokens": None},
+            {"messages": HI}, id="null is absent",
+        ),
+        pytest.param({"messages": HI, "tools": []}, {"messages": HI}, id="no tools"),
+        *(
+            pytest.param({"messages": HI, name: 77}, {"messages": HI, "max_tokens": 77}, id=name)
+            for name in ("max_new_tokens", "max_output_tokens", "max_completion_tokens")
+        ),
+        pytest.param(
+            {"messages": HI, "stop": "END"}, {"messages": HI, "stop": ["END"]}, id="stop a string"
+        ),
+        pytest.param({"messages": HI, "stop": ""}, {"messages": HI}, id="empty stop string"),
+        pytest.param({"messages": HI, "stop": ["", "END"]}, {"messages": HI, "stop": ["END"]},
+                     id="empty stop in a list"),
+        pytest.param({"messages": HI, "stop_sequences": ["END"]}, {"messages": HI, "stop": ["END"]},
+                     id="stop_sequences"),
+        pytest.param(same_tool({"definition": WEATHER}), WITH_TOOL, id="tool: definition"),
+        pytest.param(same_tool({"type": "function", **WEATHER}), WITH_TOOL, id="tool: Responses"),
+        pytest.param(same_tool({"type": "function", "definition": WEATHER}), WITH_TOOL,
+                     id="tool: definition with a type"),
+        pytest.param(same_tool({"type": "function", "function": WEATHER}), WITH_TOOL,
+                     id="tool: Chat"),
+        pytest.param(
+            same_tool({"name": "weather", "description": "Tells it", "input_schema": SCHEMA}),
+            WITH_TOOL, id="tool: Anthropic",
+        ),
+        pytest.param(asks({"type": "auto"}), asks("auto"), id="tool_choice auto"),
+        pytest.param(asks({"type": "none"}), asks("none"), id="tool_choice none"),
+        pytest.param(asks({"type": "any"}), asks("required"), id="tool_choice any"),
+        pytest.param(asks("any"), asks("required"), id="tool_choice any as a string"),
+        pytest.param(asks("weather"), asks({"type": "tool", "name": "weather"}),
+                     id="tool_choice a name"),
+        pytest.param(asks({"type": "function", "name": "weather"}),
+                     asks({"type": "tool", "name": "weather"}), id="tool_choice Responses"),
+        pytest.param(asks({"type": "function", "function": {"name": "weather"}}),
+                     asks({"type": "tool", "name": "weather"}), id="tool_choice Chat"),
+        pytest.param(
+            history([assistant([{"type": "text", "text": "I look."},
+                                {"type": "tool_use", "id": "call_1", "name": "weather",
+                                 "input": {"city": "Paris"}}])],
+                    [user([{"type": "tool_result", "tool_use_id": "call_1",
+                            "content": [{"type": "text", "text": "Sunny"}]}])]),
+            HISTORY, id="tool history, Anthropic",
+        ),
+        pytest.param(
+            history([assistant("I look.") | {"tool_calls": [CHAT_CALL]}],
+                    [{"role": "tool", "tool_call_id": "call_1", "content": "Sunny"}]),
+            HISTORY, id="tool history, Chat",
+        ),
+        pytest.param(
+            {"input": [item("user", "Weather?"), item("developer", "I look."), INPUT_CALL,
+                       INPUT_RESULT], "tools": [WEATHER]},
+            HISTORY, id="tool history, input family",
+        ),
+        pytest.param(
+            history([assistant([{"type": "text", "text": "I look."},
+                                CALL | {"arguments": '{"city": "Paris"}'}])], [user([RESULT])]),
+            HISTORY, id="tool history, arguments as text",
+        ),
+        pytest.param(
+            history([assistant("I look."), assistant([CALL])], [user([RESULT])]),
+            HISTORY, id="tool history, neighbours of one role are one turn",
+        ),
+        pytest.param(
+            {"messages": [user([{"type": "input_text", "text": "What is this?"},
+                                {"type": "input_image",
+                                 "image_url": f"data:image/png;base64,{PIXEL}"}])]},
+            WITH_IMAGE, id="image, Responses",
+        ),
+        pytest.param(
+            {"messages": [user([{"type": "text", "text": "What is this?"},
+                                {"type": "image_url", "image_url":
+                                 {"url": f"data:image/png;base64,{PIXEL}", "detail": "low"}}])]},
+            WITH_IMAGE, id="image, Chat",
+        ),
+        pytest.param(
+            {"messages": [user([{"type": "image", "source":
+                                 {"type": "url", "url": "https://example.com/a.png"}}])]},
+            WITH_IMAGE_URL, id="image by URL, Anthropic",
+        ),
+        pytest.param(
+            {"messages": [user([{"type": "input_image",
+                                 "image_url": "https://example.com/a.png"}])]},
+            WITH_IMAGE_URL, id="image by URL, Responses",
+        ),
+        pytest.param(
+            {"messages": [user("Hi"), assistant([{"type": "thinking", "thinking": "Hm",
+                                                  "signature": "x"},
+                                                 {"type": "text", "text": "Hello!"}]),
+                          user("How are you?")], "system": "Be brief."},
+            CONVERSATION, id="thinking of an earlier turn is left out",
+        ),
+    ],
+)  # fmt: skip
+def test_every_spelling_means_the_same(body: dict[str, Any], meant: dict[str, Any]) -> None:
+    assert everywhere(body) == everywhere(meant)
+
+
+def test_a_conversation_in_the_three_dialects() -> None:
+    """The rows of the translation table that a plain conversation touches."""
+    body = CONVERSATION | {"max_tokens": 99, "stop": ["END"], "temperature": 0.5}
+    assert everywhere(body) == {
+        "messages": {
+            "model": "claude-haiku-4-5",
+            "max_tokens": 99,
+            "system": "Be brief.",
+            "messages": [
+                user([{"type": "text", "text": "Hi"}]),
+                assistant([{"type": "text", "text": "Hello!"}]),
+                user([{"type": "text", "text": "How are you?"}]),
+            ],
+            "temperature": 0.5,
+            "stop_sequences": ["END"],
+            "stream": True,
+        },
+        "responses": {
+            "model": "gpt-4o",
+            "max_output_tokens": 99,
+            "store": False,
+            "instructions": "Be brief.",
+            "input": [
+                user([{"type": "input_text", "text": "Hi"}]),
+                assistant("Hello!"),
+                user([{"type": "input_text", "text": "How are you?"}]),
+            ],
+            "temperature": 0.5,
+            "stream": True,
+        },
+        "chat": {
+            "model": "llama-4",
+            "max_tokens": 99,
+            "messages": [
+                system("Be brief."), user("Hi"), assistant("Hello!"), user("How are you?"),
+            ],
+            "temperature": 0.5,
+            "stop": ["END"],
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        },
+    }  # fmt: skip
+
+
+def test_tools_in_the_three_dialects() -> None:
+    bodies = everywhere(HISTORY | {"tool_choice": "required"})
+    messages, responses, chat = (bodies[dialect] for dialect in DIALECTS)
+    assert messages["tools"] == [
+        {"name": "weather", "description": "Tells it", "input_schema": SCHEMA}
+    ]
+    assert messages["tool_choice"] == {"type": "any"}
+    assert messages["messages"][1:] == [
+        assistant(
+            [
+                {"type": "text", "text": "I look."},
+                {"type": "tool_use", "id": "call_1", "name": "weather", "input": {"city": "Paris"}},
+            ]
+        ),
+        user([{"type": "tool_result", "tool_use_id": "call_1", "content": "Sunny"}]),
+    ]
+    assert responses["tools"] == [{"type": "function", **WEATHER, "strict": False}]
+    assert responses["tool_choice"] == "required"
+    assert responses["input"][1:] == [assistant("I look."), INPUT_CALL, INPUT_RESULT]
+    assert chat["tools"] == [{"type": "function", "function": WEATHER}]
+    assert chat["tool_choice"] == "required"
+    assert chat["messages"][1:] == [
+        assistant("I look.") | {"tool_calls": [CHAT_CALL]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "Sunny"},
+    ]
+    silent = everywhere(history([assistant([CALL])], [user([RESULT])]))["chat"]
+    assert silent["messages"][1] == assistant(None) | {"tool_calls": [CHAT_CALL]}
+
+
+def test_a_named_tool_and_images_in_the_three_dialects() -> None:
+    bodies = everywhere(asks("weather"))
+    assert bodies["messages"]["tool_choice"] == {"type": "tool", "name": "weather"}
+    assert bodies["responses"]["tool_choice"] == {"type": "function", "name": "weather"}
+    assert bodies["chat"]["tool_choice"] == {"type": "function", "function": {"name": "weather"}}
+    bodies = everywhere(WITH_IMAGE)
+    text, image = bodies["messages"]["messages"][0]["content"]
+    assert (text, image) == tuple(WITH_IMAGE["messages"][0]["content"])
+    url = f"data:image/png;base64,{PIXEL}"
+    assert bodies["responses"]["input"][0]["content"][1]["image_url"] == url
+    assert bodies["chat"]["messages"][0]["content"][1]["image_url"]["url"] == url
+
+
+def test_a_system_message_in_the_middle_stays_in_its_place() -> None:
+    body = {"messages": [user("Hi"), assistant("Hello!"), user("Bye"), system("Now in French.")]}
+    later = {"messages": [*body["messages"], assistant("Salut"), user("Thanks")]}
+    for messages in (body, later):
+        bodies = everywhere(messages)
+        assert bodies["chat"]["messages"][3] == system("Now in French.")
+        told = {"role": "developer", "content": [{"type": "input_text", "text": "Now in French."}]}
+        assert bodies["responses"]["input"][3] == told
+        folded = [{"type": "text", "text": text} for text in ("Bye", "Now in French.")]
+        assert bodies["messages"]["messages"][2] == user(folded)
+        kept = sent("anthropic", "claude-opus-4-8", messages).body["messages"][3]
+        assert kept == system([{"type": "text", "text": "Now in French."}])
+
+
+def test_results_come_before_the_text_of_their_turn() -> None:
+    turn = user([{"type": "text", "text": "And tomorrow?"}, RESULT])
+    bodies = everywhere(history([assistant([CALL])], [turn]))
+    kinds = [block["type"] for block in bodies["messages"]["messages"][2]["content"]]
+    assert kinds == ["tool_result", "text"]
+    assert [entry["role"] for entry in bodies["chat"]["messages"][2:]] == ["tool", "user"]
+    assert bodies["responses"]["input"][2]["type"] == "function_call_output"
+
+
+def test_parallel_results_are_one_turn_even_with_a_system_message_between() -> None:
+    second = CALL | {"id": "call_2"}
+    results = [user([RESULT]), user([RESULT | {"tool_use_id": "call_2"}])]
+    for middle in ([], [system("Be brief.")]):
+        body = history([assistant([CALL, second])], [*middle, *results])
+        turn = everywhere(body)["messages"]["messages"][2]
+        assert [b.get("tool_use_id") for b in turn["content"][:2]] == ["call_1", "call_2"]
+
+
+def test_unknown_and_lowered_fields_are_named() -> None:
+    extra = {"repetition_penalty": 1.1, "deterministic": True, "user": "me", "max_tokens": 10**9}
+    parsed = parse({"model": "m", "messages": HI, **extra})
+    assert sorted(parsed.dropped) == sorted(extra)
+    lowered = sent("openai", "gpt-4o", {"messages": HI, "max_tokens": 10**9}).body
+    assert lowered["max_output_tokens"] == CONFIG.limits.max_tokens
+    assert "tool_choice" in parse({"model": "m", "messages": HI, "tool_choice": "auto"}).dropped
+
+
+def test_stream_is_the_default() -> None:
+    streams = [
+        parse({"model": "m", "messages": HI, "stream": s}).stream for s in (True, None, False)
+    ]
+    assert streams == [True, True, False]
+    assert parse({"model": "m", "messages": HI}).stream
+
+
+# Each is a 400 whose message begins with the place it speaks of, and no vendor hears of it.
+BAD = [
+    pytest.param(b"", "body", id="empty"),
+    pytest.param(b"{", "body", id="half"),
+    pytest.param(b"[]", "body", id="a list"),
+    pytest.param(b"null", "body", id="null"),
+    pytest.param(b"\xff\xfe{}", "body", id="not UTF-8"),
+    pytest.param(b'{"messages":[{"role":"user","content":"\xff"}]}', "body", id="bad UTF-8 inside"),
+    pytest.param(b'{"messages":[{"role":"user","content":"\\ud800"}]}', "body", id="half a pair"),
+    pytest.param(b'{"temperature":NaN}', "body", id="NaN"),
+    pytest.param(b'{"temperature":-Infinity}', "body", id="Infinity"),
+    pytest.param(b'{"messages":' + b"[" * 100_000, "body", id="deeply nested, half"),
+    pytest.param(
+        b'{"messages":' + b'{"a":' * 100_000, "body", id="deeply nested objects, half"
+    ),
+    pytest.param(
+        b'{"x":' + b"[" * 5000 + b"]" * 5000 + b',"messages":[]}', "body", id="deeply nested"
+    ),
+    pytest.param({}, "messages", id="no messages"),
+    pytest.param({"messages": []}, "messages", id="empty messages"),
+    pytest.param({"input": []}, "input", id="empty input"),
+    pytest.param({"input": ""}, "input", id="empty input text"),
+    pytest.param({"messages": HI, "input": "Hi"}, "input", id="both families"),
+    pytest.param({"messages": "Hi"}, "messages", id="messages a string"),
+    pytest.param({"messages": {"role": "user"}}, "messages", id="messages an object"),
+    pytest.param({"messages": [None]}, "messages[0]", id="a message is null"),
+    pytest.param({"messages": ["Hi"]}, "messages[0]", id="a message is a string"),
+    pytest.param({"messages": [{"content": "Hi"}]}, "messages[0]", id="no role"),
+    pytest.param({"messages": [user(""), user(" ")]}, "messages", id="nothing but space"),
+    pytest.param({"messages": [system("Hi")]}, "messages", id="nothing but system"),
+    pytest.param({"messages": [*HI, {"role": "robot", "content": "x"}]}, "messages[1]",
+                 id="unknown role"),
+    pytest.param({"messages": [user(5)]}, "messages[0].content", id="content a number"),
+    pytest.param({"messages": [user({"text": "Hi"})]}, "messages[0].content", id="one block"),
+    pytest.param({"messages": [user([{"type": "video"}])]}, "messages[0].content[0]",
+                 id="unknown block"),
+    pytest.param({"messages": [user([{"type": "text", "text": 5}])]},
+                 "messages[0].content[0]", id="text a number"),
+    pytest.param({"messages": [user([{"type": "image", "source": {"type": "base64"}}])]},
+                 "messages[0].content[0]", id="image without data"),
+    pytest.param({"messages": [user([{"type": "image_url", "image_url": "file:///etc/passwd"}])]},
+                 "messages[0].content[0]", id="image from a file"),
+    pytest.param({"messages": [user([{"type": "image_url", "image_url": {"url": 5}}])]},
+                 "messages[0].content[0]", id="image URL a number"),
+    pytest.param({"messages": [assistant([CALL | {"arguments": "{"}])]},
+                 "messages[0].content[0]", id="arguments not JSON"),
+    pytest.param({"messages": [assistant([CALL | {"arguments": [1]}])]},
+                 "messages[0].content[0]", id="arguments a list"),
+    pytest.param({"input": [INPUT_CALL | {"arguments": "[1]"}]}, "input[0]",
+                 id="input arguments a list"),
+    pytest.param({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]",
+                 id="unknown item"),
+    pytest.param({"messages": [assistant(None) | {"tool_calls": [{"id": "x"}]}]},
+                 "messages[0].tool_calls", id="call without a function"),
+    pytest.param({"messages": HI, "tools": {}}, "tools", id="tools an object"),
+    pytest.param({"messages": HI, "tools": [{}]}, "tools[0]", id="tool without a name"),
+    pytest.param({"messages": HI, "tools": [WEATHER, {"type": "web_search_20250305",
+                                                      "name": "web_search"}]},
+                 "tools[1]", id="server tool"),
+    pytest.param({"messages": HI, "tools": [WEATHER | {"parameters": "x"}]},
+                 "tools[0]", id="schema a string"),
+    pytest.param(asks("unheard_of"), "tool_choice", id="tool_choice unknown name"),
+    pytest.param(asks(["auto"]), "tool_choice", id="tool_choice a list"),
+    pytest.param(asks({"type": ["auto"]}), "tool_choice", id="tool_choice type a list"),
+    pytest.param(asks({"function": "weather"}), "tool_choice", id="tool_choice function a string"),
+    pytest.param(asks({"name": {"a": 1}}), "tool_choice", id="tool_choice name an object"),
+    pytest.param({"messages": HI, "max_tokens": 0}, "max_tokens", id="max_tokens 0"),
+    pytest.param({"messages": HI, "max_new_tokens": -1}, "max_new_tokens", id="max_new_tokens -1"),
+    pytest.param({"messages": HI, "max_tokens": "9"}, "max_tokens", id="max_tokens a string"),
+    pytest.param({"messages": HI, "max_tokens": 1.5}, "max_tokens", id="max_tokens a fraction"),
+    pytest.param({"messages": HI, "max_tokens": True}, "max_tokens", id="max_tokens a boolean"),
+    pytest.param({"messages": HI, "temperature": "hot"}, "temperature", id="temperature a string"),
+    pytest.param({"messages": HI, "top_p": []}, "top_p", id="top_p a list"),
+    pytest.param({"messages": HI, "top_k": 1.5}, "top_k", id="top_k a fraction"),
+    pytest.param({"messages": HI, "seed": "x"}, "seed", id="seed a string"),
+    pytest.param({"messages": HI, "stop": 5}, "stop", id="stop a number"),
+    pytest.param({"messages": HI, "stop": [5]}, "stop", id="stop a list of numbers"),
+    pytest.param({"messages": HI, "stop": ["x"] * 100}, "stop", id="a hundred stops"),
+    pytest.param({"messages": HI, "stream": "yes"}, "stream", id="stream a string"),
+    pytest.param({"messages": HI, "model": 5}, "model", id="model a number"),
+    pytest.param({"messages": HI, "model": ""}, "model", id="model empty"),
+    pytest.param({"messages": HI, "system": 5}, "system", id="system a number"),
+    pytest.param({"messages": HI, "instructions": ["x"]}, "instructions", id="instructions a list"),
+    pytest.param({"messages": HI, "enable_thinking": "yes"}, "enable_thinking",
+                 id="enable_thinking a string"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "field"), BAD)
+def test_a_bad_body_is_a_400_that_names_the_field(
+    plain_server: Server, upstream: Upstream, body: Any, field: str
+) -> None:
+    if isinstance(body, dict):
+        body = json.dumps({"model": "claude-haiku-4-5", **body}).encode()
+    response = plain_server.post(content=body)
+    assert response.status_code == 400, response.text
+    error = response.json()
+    assert set(error) == {"error", "type", "code", "requestId"}
+    assert error["error"].startswith(field), error
+    assert not upstream.requests
+
+
+@pytest.mark.parametrize(
+    ("extra", "status"),
+    [
+        pytest.param({"max_tokens": 10**30}, 200, id="max_tokens"),
+        pytest.param({"seed": 10**30}, None, id="seed"),
+        pytest.param({"top_k": -(10**30)}, None, id="top_k"),
+        pytest.param({"unheard_of": 10**400}, 200, id="unknown field"),
+        pytest.param({"tools": [WEATHER | {"parameters": {"type": "object", "x": 10**30}}]}, None,
+                     id="schema"),
+        pytest.param({"messages": [user("Hi"), assistant([CALL | {"arguments": {"n": 10**30}}]),
+                                   user([RESULT])]}, None, id="arguments"),
+        pytest.param({"messages": [user("Hi"), assistant([CALL]),
+                                   user([RESULT | {"result": {"n": 10**30}}])]}, None, id="result"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("provider", ["anthropic", "openai", "local"])
+def test_huge_numbers_are_the_callers_mistake_or_are_passed_on(
+    vendors: Server, upstream: Upstream, provider: str, extra: dict[str, Any], status: int | None
+) -> None:
+    response = vendors.post(f"/api/{provider}", ask(model=MODELS[provider]) | extra)
+    assert response.status_code in ([status] if status else [200, 400]), response.text
+
+
+def test_of_a_repeated_key_the_last_one_counts() -> None:
+    body = b'{"model":"m","messages":[{"role":"user","content":"Hi"}],"seed":1,"seed":2}'
+    speaks = adapter("local")
+    assert speaks.encode(parse(body).request)["seed"] == 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("clé", id="Latin-1"),
+        pytest.param("日本", id="not Latin-1"),
+        pytest.param("a\r\nSet-Cookie: x=1", id="line break"),
+        pytest.param("a\u0000b", id="NUL"),
+        pytest.param("\u2028", id="line separator"),
+        pytest.param("a" * 100_000, id="long"),
+        pytest.param("a, b", id="comma"),
+        pytest.param(" ", id="space"),
+        pytest.param("", id="empty"),
+    ],
+)
+@pytest.mark.parametrize("streamed", [True, False], ids=["stream", "JSON"])
+def test_an_unknown_field_of_any_name_is_dropped(
+    plain_server: Server, name: str, streamed: bool
+) -> None:
+    """The names go into a header, which holds less than JSON does."""
+    reply = plain_server.post(json=ask(stream=streamed, color=1, **{name: 1}))
+    assert reply.status_code == 200
+    assert "color" in reply.headers["x-dropped-params"]
+    assert "set-cookie" not in reply.headers
+    assert len(reply.headers["x-dropped-params"]) < 4000
+
+
+def test_any_number_of_unknown_fields_is_dropped(plain_server: Server) -> None:
+    reply = plain_server.post(json=ask(**{f"field_{number}": 1 for number in range(20_000)}))
+    assert (reply.status_code, len(reply.headers["x-dropped-params"]) < 8000) == (200, True)
+
+
+@pytest.mark.parametrize("depth", [100, 900, *range(985, 1002), 2000])
+def test_nesting_of_every_depth_is_passed_on_or_is_a_400(depth: int) -> None:
+    """A body that could just be read must also be writable to the vendor, or be refused."""
+    call = assistant([CALL | {"arguments": "NESTED"}])
+    places = (
+        {"messages": HI, "tools": [WEATHER | {"parameters": "NESTED"}]},
+        {"messages": [user("Hi"), call, user([RESULT])]},
+        {"messages": [user("Hi"), assistant([CALL]), user([RESULT | {"result": "NESTED"}])]},
+        {"messages": HI, "unheard_of": "NESTED"},
+    )
+    nested = '{"a":' * depth + "{}" + "}" * depth
+    for place in places:
+        accepts_or_refuses(json.dumps(place).replace('"NESTED"', nested).encode())
+
+
+FIELDS = re.findall(
+    r"\w+",
+    """
+    model messages input system instructions tools tool_choice stream max_tokens max_new_tokens
+    max_output_tokens max_completion_tokens temperature top_p top_k seed stop stop_sequences
+    enable_thinking role content type text id name arguments tool_use_id result source image_url
+    url data media_type tool_calls function tool_call_id call_id output definition parameters
+    input_schema is_error refusal
+    """,
+)
+WORDS = re.findall(
+    r"\S+",
+    """
+    user assistant system developer tool message function_call function_call_output reasoning text
+    image image_url tool_use tool_result thinking function auto none base64 any {} {"a":1}
+    https://example.com/a.png
+    """,
+)
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.sampled_from(WORDS)
+    | st.text(max_size=5)
+)
+JSON_VALUES = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=3), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+ITEMS = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system", "developer", "tool"])},
+    optional={name: JSON_VALUES for name in FIELDS if name != "role"},
+)
+BODIES = st.fixed_dictionaries(
+    {"model": st.just("m"), "messages": st.lists(ITEMS | st.just(HI[0]), min_size=1, max_size=3)},
+    optional={name: JSON_VALUES for name in FIELDS if name not in ("model", "messages", "tools")}
+    | {"tools": st.just([WEATHER]) | JSON_VALUES},
+)
+
+
+def accepts_or_refuses(data: bytes) -> None:
+    """Anything but BadRequest would be a 500."""
+    try:
+        parsed = proxy.parse_body(data, CONFIG.limits, "m")
+        for provider, model in MODELS.items():
+            encoded = adapter(provider, model).encode(parsed.request)
+            assert json.loads(msgspec.json.encode(encoded))["stream"] is True
+    except proxy.BadRequest as error:
+        assert str(error)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200))
+@example(b'{"messages":[{"role":"user"}]}')
+def test_no_bytes_crash_the_reader(data: bytes) -> None:
+    accepts_or_refuses(data)
+
+
+@settings(max_examples=150, deadline=None)
+@given(BODIES)
+@example({"model": "m", "messages": [HI[0] | {"tool_calls": 1.5}]})
+@example({"model": "m", "messages": HI, "tools": [WEATHER], "tool_choice": {"function": "f"}})
+def test_no_json_crashes_the_reader_or_the_adapters(body: Any) -> None:
+    accepts_or_refuses(json.dumps(body).encode())
+
+
+# ---- Clients -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        pytest.param("http://localhost:3000", 200, id="localhost"),
+        pytest.param("http://127.0.0.1:5173", 200, id="127.0.0.1"),
+        pytest.param("http://localhost", 200, id="localhost without a port"),
+        pytest.param("https://evil.example", 403, id="another"),
+        pytest.param("null", 403, id="null"),
+        pytest.param("http://localhost.evil.example", 403, id="localhost as a prefix"),
+        pytest.param("http://localhost:3000.evil.example", 403, id="port as a prefix"),
+        pytest.param("http://evil.example/localhost:3000", 403, id="localhost in the path"),
+        pytest.param("http://127.0.0.1@evil.example", 403, id="127.0.0.1 as a user"),
+        pytest.param("", 403, id="empty"),
+    ],
+)
+def test_on_loopback_the_pages_of_this_machine_may_call(
+    plain_server: Server, upstream: Upstream, origin: str, status: int
+) -> None:
+    reply = plain_server.post(headers={"origin": origin})
+    assert reply.status_code == status
+    assert len(upstream.requests) == (status == 200)
+    assert reply.headers.get(CORS[0]) == (origin if status == 200 else None)
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "http://localhost:3000", "null"])
+def test_an_origin_that_is_not_listed_is_refused_before_any_work(
+    public_server: Server, upstream: Upstream, origin: str
+) -> None:
+    reply = public_server.post(headers={"origin": origin})
+    assert reply.status_code == 403
+    body = reply.json()
+    assert (body["code"], body["type"]) == ("origin_not_allowed", "permission_error")
+    assert body["requestId"] == reply.headers["x-request-id"]
+    assert CORS[0] not in reply.headers
+    preflight = {"origin": origin, "access-control-request-method": "POST"}
+    assert CORS[0] not in public_server.http.options("/api/anthropic", headers=preflight).headers
+    assert upstream.requests == []
+
+
+def test_a_refused_origin_is_told_before_its_body_is_read(public_server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", public_server.port), timeout=5) as connection:
+        head = "POST /api/anthropic HTTP/1.1\r\nHost: x\r\nOrigin: https://evil.example\r\n"
+        head += "Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
+        connection.sendall(head.encode())
+        assert b" 403 " in connection.recv(4096).partition(b"\r\n")[0]
+
+
+def test_a_listed_origin_and_no_origin_are_served(
+    public_server: Server, upstream: Upstream
+) -> None:
+    reply = public_server.post(headers={"origin": ORIGIN})
+    assert (reply.status_code, reply.headers[CORS[0]]) == (200, ORIGIN)
+    exposed = reply.headers[CORS[1]].lower().replace(" ", "").split(",")
+    wanted = ["retry-after", "x-request-id", "x-cache", "x-dropped-params", "x-should-retry"]
+    kinds = ("requests", "tokens")
+    wanted += [f"x-ratelimit-{n}-{k}" for n in ("limit", "remaining", "reset") for k in kinds]
+    assert set(wanted) <= set(exposed)
+    assert "origin" in reply.headers["vary"].lower()
+    assert public_server.post().status_code == 200
+    assert len(upstream.requests) == 2
+
+
+def test_a_preflight_reflects_what_was_asked(public_server: Server) -> None:
+    asked = "content-type,x-user-id,x-stainless-os"
+    headers = {
+        "origin": ORIGIN,
+        "access-control-request-method": "POST",
+        "access-control-request-headers": asked,
+    }
+    reply = public_server.http.options("/api/anthropic", headers=headers)
+    assert reply.status_code in (200, 204)
+    assert reply.headers[CORS[0]] == ORIGIN
+    assert reply.headers["access-control-allow-headers"].replace(" ", "") == asked
+    assert "POST" in reply.headers["access-control-allow-methods"]
+    assert int(reply.headers["access-control-max-age"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        pytest.param({"authorization": f"Bearer {CLIENT_KEY}"}, 200, id="bearer"),
+        pytest.param({"authorization": f"bearer {CLIENT_KEY}"}, 200, id="bearer in small letters"),
+        pytest.param({"x-api-key": CLIENT_KEY}, 200, id="x-api-key"),
+        pytest.param({"authorization": "Bearer from-environment"}, 200, id="from the environment"),
+        pytest.param({}, 401, id="none"),
+        pytest.param({"authorization": "Bearer wrong"}, 401, id="wrong"),
+        pytest.param({"x-api-key": ""}, 401, id="empty x-api-key"),
+        pytest.param({"authorization": f"Basic {CLIENT_KEY}"}, 401, id="another scheme"),
+        pytest.param({"authorization": f"Bearer {digest(CLIENT_KEY)}"}, 401, id="the hash"),
+        pytest.param({"x-api-key": b"\xff\xfe key"}, 401, id="not ASCII"),
+        pytest.param({"x-user-id": "web"}, 401, id="a claim"),
+    ],
+)
+def test_a_key_is_needed_where_keys_are_configured(
+    keyed_server: Server, upstream: Upstream, headers: dict[str, Any], status: int
+) -> None:
+    reply = keyed_server.post(headers=headers)
+    assert reply.status_code == status
+    assert len(upstream.requests) == (status == 200)
+    if status == 401:
+        assert reply.json()["type"] == "authentication_error"
+        assert reply.headers["x-should-retry"] == "false"
+    else:  # the caller's key is the proxy's business alone
+        sent = str(upstream.requests[0].headers)
+        assert CLIENT_KEY not in sent and "from-environment" not in sent
+
+
+def test_a_key_may_be_limited_to_models(keyed_server: Server, upstream: Upstream) -> None:
+    narrow = {"authorization": "Bearer narrow-key"}
+    assert keyed_server.post(headers=narrow).status_code == 200
+    refused = keyed_server.post(json=ask(model="claude-opus-5"), headers=narrow)
+    assert (refused.status_code, refused.json()["code"]) == (403, "model_not_allowed")
+    assert len(upstream.requests) == 1
+
+
+STRANGE = pytest.mark.parametrize(
+    "headers",
+    [
+        pytest.param({"host": "evil.example"}, id="rebound name"),
+        pytest.param({"host": "evil.example:8000"}, id="rebound name with a port"),
+        pytest.param({"host": "localhost.evil.example"}, id="localhost as a prefix"),
+        pytest.param({"x-forwarded-for": "127.0.0.1"}, id="x-forwarded-for"),
+        pytest.param({"x-forwarded-host": "localhost"}, id="x-forwarded-host"),
+        pytest.param({"forwarded": "for=127.0.0.1"}, id="forwarded"),
+        pytest.param({"x-real-ip": "127.0.0.1"}, id="x-real-ip"),
+    ],
+)
+
+
+@STRANGE
+def test_metrics_are_not_for_tunnels_and_rebound_names(
+    plain_server: Server, headers: dict[str, str]
+) -> None:
+    """Trust in this machine is for its own user, not for what reaches it through a tunnel."""
+    assert plain_server.get("/metrics", headers=headers).status_code in (401, 403)
+    assert plain_server.get("/health", headers=headers).status_code == 200
+
+
+@STRANGE
+def test_tunnels_and_rebound_names_spend_nothing(
+    plain_server: Server, upstream: Upstream, headers: dict[str, str]
+) -> None:
+    assert plain_server.post(headers=headers).status_code in (401, 403)
+    assert upstream.requests == []
+    assert plain_server.get("/usage", headers=headers).status_code in (401, 403)
+    assert plain_server.get("/", headers=headers).status_code in (401, 403, 404)
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]"])
+def test_this_machines_own_names_are_trusted(plain_server: Server, host: str) -> None:
+    headers = {"host": f"{host}:{plain_server.port}"}
+    assert plain_server.get("/metrics", headers=headers).status_code == 200
+    assert plain_server.get("/usage", headers=headers).json()["client"] == "local"
+
+
+def client_of(server: Server, *forwarded: str) -> str:
+    """The client that the server takes a caller with these X-Forwarded-For headers for."""
+    headers = [("x-forwarded-for", value) for value in forwarded]
+    return str(server.get("/usage", headers=headers).json()["client"])
+
+
+@pytest.mark.parametrize(
+    ("forwarded", "client"),
+    [
+        pytest.param([], "ip:127.0.0.1", id="none"),
+        pytest.param(["203.0.113.7"], "ip:203.0.113.7", id="one"),
+        pytest.param(["198.51.100.1, 203.0.113.7"], "ip:203.0.113.7", id="the last"),
+        pytest.param(["198.51.100.1", "203.0.113.7"], "ip:203.0.113.7", id="repeated header"),
+        pytest.param(["203.0.113.7", "unknown"], "ip:127.0.0.1", id="garbage"),
+        pytest.param(["203.0.113.7'; DROP TABLE"], "ip:127.0.0.1", id="hostile"),
+        pytest.param(["2001:db8:1:2:3::4"], "ip:2001:db8:1:2::/64", id="IPv6 customer"),
+        pytest.param(["2001:db8:1:2:ffff::"], "ip:2001:db8:1:2::/64", id="the same customer"),
+        pytest.param(["::ffff:203.0.113.7"], "ip:203.0.113.7", id="IPv4 in IPv6"),
+    ],
+)
+def test_the_address_behind_one_trusted_proxy(
+    public_server: Server, forwarded: list[str], client: str
+) -> None:
+    assert client_of(public_server, *forwarded) == client
+
+
+def test_the_address_behind_none_and_two_trusted_proxies(serve: Serve) -> None:
+    config = f"[server]\ncors_origins = ['{ORIGIN}']\ntrusted_proxies = "
+    none = serve(config + "0", arguments=("--host", "0.0.0.0"))
+    assert client_of(none, "203.0.113.7") == "ip:127.0.0.1"
+    two = serve(config + "2", arguments=("--host", "0.0.0.0"))
+    assert client_of(two, "6.6.6.6, 203.0.113.7, 198.51.100.1") == "ip:203.0.113.7"
+    assert client_of(two, "203.0.113.7", "198.51.100.1") == "ip:203.0.113.7"
+    assert client_of(two, "198.51.100.1") == "ip:127.0.0.1"  # fewer than there should be
+
+
+# ---- Limiter -----------------------------------------------------------------------------------
+# One server; each test is a client of its own, by a key nobody else uses.
+
+
+def small(**fields: Any) -> dict[str, Any]:
+    return ask(**{"max_tokens": 10, **fields})
+
+
+def test_a_burst_is_followed_by_429_until_the_time_it_says(
+    limited_server: Server, upstream: Upstream, key: dict[str, str]
+) -> None:
+    for left in (2, 1, 0):
+        served = limited_server.post(json=small(), headers=key)
+        assert served.status_code == 200
+        assert served.headers["x-ratelimit-limit-requests"] == "60"
+        assert served.headers["x-ratelimit-remaining-requests"] == str(left)
+        assert served.headers["x-ratelimit-reset-requests"].endswith("s")
+    refused = limited_server.post(json=small(), headers={**key, "x-user-id": "somebody else"})
+    assert (refused.status_code, refused.json()["code"]) == (429, "rate_limited")
+    assert refused.json()["type"] == "rate_limit_error"
+    assert refused.headers["retry-after"] == "1"
+    assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+    assert len(upstream.requests) == 3
+    another = {"authorization": f"Bearer {next(KEYS)}"}
+    assert limited_server.post(json=small(), headers=another).status_code == 200
+    wait_for(lambda: limited_server.post(json=small(), headers=key).status_code == 200, 3)
+
+
+def test_preflights_and_refused_origins_cost_no_limit(
+    limited_server: Server, key: dict[str, str]
+) -> None:
+    headers = {"origin": "http://localhost:1", "access-control-request-method": "POST"}
+    for _ in range(5):
+        limited_server.http.options("/api/anthropic", headers={**headers, **key})
+        limited_server.post(headers={**key, "origin": "https://evil.example"})
+    reply = limited_server.post(json=small(), headers=key)
+    assert reply.headers["x-ratelimit-remaining-requests"] == "2"
+
+
+def test_requests_that_cannot_be_read_count(limited_server: Server, key: dict[str, str]) -> None:
+    statuses = [limited_server.post(content=b"{", headers=key).status_code for _ in range(4)]
+    assert statuses == [400, 400, 400, 429]
+
+
+def test_tokens_are_set_aside_and_corrected_at_the_end(
+    limited_server: Server, upstream: Upstream, key: dict[str, str]
+) -> None:
+    """Two answers of 6,000 tokens do not fit into 10,000 at once, but one after the other do."""
+    gate = threading.Event()
+    events = messages_events("Hello")
+    upstream.play(stream(*events[:4], until(gate), *events[4:]), answer)
+    with limited_server.open(json=ask(max_tokens=6000), headers=key) as first:
+        lines = first.iter_lines()
+        assert "Hello" in next(lines)
+        assert int(first.headers["x-ratelimit-remaining-tokens"]) <= 4000
+        refused = limited_server.post(json=ask(max_tokens=6000), headers=key)
+        assert (refused.status_code, refused.json()["type"]) == (429, "rate_limit_error")
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        assert len(upstream.requests) == 1
+        gate.set()
+        assert "isLast" in "".join(lines)
+    served = limited_server.post(json=ask(max_tokens=6000), headers=key)
+    assert served.status_code == 200
+    assert int(served.headers["x-ratelimit-remaining-tokens"]) >= 3900
+
+
+def test_a_correction_counts_what_was_really_used(
+    limited_server: Server, upstream: Upstream, key: dict[str, str]
+) -> None:
+    upstream.play(stream(messages_sse(usage={"input_tokens": 9_000}, output_tokens=500)))
+    limited_server.post(json=small(), headers=key)
+    reply = limited_server.post(json=small(), headers=key)
+    assert 300 <= int(reply.headers["x-ratelimit-remaining-tokens"]) < 800
+    refused = limited_server.post(json=ask(max_tokens=2000), headers=key)
+    assert refused.status_code == 429
+
+
+def test_what_never_fits_is_400_and_not_an_endless_429(
+    limited_server: Server, upstream: Upstream, key: dict[str, str]
+) -> None:
+    reply = limited_server.post(json=ask("x" * 20_000, max_tokens=6000), headers=key)
+    assert reply.status_code == 400
+    assert "10000" in reply.json()["error"].replace(",", "")
+    assert upstream.requests == []
+
+
+def test_streams_of_one_client_are_counted(
+    limited_server: Server, upstream: Upstream, key: dict[str, str]
+) -> None:
+    upstream.play([*stream(*messages_events()[:4], end=False), HANG])
+    with (
+        limited_server.open(json=small(), headers=key) as first,
+        limited_server.open(json=small(), headers=key) as second,
+    ):
+        running = first.iter_raw(), second.iter_raw()
+        assert all(map(next, running))
+        refused = limited_server.post(json=small(), headers=key)
+        assert (refused.status_code, refused.json()["code"]) == (429, "too_many_streams")
+        assert int(refused.headers["retry-after"]) >= 1
+        another = {"authorization": f"Bearer {next(KEYS)}"}
+        with limited_server.open(json=small(), headers=another) as third:
+            assert third.status_code == 200
+    upstream.play(answer)
+    wait_for(lambda: limited_server.post(json=small(), headers=key).status_code == 200, 3)
+
+
+def test_streams_of_all_clients_are_counted_and_health_still_answers(
+    serve: Serve, upstream: Upstream
+) -> None:
+    limits = "[limits]\nconcurrent = 9\nconcurrent_total = 2"
+    server = serve(limits)
+    upstream.play([*stream(*messages_events()[:4], end=False), HANG])
+    with server.open() as first, server.open() as second:
+        running = first.iter_raw(), second.iter_raw()
+        assert all(map(next, running))
+        refused = server.post()
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) >= 1
+        assert server.get("/health").status_code == 200
+        assert metric(server, "proxy_streams_in_flight") == 2
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["Content-Length", "chunked"])
+def test_a_body_that_is_too_large_is_413(
+    limited_server: Server, upstream: Upstream, key: dict[str, str], chunked: bool
+) -> None:
+    body = json.dumps(ask("x" * 200_000)).encode()
+    parts = (body[at : at + 10_000] for at in range(0, len(body), 10_000))
+    reply = limited_server.post(content=parts if chunked else body, headers=key)
+    assert (reply.status_code, reply.json()["type"]) == (413, "request_too_large")
+    assert upstream.requests == []
+
+
+def test_a_body_that_is_much_too_large_is_413_and_not_a_broken_connection(
+    plain_server: Server, upstream: Upstream
+) -> None:
+    """The rest of the body is on its way when the answer is sent."""
+    body = json.dumps(ask("x" * 40_000_000)).encode()
+    answered = plain_server.post(content=body, headers={"origin": "http://localhost:1"})
+    assert (answered.status_code, answered.headers[CORS[0]]) == (413, "http://localhost:1")
+    assert plain_server.get("/health").status_code == 200
+
+
+def test_a_body_that_comes_too_slowly_is_408(
+    limited_server: Server, upstream: Upstream, key: dict[str, str]
+) -> None:
+    with socket.create_connection(("127.0.0.1", limited_server.port), timeout=5) as connection:
+        head = "POST /api/anthropic HTTP/1.1\r\nHost: localhost\r\nAuthorization: "
+        head += f"{key['authorization']}\r\nContent-Type: application/json\r\n"
+        connection.sendall(f'{head}Content-Length: 100\r\n\r\n{{"model"'.encode())
+        assert b" 408 " in connection.recv(4096).partition(b"\r\n")[0]
+    assert upstream.requests == []
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        pytest.param(ask(messages=[{"role": "user", "content": "x"}] * 6), "messages", id="many"),
+        pytest.param(small(prompt="x" * 60_000), "characters", id="long"),
+    ],
+)
+def test_what_a_body_may_hold_is_bounded(
+    limited_server: Server, upstream: Upstream, key: dict[str, str], body: Any, said: str
+) -> None:
+    reply = limited_server.post(json=body, headers=key)
+    assert reply.status_code == 400
+    assert said in reply.json()["error"]
+    assert upstream.requests == []
+
+
+@pytest.mark.parametrize(
+    "name", ["max_tokens", "max_new_tokens", "max_output_tokens", "max_completion_tokens"]
+)
+def test_max_tokens_above_the_cap_is_lowered_and_named(
+    limited_server: Server, upstream: Upstream, key: dict[str, str], name: str
+) -> None:
+    reply = limited_server.post(json=ask(**{name: 9000}), headers=key)
+    assert reply.status_code == 200
+    assert name in reply.headers["x-dropped-params"]
+    assert upstream.requests[0].json["max_tokens"] == 6000
+
+
+def test_rate_limit_headers_are_whole_numbers(serve: Serve) -> None:
+    server = serve("[limits]\nrequests_per_minute = 1_500_000\ntokens_per_minute = 12_345_678")
+    headers = server.post().headers
+    assert headers["x-ratelimit-limit-requests"] == "1500000"
+    assert headers["x-ratelimit-limit-tokens"] == "12345678"
+
+
+def test_a_million_addresses_do_not_grow_the_memory() -> None:
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("memory is read from /proc")
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    async def flood() -> int:
+        limiter = proxy.MemoryLimiter(proxy.Config().limits, time.monotonic)
+        before = resident()
+        for number in range(1_000_000):
+            await limiter.take(f"ip:{number}", 1, 1)
+        return resident() - before
+
+    assert asyncio.run(flood()) < 100 * 2**20
+
+
+# ---- Cache -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def caching(serve_module: Serve) -> Server:
+    return serve_module("[cache]\nenabled = true", environ={"ALLOWED_CLIENT_KEYS": ALL_KEYS})
+
+
+def fresh(**fields: Any) -> dict[str, Any]:
+    """A request nobody has made."""
+    return ask(f"Prompt of {next(IDS)}", **fields)
+
+
+def tokens(answered: httpx.Response) -> list[str]:
+    return [frame["token"] for frame in frames(answered.text)[:-2]]
+
+
+@pytest.mark.parametrize("streamed", [True, False], ids=["stream", "JSON"])
+def test_a_hit_replays_the_same_pieces(
+    caching: Server, upstream: Upstream, key: dict[str, str], streamed: bool
+) -> None:
+    call = ("call_1", "look_up", '{"city": "Paris"}')
+    events = messages_events(["He", "llo", " there"], tools=(call,))
+    upstream.play(stream(*events))
+    body = fresh(stream=streamed)
+    number = next(IDS)
+    miss = caching.post(json=body, headers=key)
+    hit = caching.post(json=body, headers={**key, "x-request-id": number})
+    assert (miss.headers["x-cache"], hit.headers["x-cache"]) == ("miss", "hit")
+    assert len(upstream.requests) == 1
+    if streamed:
+        assert tokens(miss) == tokens(hit) == ["He", "llo", " there"]
+        first, last = frames(miss.text)[-2], frames(hit.text)[-2]
+        assert first["toolCalls"] == last["toolCalls"]
+    else:
+        first, last = miss.json(), hit.json()
+        assert first["tool_calls"] == last["tool_calls"]
+        assert hit.headers["x-cost-usd"] == "0"
+    assert (first["usage"], first["costUsd"] > 0, last["costUsd"]) == (last["usage"], True, 0)
+    row = last_row(caching, number)
+    assert (row["cache"], row["outcome"], row["attempts"]) == ("hit", "ok", 0)
+    assert Decimal(row["cost"]) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"temperature": 0.5}, id="temperature"),
+        pytest.param({"max_tokens": 50}, id="max_tokens"),
+        pytest.param({"system": "Be brief."}, id="system"),
+        pytest.param({"stop": ["."]}, id="stop"),
+        pytest.param({"enable_thinking": True}, id="thinking"),
+        pytest.param({"tools": [{"name": "f", "parameters": {"type": "object"}}]}, id="tools"),
+        pytest.param({"model": "claude-sonnet-5"}, id="model"),
+        pytest.param({"messages": [{"role": "user", "content": "Ho"}]}, id="messages"),
+    ],
+)
+def test_what_shapes_the_answer_is_in_the_key(
+    caching: Server, upstream: Upstream, key: dict[str, str], change: dict[str, Any]
+) -> None:
+    body = fresh(max_tokens=100)
+    assert caching.post(json=body, headers=key).headers["x-cache"] == "miss"
+    assert caching.post(json={**body, **change}, headers=key).headers["x-cache"] == "miss"
+    assert caching.post(json=body, headers=key).headers["x-cache"] == "hit"
+
+
+def test_a_client_hits_only_its_own_answers(
+    caching: Server, upstream: Upstream, key: dict[str, str]
+) -> None:
+    body, other = fresh(), {"x-api-key": next(KEYS)}
+    seen = [caching.post(json=body, headers=who).headers["x-cache"] for who in (key, other, key)]
+    assert seen == ["miss", "miss", "hit"]
+
+
+def test_a_shared_cache_serves_every_client(serve: Serve, upstream: Upstream) -> None:
+    config = "[cache]\nenabled = true\nshared = true\nsize = '4KiB'"
+    server = serve(config, environ={"ALLOWED_CLIENT_KEYS": "a,b"})
+    body = fresh()
+    seen = [server.post(json=body, headers={"x-api-key": k}).headers["x-cache"] for k in "ab"]
+    assert seen == ["miss", "hit"]
+    upstream.play(stream(messages_sse("long " * 2000)))  # larger than the whole cache
+    body = fresh()
+    answered = [server.post(json=body, headers={"x-api-key": "a"}) for _ in range(2)]
+    assert [a.headers["x-cache"] for a in answered] == ["miss", "miss"]
+    assert [len(text_of(a.text)) for a in answered] == [10_000, 10_000]
+
+
+def test_no_cache_goes_to_the_vendor(
+    caching: Server, upstream: Upstream, key: dict[str, str]
+) -> None:
+    body = fresh()
+    caching.post(json=body, headers=key)
+    again = caching.post(json=body, headers={**key, "cache-control": "no-cache"})
+    assert (again.headers["x-cache"], len(upstream.requests)) == ("bypass", 2)
+
+
+def test_the_cache_is_off_by_default(plain_server: Server, upstream: Upstream) -> None:
+    seen = [plain_server.post().headers["x-cache"] for _ in range(2)]
+    assert (seen, len(upstream.requests)) == (["bypass", "bypass"], 2)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param([*stream(*HALF, end=False), RESET], id="cut"),
+        pytest.param(stream(*HALF, sse(vendor_error())[0]), id="failed"),
+        pytest.param(reply(400, vendor_error(), ONCE), id="refused"),
+    ],
+)
+def test_an_answer_that_is_not_complete_is_not_kept(
+    caching: Server, upstream: Upstream, key: dict[str, str], script: Any
+) -> None:
+    upstream.play(script, answer)
+    body = fresh()
+    caching.post(json=body, headers=key)
+    again = caching.post(json=body, headers=key)
+    assert (again.headers["x-cache"], text_of(again.text)) == ("miss", "Hello")
+
+
+class Joined:
+    """Requests that share one upstream call, which waits for `gate` after its first text."""
+
+    def __init__(self, server: Server, upstream: Upstream, key: dict[str, str], count: int) -> None:
+        self.server, self.gate, self.body = server, threading.Event(), fresh()
+        self.ids = [next(IDS) for _ in range(count)]
+        events = messages_events("Hello")
+        upstream.play(stream(*events[:4], until(self.gate), *events[4:]))
+        self.connections = []
+        for number in self.ids:  # one after the other, so that the first one leads
+            headers = {**key, "X-Request-ID": number, "Connection": "close"}
+            connection = server.connect(json_body=self.body, headers=headers)
+            self.connections.append((connection, read_until(connection, b"Hello")))
+
+    def finish(self, index: int) -> str:
+        connection, head = self.connections[index]
+        with connection:
+            return (head + read_until(connection, b"[DONE]")).decode()
+
+    def leave(self, index: int) -> None:
+        self.connections[index][0].close()
+
+    def row(self, index: int) -> dict[str, Any]:
+        return last_row(self.server, self.ids[index])
+
+
+def test_identical_requests_in_flight_share_one_upstream_call(
+    caching: Server, upstream: Upstream, key: dict[str, str]
+) -> None:
+    joined = Joined(caching, upstream, key, 3)
+    joined.gate.set()
+    texts = [joined.finish(index) for index in range(3)]
+    assert len(upstream.requests) == 1
+    for text, cache in zip(texts, ("miss", "coalesced", "coalesced"), strict=True):
+        assert f"x-cache: {cache}" in text.lower()
+        assert '"token":"Hello"' in text
+    rows = [joined.row(index) for index in range(3)]
+    assert [row["outcome"] for row in rows] == ["ok"] * 3
+    assert [Decimal(row["cost"]) > 0 for row in rows] == [True, False, False]
+
+
+def test_a_leader_that_leaves_pays_and_disturbs_nobody(
+    caching: Server, upstream: Upstream, key: dict[str, str]
+) -> None:
+    joined = Joined(caching, upstream, key, 2)
+    joined.leave(0)
+    assert not upstream.requests[0].closed.wait(0.3)
+    joined.gate.set()
+    assert '"isLast":true' in joined.finish(1)
+    leader, follower = joined.row(0), joined.row(1)
+    assert (leader["outcome"], follower["outcome"]) == ("cancelled", "ok")
+    assert (Decimal(leader["cost"]) > 0, Decimal(follower["cost"])) == (True, 0)
+    assert leader["estimated"] == 0  # the figures of the answer it led to
+    assert len(upstream.requests) == 1
+
+
+def test_a_follower_that_leaves_disturbs_nobody(
+    caching: Server, upstream: Upstream, key: dict[str, str]
+) -> None:
+    joined = Joined(caching, upstream, key, 2)
+    joined.leave(1)
+    assert joined.row(1)["outcome"] == "cancelled"
+    joined.gate.set()
+    assert '"isLast":true' in joined.finish(0)
+    assert joined.row(0)["outcome"] == "ok"
+
+
+def test_the_last_one_that_leaves_closes_the_upstream(
+    caching: Server, upstream: Upstream, key: dict[str, str]
+) -> None:
+    joined = Joined(caching, upstream, key, 2)
+    joined.leave(0)
+    joined.leave(1)
+    assert upstream.requests[0].closed.wait(3)
+    assert {joined.row(index)["outcome"] for index in range(2)} == {"cancelled"}
+    upstream.play(answer)  # what they left behind is in nobody's way
+    assert caching.post(json=joined.body, headers=key).headers["x-cache"] == "miss"
+
+
+def test_followers_share_the_error_as_well(
+    caching: Server, upstream: Upstream, key: dict[str, str]
+) -> None:
+    joined = Joined(caching, upstream, key, 2)
+    upstream.loop.call_soon_threadsafe(
+        lambda: [task.cancel() for task in asyncio.all_tasks(upstream.loop)]
+    )  # the vendor falls over
+    for connection, _ in joined.connections:
+        with connection:
+            assert b"upstream_unreachable" in read_until(connection, b"error: ")
+    assert {joined.row(index)["outcome"] for index in range(2)} == {"error"}
+
+
+# ---- SSE ---------------------------------------------------------------------------------------
+# A small stream of each dialect: cut at every byte, with every line end, and with everything the
+# standard and the vendors put between events.
+
+EVENTS: dict[str, list[bytes]] = {
+    "messages": messages_events(["Héllo", " \u2028wörld"], tools=(("c1", "f", '{"a": 1}'),)),
+    "responses": responses_events(["Héllo", " \u2028wörld"], tools=(("c1", "f", '{"a": 1}'),)),
+    "chat": chat_events(["Héllo", " \u2028wörld"], tools=(("c1", "f", '{"a": 1}'),)),
+}
+
+# json.dumps escapes; vendors send the characters themselves, the line separator among them
+STREAMS = {
+    dialect: b"".join(events)
+    .replace(rb"\u00e9", "é".encode())
+    .replace(rb"\u00f6", "ö".encode())
+    .replace(rb"\u2028", "\u2028".encode())
+    for dialect, events in EVENTS.items()
+}
+SAID = "Héllo \u2028wörld"
+
+
+class Read(NamedTuple):
+    """An answer as it came out of an adapter or of a vendor's SDK."""
+
+    text: str
+    thinking: str
+    calls: list[tuple[str, str, Any]]
+    finish: str | None
+    usage: dict[str, int] | None
+    error: str | None = None
+
+
+def read(speaks: Any, chunks: Iterable[bytes]) -> Read:
+    """Feeds an adapter, and checks what holds for every stream: one end, and nothing after it."""
+    text, thinking, calls, ends = "", "", [], []
+    for chunk in chunks:
+        for event in speaks.feed(chunk):
+            assert not ends, f"{event} after {ends[-1]}"
+            match event:
+                case proxy.Text():
+                    text += event.text
+                case proxy.Thinking():
+                    thinking += event.text
+                case proxy.ToolUse():
+                    calls.append((event.id, event.name, json.loads(event.arguments)))
+                case proxy.Finish() | proxy.Failure():
+                    ends.append(event)
+    assert bool(ends) == speaks.complete
+    usage = {name: getattr(speaks.usage, name) for name in USAGE} if speaks.usage.known else None
+    if ends and isinstance(ends[0], proxy.Failure):
+        return Read(text, thinking, calls, None, usage, str(ends[0].error))
+    return Read(text, thinking, calls, ends[0].reason if ends else None, usage)
+
+
+USAGE = (
+    "input_tokens",
+    "output_tokens",
+    "cache_read_tokens",
+    "cache_write_tokens",
+    "cache_write_1h_tokens",
+    "reasoning_tokens",
+    "web_searches",
+)
+WHOLE = Read(
+    SAID, "", [("c1", "f", {"a": 1})], "tool_calls",
+    dict.fromkeys(USAGE, 0) | {"input_tokens": 10, "output_tokens": 5},
+)  # fmt: skip
+
+
+def fed(dialect: str, *chunks: bytes) -> Read:
+    return read(adapter(BY_DIALECT[dialect]), chunks)
+
+
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\r"], ids=["LF", "CRLF", "CR"])
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_cut_before_the_last_blank_line_is_incomplete(dialect: str, line_end: bytes) -> None:
+    data = STREAMS[dialect].replace(b"\n", line_end)
+    # a lone CR ends a line too, so CRLF's last LF is already one more than is needed
+    enough = len(data) - (line_end == b"\r\n")
+    for offset in range(len(data) + 1):
+        speaks = adapter(BY_DIALECT[dialect])
+        answer = read(speaks, [data[:offset]])
+        assert speaks.complete == (offset >= enough), offset
+        assert answer.error is None
+        assert SAID.startswith(answer.text)
+        if offset < enough:
+            assert answer.finish is None
+            assert not answer.calls  # a call is told only when it is whole
+        else:
+            assert answer == WHOLE
+
+
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\r"], ids=["LF", "CRLF", "CR"])
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_chunk_boundaries_mean_nothing(dialect: str, line_end: bytes) -> None:
+    data = STREAMS[dialect].replace(b"\n", line_end)
+    assert fed(dialect, *(data[i : i + 1] for i in range(len(data)))) == WHOLE
+    for at in range(len(data)):
+        assert fed(dialect, data[:at], data[at:]) == WHOLE, at
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(DIALECTS), st.lists(st.integers(0, 2000), max_size=8), st.data())
+def test_any_chunks_and_any_line_ends(dialect: str, cuts: list[int], data: st.DataObject) -> None:
+    lines = STREAMS[dialect].split(b"\n")
+    ends = data.draw(
+        st.lists(st.sampled_from([b"\n", b"\r\n", b"\r"]), min_size=len(lines), max_size=len(lines))
+    )
+    # "\r" before a line that is empty and ends in "\n" would read as one CRLF
+    mixed = b"".join(
+        line + (b"\n" if end == b"\r" and not following else end)
+        for line, end, following in zip(lines, ends, [*lines[1:], b"x"], strict=True)
+    )
+    places = [0, *sorted(min(cut, len(mixed)) for cut in cuts), len(mixed)]
+    assert fed(dialect, *(mixed[a:b] for a, b in itertools.pairwise(places))) == WHOLE
+
+
+def between(noise: bytes) -> Callable[[list[bytes]], list[bytes]]:
+    return lambda events: [part for event in events for part in (noise, event)]
+
+
+def each(change: Callable[[bytes], bytes]) -> Callable[[list[bytes]], list[bytes]]:
+    return lambda events: [change(event) for event in events]
+
+
+ODD = b'event: response.novelty\ndata: {"type":"response.novelty","delta":{"a":[1]},"index":"x",'
+ODD += b'"item":5,"usage":"none","message":[],"error":0,"response":"?","content_block":[]}\n\n'
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda events: [b"\xef\xbb\xbf", *events], id="byte order mark"),
+        pytest.param(between(b": keep-alive\n\n"), id="comments"),
+        pytest.param(between(b":\n"), id="comment lines before an event"),
+        pytest.param(between(b"\n\n\n"), id="blank lines"),
+        pytest.param(between(b"retry: 3000\n\n"), id="retry"),
+        pytest.param(between(b"id: 7\n"), id="id"),
+        pytest.param(between(b"event: ping\ndata: {}\n\n"), id="ping without a type"),
+        pytest.param(between(b'event: ping\ndata: {"type": "ping"}\n\n'), id="ping"),
+        pytest.param(between(b"event: ping\n\n"), id="event without data"),
+        pytest.param(between(b"data\n\ndata:\n\n"), id="empty data"),
+        pytest.param(each(lambda e: re.sub(rb"([}\]])\n\n", rb"\1   \n\n", e)), id="padding"),
+        pytest.param(each(lambda e: e.replace(b"data: ", b"data:")), id="no space"),
+        pytest.param(each(lambda e: e.replace(b"data: {", b"data: {\ndata: ")), id="many lines"),
+        pytest.param(each(lambda e: re.sub(rb"event: .*\n", b"", e)), id="no event line"),
+        pytest.param(each(lambda e: re.sub(rb"(event: .*\n)(data: .*\n)", rb"\2\1", e)),
+                     id="event line last"),
+        pytest.param(lambda events: [*events, *events], id="the same again after the end"),
+        pytest.param(lambda events: [*events, b"garbage \xff\x00\n\n"], id="garbage after the end"),
+        pytest.param(lambda events: [*events, b"data: [DONE]\n\n"], id="[DONE] after the end"),
+        pytest.param(
+            lambda events: [*events, b'event: error\ndata: {"error":{"message":"late"}}\n\n'],
+            id="an error after the end",
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("size", [None, 1], ids=["whole", "byte by byte"])
+def test_what_may_stand_in_an_event_stream(
+    dialect: str, change: Callable[[list[bytes]], list[bytes]], size: int | None
+) -> None:
+    data = b"".join(change(EVENTS[dialect]))
+    chunks = [data] if size is None else [data[i : i + 1] for i in range(len(data))]
+    assert fed(dialect, *chunks) == WHOLE
+
+
+@pytest.mark.parametrize("dialect", ["messages", "responses"])
+def test_unknown_events_of_any_shape_are_skipped(dialect: str) -> None:
+    assert fed(dialect, b"".join(between(ODD)(EVENTS[dialect]))) == WHOLE
+
+
+def test_unknown_keys_and_chunks_without_choices_are_skipped_in_chat() -> None:
+    odd = b'data: {"id":"x","object":"chat.completion.chunk","choices":[],"novelty":{"a":[1]}}\n\n'
+    odd += b'data: {"choices":[{"index":0,"delta":{"audio":{"x":1},"annotations":[]}}]}\n\n'
+    odd += b'data: {"choices":null,"usage":null,"error":null}\n\n'
+    assert fed("chat", b"".join(between(odd)(EVENTS["chat"]))) == WHOLE
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_huge_event_is_read(dialect: str) -> None:
+    text = "x" * 4_000_000
+    data = MAKE[dialect](text)
+    answer = fed(dialect, *(data[i : i + 65536] for i in range(0, len(data), 65536)))
+    assert (answer.text == text, answer.finish) == (True, "stop")
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        pytest.param(b"data: <html>\n\n", id="HTML"),
+        pytest.param(b"data: {\n\n", id="half of JSON"),
+        pytest.param(b"data: \xff\xfe\n\n", id="not UTF-8"),
+        pytest.param(b"data: " + b"[" * 100_000 + b"\n\n", id="deeply nested"),
+    ],
+)
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_garbage_in_a_stream_is_a_failure(dialect: str, garbage: bytes) -> None:
+    first, *rest = EVENTS[dialect]
+    answer = fed(dialect, first, garbage, *rest)
+    assert answer.error
+    assert (answer.text, answer.finish, answer.calls) == ("", None, [])
+
+
+ODD_SHAPES = [
+    *(
+        pytest.param(d, value, id=f"{d}: {value}")
+        for d in DIALECTS
+        for value in (None, [1], 5, "x")
+    ),
+    pytest.param("messages", {"type": "content_block_delta", "index": "x", "delta": 5}, id="delta"),
+    pytest.param("messages", {"type": "content_block_start", "content_block": []}, id="block"),
+    pytest.param("messages", {"type": "message_start", "message": []}, id="message"),
+    pytest.param("messages", {"type": "message_delta", "delta": None, "usage": [1]}, id="usage"),
+    pytest.param("messages", {"type": ["message_stop"]}, id="type"),
+    pytest.param("responses", {"type": "response.output_text.delta", "delta": 5}, id="text"),
+    pytest.param("responses", {"type": "response.output_item.added", "item": "x"}, id="item"),
+    pytest.param("responses", {"type": "response.completed", "response": []}, id="response"),
+    pytest.param("chat", {"choices": [{"delta": {"content": 5}}]}, id="content"),
+    pytest.param("chat", {"choices": [{"delta": {"tool_calls": [5]}}]}, id="tool_calls"),
+    pytest.param("chat", {"choices": [5]}, id="choice"),
+    pytest.param("chat", {"choices": [{"delta": {"tool_calls": 5}}]}, id="tool_calls a number"),
+    pytest.param(
+        "chat",
+        {"choices": [{"delta": {"tool_calls": [{"index": [0], "function": {"name": "f"}}]}}]},
+        id="index a list",
+    ),
+    pytest.param(
+        "chat",
+        {"choices": [{"delta": {"tool_calls": [{"index": 0, "function": {"arguments": {}}}]}}]},
+        id="arguments an object",
+    ),
+    pytest.param("chat", {"choices": [{"delta": {}, "finish_reason": ["stop"]}]}, id="finish"),
+    pytest.param(
+        "messages",
+        {"type": "content_block_delta", "index": [0], "delta": {"partial_json": "{"}},
+        id="index a list, Anthropic",
+    ),
+    pytest.param(
+        "messages",
+        {"type": "content_block_start", "index": [0], "content_block": {"type": "tool_use"}},
+        id="block index a list",
+    ),
+    pytest.param(
+        "messages",
+        {"type": "message_delta", "delta": {"stop_reason": ["x"]}},
+        id="stop_reason a list",
+    ),
+    pytest.param(
+        "responses",
+        {"type": "response.function_call_arguments.delta", "item_id": [1], "delta": "{"},
+        id="item_id a list",
+    ),
+    pytest.param(
+        "responses",
+        {"type": "response.output_item.added", "item": {"type": "function_call", "id": [1]}},
+        id="id a list",
+    ),
+    pytest.param("chat", {"choices": {}}, id="choices"),
+]
+
+
+@pytest.mark.parametrize(("dialect", "event"), ODD_SHAPES)
+def test_an_event_of_an_odd_shape_is_skipped_or_a_failure(dialect: str, event: Any) -> None:
+    """Never a crash, and never an answer that looks whole and is not."""
+    first, *rest = EVENTS[dialect]
+    answer = fed(dialect, first, b"data: %b\n\n" % json.dumps(event).encode(), *rest)
+    assert answer.error or answer == WHOLE
+
+
+EVENT_KEYS = re.findall(
+    r"\w+",
+    """
+    index delta content_block message usage error item item_id response choices arguments id call_id
+    name type text partial_json thinking stop_reason input output_tokens input_tokens
+    cache_creation cache_read_input_tokens server_tool_use incomplete_details reason code
+    status_code content refusal reasoning tool_calls function finish_reason prompt_tokens
+    completion_tokens input_tokens_details cached_tokens
+    """,
+)
+EVENT_TYPES = re.findall(
+    r"\S+",
+    """
+    message_start message_delta message_stop content_block_start content_block_delta error ping
+    text_delta input_json_delta thinking_delta tool_use text function_call
+    response.output_item.added response.output_item.done response.output_text.delta
+    response.function_call_arguments.delta response.function_call_arguments.done
+    response.reasoning_summary_text.delta response.refusal.delta response.completed
+    response.incomplete response.failed
+    """,
+)
+TYPES = st.sampled_from(EVENT_TYPES)
+EVENT_VALUES = st.recursive(
+    LEAVES | TYPES,
+    lambda inner: st.lists(inner, max_size=2)
+    | st.dictionaries(st.sampled_from(EVENT_KEYS), inner, max_size=4)
+    | st.builds(lambda kind, more: more | {"type": kind}, TYPES,
+                st.dictionaries(st.sampled_from(EVENT_KEYS), inner, max_size=4)),
+    max_leaves=10,
+)  # fmt: skip
+VENDOR_EVENTS = st.builds(
+    lambda kind, more: more | {"type": kind},
+    TYPES,
+    st.dictionaries(st.sampled_from(EVENT_KEYS), EVENT_VALUES, max_size=4),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(VENDOR_EVENTS, min_size=1, max_size=4))
+def test_no_event_crashes_an_adapter(events: list[Any]) -> None:
+    """Whatever a vendor makes up: events or none, and figures that can be added up."""
+    data = b"".join(b"data: %b\n\n" % json.dumps(event).encode() for event in events)
+    for provider in BY_DIALECT.values():
+        speaks = adapter(provider)
+        read(speaks, [data, b"data: [DONE]\n\n"])
+        for name in USAGE:
+            figure = getattr(speaks.usage, name)
+            assert isinstance(figure, int) and figure >= 0, name
+
+
+# ---- Adapters ----------------------------------------------------------------------------------
+# First the recordings: what the adapters read off real replies is what the vendors' own SDKs read
+# off them.
+
+FAMILIES = {"anthropic": "messages", "openai-responses": "responses", "openai-chat": "chat"}
+
+
+def recordings(pattern: str) -> list[Any]:
+    files = sorted(RECORDINGS.glob(f"*/{pattern}"))
+    if not files:
+        missing = pytest.mark.skip(reason=NO_RECORDINGS)
+        return [pytest.param(None, id="none", marks=missing)]
+    return [pytest.param(file, id=f"{file.parent.name}/{file.stem}") for file in files]
+
+
+def recorded(file: Path) -> bytes:
+    """Two of the files lost the blank line at the end, which the wire had."""
+    return file.read_bytes().rstrip(b"\n") + b"\n\n"
+
+
+def dialect_of(file: Path) -> str:
+    return FAMILIES[file.parent.name]
+
+
+def arguments_or_none(text: str) -> Any:
+    try:
+        return json.loads(text or "{}")
+    except ValueError:
+        return None
+
+
+def read_by_anthropic(url: str) -> Read:
+    client = anthropic.Anthropic(api_key="x", base_url=url, max_retries=0)
+    partial: dict[int, str] = {}
+    with client.messages.stream(model="m", max_tokens=9, messages=[user("x")]) as stream:
+        for event in stream:
+            if event.type == "content_block_delta" and event.delta.type == "input_json_delta":
+                partial[event.index] = partial.get(event.index, "") + event.delta.partial_json
+        message = stream.get_final_message()
+    # server tools are the vendor's own business: only tool_use is the caller's to answer
+    uses = [(i, b) for i, b in enumerate(message.content) if b.type == "tool_use"]
+    # the SDK keeps what it could read of arguments that were cut off; the proxy reports no call
+    calls = [
+        (b.id, b.name, b.input)
+        for i, b in uses
+        if arguments_or_none(partial.get(i, "")) is not None
+    ]
+    reasons = {
+        "end_turn": "stop", "stop_sequence": "stop", "pause_turn": "stop", "max_tokens": "length",
+        "model_context_window_exceeded": "length", "tool_use": "tool_calls",
+        "refusal": "content_filter",
+    }  # fmt: skip
+    counted = message.usage
+    cached, written = counted.cache_read_input_tokens or 0, counted.cache_creation_input_tokens or 0
+    split = counted.cache_creation
+    details = getattr(counted, "output_tokens_details", None)
+    searches = counted.server_tool_use
+    usage = {
+        "input_tokens": counted.input_tokens
+        + cached
+        + written,  # the vendor's excludes cached ones
+        "output_tokens": counted.output_tokens,
+        "cache_read_tokens": cached,
+        "cache_write_tokens": written,
+        "cache_write_1h_tokens": split.ephemeral_1h_input_tokens if split else 0,
+        "reasoning_tokens": (getattr(details, "thinking_tokens", 0) or 0) if details else 0,
+        "web_searches": searches.web_search_requests if searches else 0,
+    }
+    return Read(
+        "".join(b.text for b in message.content if b.type == "text"),
+        "".join(b.thinking for b in message.content if b.type == "thinking"),
+        calls,
+        reasons[message.stop_reason],
+        usage,
+    )
+
+
+def usage_of_openai(counted: Any) -> dict[str, int] | None:
+    """Of Responses (input, output) and of Chat (prompt, completion)."""
+    if counted is None:
+        return None
+    found = counted.to_dict()
+    inputs = found.get("input_tokens_details") or found.get("prompt_tokens_details") or {}
+    outputs = found.get("output_tokens_details") or found.get("completion_tokens_details") or {}
+    return dict.fromkeys(USAGE, 0) | {
+        "input_tokens": found.get("input_tokens", found.get("prompt_tokens")),
+        "output_tokens": found.get("output_tokens", found.get("completion_tokens")),
+        "cache_read_tokens": inputs.get("cached_tokens") or 0,
+        "cache_write_tokens": inputs.get("cache_write_tokens") or 0,
+        "reasoning_tokens": outputs.get("reasoning_tokens") or 0,
+    }
+
+
+def read_by_responses(url: str) -> Read:
+    client = openai.OpenAI(api_key="x", base_url=f"{url}/v1", max_retries=0)
+    response = None
+    with client.responses.create(model="m", input="x", stream=True) as events:
+        for event in events:
+            if event.type in ("response.completed", "response.incomplete", "response.failed"):
+                response = event.response
+    assert response
+    if response.error:
+        return Read("", "", [], None, usage_of_openai(response.usage), response.error.message)
+    calls = [
+        (out.call_id, out.name, json.loads(out.arguments))
+        for out in response.output
+        if out.type == "function_call"
+    ]
+    thoughts = [out for out in response.output if out.type == "reasoning"]
+    reason = response.incomplete_details and response.incomplete_details.reason
+    finish = {"max_output_tokens": "length", "content_filter": "content_filter"}.get(reason or "")
+    return Read(
+        response.output_text,
+        "".join(part.text for thought in thoughts for part in thought.summary),
+        calls,
+        finish or ("tool_calls" if calls else "stop"),
+        usage_of_openai(response.usage),
+    )
+
+
+def read_by_chat(url: str) -> Read:
+    client = openai.OpenAI(api_key="x", base_url=f"{url}/v1", max_retries=0)
+    with client.chat.completions.stream(model="m", messages=[]) as stream:
+        for _ in stream:
+            pass
+        completion = stream.current_completion_snapshot
+    choice = completion.choices[0]
+    message = choice.message
+    calls = [
+        (call.id, call.function.name, json.loads(call.function.arguments))
+        for call in message.tool_calls or ()
+    ]
+    # a refusal is text the caller should see, and ends as one, though the vendor says "stop"
+    finish = "content_filter" if message.refusal else choice.finish_reason
+    thoughts = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
+    text = (message.content or "") + (message.refusal or "")
+    return Read(text, thoughts or "", calls, finish, usage_of_openai(completion.usage))
+
+
+SDKS = {"messages": read_by_anthropic, "responses": read_by_responses, "chat": read_by_chat}
+
+
+def read_by_sdk(upstream: Upstream, file: Path) -> Read:
+    """The SDK reads the recording off a real socket. What it raises is the error."""
+    upstream.play(stream(recorded(file)))
+    try:
+        return SDKS[dialect_of(file)](upstream.url)
+    except (anthropic.APIError, openai.APIError) as error:
+        return Read("", "", [], None, None, error.message)
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+@pytest.mark.parametrize("file", recordings("*.sse"))
+def test_an_adapter_reads_what_the_vendors_sdk_reads(upstream: Upstream, file: Path) -> None:
+    expected = read_by_sdk(upstream, file)
+    dialect, data = dialect_of(file), recorded(file)
+    answer = fed(dialect, data)
+    if expected.error is not None:
+        assert (answer.error, answer.finish) == (expected.error, None)
+        assert not answer.calls
+    else:
+        assert answer == expected
+    assert fed(dialect, *(data[i : i + 1] for i in range(len(data)))) == answer
+    if len(data) < 2600:
+        for at in range(len(data)):
+            assert fed(dialect, data[:at], data[at:]) == answer, at
+
+
+def test_what_the_recordings_must_have_shown() -> None:
+    """Guards the comparison above against comparing nothing: a few facts read by eye."""
+    name = "anthropic/max-tokens-partial-tool-json.sse"
+    if not (RECORDINGS / name).is_file():
+        pytest.skip(NO_RECORDINGS)
+    by_eye = {
+        "anthropic/max-tokens-partial-tool-json": ("length", 0, 450, 124),
+        "anthropic/parallel-tool-use-haiku-4-5": ("tool_calls", 2, 542, 62),
+        "anthropic/cache-read-sonnet-3-5": ("stop", 0, 1169, 221),
+        "anthropic/refusal-before-output-fable-5": ("content_filter", 0, 18, 5),
+        "openai-responses/function-call-gpt-4o": ("tool_calls", 1, 310, 17),
+        "openai-responses/web-search-gpt-5": ("stop", 0, 9463, 582),
+        "openai-chat/parallel-tools-gpt-4o-mini": ("tool_calls", 2, 75, 51),
+        "openai-chat/length-gpt-4o": ("length", 0, 79, 1),
+        "openai-chat/refusal-gpt-4o": ("content_filter", 0, 79, 11),
+    }
+    for name, (finish, calls, inputs, outputs) in by_eye.items():
+        file = RECORDINGS / f"{name}.sse"
+        answer = fed(dialect_of(file), recorded(file))
+        assert answer.usage, name
+        counted = (answer.usage["input_tokens"], answer.usage["output_tokens"])
+        assert (answer.finish, len(answer.calls), *counted) == (finish, calls, inputs, outputs)
+
+
+# status and code that the browser is told for a vendor's error in the stream
+STREAM_ERRORS = {
+    "openai-chat/groq-tool-use-failed-midstream": (400, "upstream_rejected"),
+    "openai-chat/openrouter-comments-error-in-chunk": (400, "upstream_rejected"),
+    "openai-responses/error-quota-midstream-gpt-5-nano": (429, "upstream_rate_limited"),
+    "openai-responses/failed-only-synthetic-gpt-4o-mini": (429, "upstream_rate_limited"),
+}
+
+
+@pytest.mark.parametrize("name", STREAM_ERRORS)
+def test_an_error_in_a_recorded_stream_reaches_the_browser(
+    vendors: Server, upstream: Upstream, name: str
+) -> None:
+    file = RECORDINGS / f"{name}.sse"
+    if not file.is_file():
+        pytest.skip(NO_RECORDINGS)
+    provider = BY_DIALECT[dialect_of(file)]
+    upstream.play(stream(recorded(file)))
+    response = vendors.post(f"/api/{provider}", ask(model=MODELS[provider], enable_thinking=True))
+    status, code = STREAM_ERRORS[name]
+    if response.status_code == 200:
+        *chunks, last = frames(response.text)
+        assert set(last) == {"error_line"}
+        assert (last["error_line"]["statusCode"], last["error_line"]["code"]) == (status, code)
+        assert chunks != []
+    else:  # the error came before anything worth sending
+        assert (response.status_code, response.json()["code"]) == (status, code)
+    assert "[DONE]" not in response.text
+
+
+@pytest.mark.parametrize("file", recordings("*.json.body"))
+def test_a_recorded_error_reply_reaches_the_browser(
+    vendors: Server, upstream: Upstream, file: Path
+) -> None:
+    status = int(re.search(r"error-(\d+)", file.name)[1])
+    provider = BY_DIALECT[dialect_of(file)]
+    upstream.play(reply(status, file.read_bytes()))
+    response = vendors.post(f"/api/{provider}", ask(model=MODELS[provider]))
+    assert response.status_code == status
+    error = response.json()
+    assert error["code"] == "upstream_rejected"
+    assert error["error"] == json.loads(file.read_bytes())["error"]["message"]
+    assert len(upstream.requests) == 1
+
+
+ANSWERS = [row for row in recordings("*.sse") if row.id not in STREAM_ERRORS]
+
+
+@pytest.mark.parametrize("file", ANSWERS)
+def test_a_recording_played_through_the_server(
+    vendors: Server, upstream: Upstream, file: Path
+) -> None:
+    """The same figures at the other end: stream and JSON say what the adapter read."""
+    dialect, data = dialect_of(file), recorded(file)
+    expected = fed(dialect, data)
+    assert expected.error is None
+    provider = BY_DIALECT[dialect]
+    upstream.play(stream(*(data[i : i + 997] for i in range(0, len(data), 997))))
+    body = ask(model=MODELS[provider], tools=[WEATHER])
+    streamed = vendors.post(f"/api/{provider}", body)
+    last = check_frames(streamed.text)
+    assert text_of(streamed.text) == expected.text
+    whole = vendors.post(f"/api/{provider}", body | {"stream": False}).json()
+    assert whole["content"] == (expected.text or ("" if expected.calls else " "))
+    for found, finish, calls in (
+        (last, last["finishReason"], last.get("toolCalls", [])),
+        (whole, whole["finish_reason"], whole.get("tool_calls", [])),
+    ):
+        assert finish == expected.finish
+        read_calls = [(c["id"], c["function"]["name"], c["function"]["arguments"]) for c in calls]
+        assert [(i, n, json.loads(a)) for i, n, a in read_calls] == expected.calls
+        if expected.usage:
+            assert found["usage"]["promptTokens"] == expected.usage["input_tokens"]
+            assert found["usage"]["completion_tokens"] == expected.usage["output_tokens"]
+
+
+# Hand-written streams, for what no recording shows.
+
+
+def test_anthropic_final_usage_replaces_the_first_but_keeps_its_split() -> None:
+    first = {
+        "cache_creation_input_tokens": 300,
+        "cache_read_input_tokens": 50,
+        "cache_creation": {"ephemeral_5m_input_tokens": 100, "ephemeral_1h_input_tokens": 200},
+    }
+    data = messages_sse(usage=first).replace(
+        b'"usage": {"output_tokens": 5}',
+        b'"usage": {"output_tokens": 5, "input_tokens": 900000, "cache_read_input_tokens": null, '
+        b'"server_tool_use": {"web_search_requests": 2}, '
+        b'"output_tokens_details": {"thinking_tokens": 3}}',
+    )
+    usage = fed("messages", data).usage
+    assert usage == {
+        "input_tokens": 900_350, "output_tokens": 5, "cache_read_tokens": 50,
+        "cache_write_tokens": 300, "cache_write_1h_tokens": 200, "reasoning_tokens": 3,
+        "web_searches": 2,
+    }  # fmt: skip
+
+
+def test_openai_usage_details() -> None:
+    details = {"input_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 3},
+               "output_tokens_details": {"reasoning_tokens": 2}}  # fmt: skip
+    usage = fed("responses", responses_sse(usage=details)).usage
+    assert usage == dict.fromkeys(USAGE, 0) | {
+        "input_tokens": 10, "output_tokens": 5, "cache_read_tokens": 4, "cache_write_tokens": 3,
+        "reasoning_tokens": 2,
+    }  # fmt: skip
+    details = {"prompt_tokens_details": {"cached_tokens": 4},
+               "completion_tokens_details": {"reasoning_tokens": 2}}  # fmt: skip
+    usage = fed("chat", chat_sse(usage=details)).usage
+    assert usage and (usage["cache_read_tokens"], usage["reasoning_tokens"]) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("dialect", "data", "finish"),
+    [
+        *(
+            pytest.param("messages", messages_sse(stop_reason=reason), finish, id=reason)
+            for reason, finish in (
+                ("end_turn", "stop"), ("stop_sequence", "stop"), ("pause_turn", "stop"),
+                ("max_tokens", "length"), ("model_context_window_exceeded", "length"),
+                ("refusal", "content_filter"), ("a_new_one", "stop"),
+            )
+        ),
+        pytest.param("responses", responses_sse(), "stop", id="completed"),
+        pytest.param("responses", responses_sse(incomplete="max_output_tokens"), "length",
+                     id="incomplete by length"),
+        pytest.param("responses", responses_sse(incomplete="content_filter"), "content_filter",
+                     id="incomplete by filter"),
+        pytest.param("responses", b"".join(sse({"type": "response.incomplete", "response": {}})),
+                     "length", id="incomplete without a reason"),
+        pytest.param(
+            "responses",
+            b"".join(sse({"type": "response.refusal.delta", "delta": "No."},
+                         {"type": "response.completed", "response": {"usage": None}})),
+            "content_filter", id="a refusal part",
+        ),
+        *(
+            pytest.param("chat", chat_sse(finish_reason=reason), finish, id=f"chat {reason}")
+            for reason, finish in (
+                ("stop", "stop"), ("length", "length"), ("content_filter", "content_filter"),
+                ("eos", "stop"),
+            )
+        ),
+        pytest.param("chat",
+                     chat_sse(tools=(("c", "f", "{}"),)).replace(b'"tool_calls"}', b'"stop"}'),
+                     "tool_calls", id="calls that end with stop"),
+    ],
+)  # fmt: skip
+def test_finish_reasons(dialect: str, data: bytes, finish: str) -> None:
+    assert fed(dialect, data).finish == finish
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        pytest.param("", {}, id="none at all"),
+        pytest.param("{}", {}, id="empty"),
+        pytest.param(' {"a": [1, {"b": null}]} ', {"a": [1, {"b": None}]}, id="nested"),
+        pytest.param('{"a": "\\ud83d\\ude00 \u2028"}', {"a": "😀 \u2028"}, id="escapes"),
+        pytest.param('{"a": 1', None, id="cut off"),
+        pytest.param('{"a": 1}}', None, id="too much"),
+        pytest.param("[1]", None, id="a list"),
+        pytest.param("nonsense", None, id="no JSON"),
+    ],
+)
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_arguments_that_are_not_json_are_a_truncated_call(
+    dialect: str, arguments: str, expected: Any
+) -> None:
+    tools = (("c1", "good", '{"x": 1}'), ("c2", "doubtful", arguments))
+    answer = fed(dialect, MAKE[dialect]("Hm", tools=tools))
+    calls = [("c1", "good", {"x": 1})]
+    if expected is None:
+        assert (answer.finish, answer.calls) == ("length", calls)
+    else:
+        assert (answer.finish, answer.calls) == (
+            "tool_calls",
+            [*calls, ("c2", "doubtful", expected)],
+        )
+
+
+def test_a_call_without_arguments_at_the_token_limit_is_truncated() -> None:
+    """Nothing has arrived yet of what may have been a long object."""
+    data = messages_sse("Hm", tools=(("c1", "f", ""),)).replace(b'"tool_use"}', b'"max_tokens"}')
+    answer = fed("messages", data)
+    assert (answer.finish, answer.calls) == ("length", [])
+
+
+def test_interleaved_calls_are_told_apart() -> None:
+    """Responses keys its deltas by item, Chat by index; id and name come once."""
+    events = [
+        {"type": "response.output_item.added",
+         "item": {"type": "function_call", "id": f"fc{n}", "call_id": f"c{n}", "name": f"f{n}"}}
+        for n in (0, 1)
+    ]  # fmt: skip
+    for text in ('{"n', '": 7}'):
+        events += [
+            {"type": "response.function_call_arguments.delta", "item_id": f"fc{n}", "delta": text}
+            for n in (1, 0)
+        ]
+    events.append({"type": "response.completed", "response": {}})
+    expected = [("c0", "f0", {"n": 7}), ("c1", "f1", {"n": 7})]
+    assert fed("responses", *sse(*events)).calls == expected
+    deltas = [{"index": n, "id": f"c{n}", "function": {"name": f"f{n}"}} for n in (0, 1)]
+    deltas += [
+        {"index": n, "function": {"arguments": text}} for text in ('{"n', '": 7}') for n in (1, 0)
+    ]
+    chunks = [{"choices": [{"index": 0, "delta": {"tool_calls": [delta]}}]} for delta in deltas]
+    data = b"".join(b"data: %b\n\n" % json.dumps(chunk).encode() for chunk in chunks)
+    assert fed("chat", data + b"data: [DONE]\n\n").calls == expected
+
+
+def test_a_call_whose_arguments_come_only_with_its_last_event() -> None:
+    item_of = {"type": "function_call", "id": "fc", "call_id": "c", "name": "f"}
+    events = [
+        {"type": "response.output_item.added", "item": item_of | {"arguments": ""}},
+        {"type": "response.output_item.done", "item": item_of | {"arguments": '{"a": 1}'}},
+        {"type": "response.completed", "response": {}},
+    ]
+    assert fed("responses", *sse(*events)).calls == [("c", "f", {"a": 1})]
+
+
+def chat_data(*chunks: Any) -> bytes:
+    """A Chat stream of these choices' deltas, or of whole chunks."""
+    whole = [c if "choices" in c or "error" in c else {"choices": [{"delta": c}]} for c in chunks]
+    return b"".join(b"data: %b\n\n" % json.dumps(chunk).encode() for chunk in whole)
+
+
+def test_calls_of_compatible_vendors_without_an_index_are_told_apart() -> None:
+    """Some send each call whole and leave the index out."""
+    calls = [
+        {"id": f"c{n}", "type": "function", "function": {"name": f"f{n}", "arguments": "{}"}}
+        for n in (0, 1)
+    ]
+    expected = [("c0", "f0", {}), ("c1", "f1", {})]
+    done = b"data: [DONE]\n\n"
+    assert fed("chat", chat_data({"tool_calls": calls}) + done).calls == expected
+    apart = chat_data(*({"tool_calls": [call]} for call in calls))
+    assert fed("chat", apart + done).calls == expected
+
+
+def test_a_call_without_an_id_has_no_made_up_text_for_one() -> None:
+    call = {"index": 0, "function": {"name": "f", "arguments": "{}"}}
+    data = chat_data({"tool_calls": [call]}) + b"data: [DONE]\n\n"
+    [(identity, name, _)] = fed("chat", data).calls
+    assert (identity.lower() in ("none", "null"), name) == (False, "f")
+
+
+def test_nothing_is_read_after_an_error_in_a_chunk_that_also_has_text() -> None:
+    error = {"error": {"code": 502, "message": "Oh"}, "choices": [{"delta": {"content": "late"}}]}
+    answer = fed("chat", chat_data({"content": "Well"}, error, {"content": "later"}))
+    assert (answer.text.removesuffix("late"), answer.error) == ("Well", "Oh")
+
+
+def test_thinking_is_told_apart_from_text() -> None:
+    for dialect, make in MAKE.items():
+        answer = fed(dialect, make("Answer", thinking="Hmm"))
+        assert (answer.thinking, answer.text) == ("Hmm", "Answer")
+    other = chat_sse("Answer", thinking="Hmm").replace(b"reasoning_content", b"reasoning")
+    assert fed("chat", other).thinking == "Hmm"
+
+
+ERROR_EVENTS = [
+    pytest.param("messages", {"type": "error", "error": {"type": kind, "message": "Oh"}},
+                 status, code, id=kind)
+    for kind, status, code in (
+        ("invalid_request_error", 400, "upstream_rejected"),
+        ("authentication_error", 502, "upstream_auth"),
+        ("billing_error", 502, "upstream_auth"),
+        ("permission_error", 502, "upstream_auth"),
+        ("not_found_error", 404, "upstream_rejected"),
+        ("request_too_large", 413, "upstream_rejected"),
+        ("rate_limit_error", 429, "upstream_rate_limited"),
+        ("api_error", 502, "upstream_error"),
+        ("timeout_error", 504, "upstream_timeout"),
+        ("overloaded_error", 529, "upstream_overloaded"),
+        ("a_new_one", 502, "upstream_error"),
+    )
+]  # fmt: skip
+ERROR_EVENTS += [
+    pytest.param("responses", {"type": "error", "code": "rate_limit_exceeded", "message": "Oh"},
+                 429, "upstream_rate_limited", id="Responses flat"),
+    pytest.param("responses", {"type": "error", "error": {"code": "server_error", "message": "Oh"}},
+                 502, "upstream_error", id="Responses nested"),
+    pytest.param("responses", {"type": "error", "code": None, "message": "Oh", "param": None},
+                 502, "upstream_error", id="Responses without a code"),
+    pytest.param("responses", {"type": "response.failed", "response":
+                               {"error": {"code": "server_error", "message": "Oh"}}},
+                 502, "upstream_error", id="response.failed"),
+    pytest.param("responses", {"type": "response.failed", "response": {"error": None}},
+                 502, "upstream_error", id="response.failed without an error"),
+    pytest.param("chat", {"error": {"message": "Oh", "type": "server_error", "code": None}},
+                 502, "upstream_error", id="Chat"),
+    pytest.param("chat", {"error": {"message": "Oh", "code": 429}, "choices": []},
+                 429, "upstream_rate_limited", id="Chat with a status"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dialect", "event", "status", "code"), ERROR_EVENTS)
+def test_an_error_event_ends_the_stream_with_its_status(
+    vendors: Server, upstream: Upstream, dialect: str, event: Any, status: int, code: str
+) -> None:
+    provider = BY_DIALECT[dialect]
+    started = EVENTS[dialect][:3]  # something has been said
+    name = event.get("type", "error").encode()
+    error = b"event: %b\ndata: %b\n\n" % (name, json.dumps(event).encode())
+    upstream.play(stream(*started, *MAKE_DELTA[dialect], error, *EVENTS[dialect][3:]))
+    response = vendors.post(f"/api/{provider}", ask(model=MODELS[provider]))
+    assert response.status_code == 200
+    first, *_, last = frames(response.text)
+    assert first["isFirst"]
+    assert last["error_line"]["statusCode"] == status
+    assert last["error_line"]["code"] == code
+    assert last["error_line"]["message"]
+    assert "[DONE]" not in response.text
+
+
+MAKE_DELTA = {
+    "messages": sse({"type": "content_block_delta", "index": 0,
+                     "delta": {"type": "text_delta", "text": "Well"}}),
+    "responses": sse({"type": "response.output_text.delta", "delta": "Well"}),
+    "chat": [b'data: {"choices":[{"delta":{"content":"Well"}}]}\n\n'],
+}  # fmt: skip
+
+
+# Validators as strict as the vendors are: each says by AssertionError why it would answer 400.
+# Sources: the vendors' public API references; the per-model rows are the vendors' own tables.
+
+
+class Claude(NamedTuple):
+    """What a model of Anthropic's takes."""
+
+    sampling: bool = True  # temperature, top_p, top_k at all
+    both: bool = False  # temperature and top_p together
+    thinking: str = "budget"
+    forced_tools: bool = True
+    mid_system: bool = False
+    prefill: bool = False
+
+
+class GPT(NamedTuple):
+    """What a model of OpenAI's takes: `reasons` is "" for never, "off" or "on" for what it does
+    when not told, "always" where effort none is rejected."""
+
+    reasons: str = ""
+    chat_tools: bool = True
+
+
+CLAUDES = {
+    "claude-haiku-4-5": Claude(prefill=True),
+    "claude-sonnet-4-5-20250929": Claude(prefill=True),
+    "claude-opus-4-6": Claude(both=True, thinking="adaptive"),
+    "claude-opus-4-7": Claude(sampling=False, thinking="adaptive"),
+    "claude-opus-4-8": Claude(sampling=False, thinking="adaptive", mid_system=True),
+    "claude-sonnet-5-5": Claude(False, False, "adaptive", forced_tools=False, mid_system=True),
+    "claude-fable-5-1": Claude(False, False, "adaptive", forced_tools=False, mid_system=True),
+    "claude-haiku-5-5": Claude(sampling=False, thinking="adaptive", mid_system=True),
+    # a model nobody knows yet gets only what all take
+    "claude-opus-9": Claude(sampling=False, thinking="adaptive", forced_tools=False),
+}
+GPTS = {
+    "gpt-4o": GPT(),
+    "gpt-5-mini": GPT("always"),
+    "gpt-5.4": GPT("off"),
+    "gpt-6-sol": GPT("on"),
+    "gpt-6-astra": GPT("always", chat_tools=False),
+    "gpt-6.1-sol": GPT("always", chat_tools=False),
+    "o3": GPT("always"),
+}
+
+
+def only(body: dict[str, Any], *allowed: str) -> None:
+    assert not (extra := sorted(body.keys() - set(allowed))), f"{extra}: not permitted"
+
+
+def number(body: dict[str, Any], name: str, low: float, high: float) -> None:
+    value = body.get(name)
+    assert value is None or (type(value) in (int, float) and low <= value <= high), f"{name}: range"
+
+
+class VendorRules:
+    """One validator a dialect. Pure: a body in, an AssertionError out."""
+
+    @staticmethod
+    def messages(body: dict[str, Any], rules: Claude) -> None:
+        only(body, "model", "max_tokens", "messages", "system", "tools", "tool_choice", "thinking",
+             "output_config", "temperature", "top_p", "top_k", "stop_sequences", "stream",
+             "metadata")  # fmt: skip
+        assert type(body["max_tokens"]) is int and body["max_tokens"] >= 1, "max_tokens: required"
+        assert body["stream"] is True
+        if "system" in body:
+            assert body["system"].strip(), "system: text content blocks must be non-empty"
+        VendorRules.claude_turns(body, rules)
+        names = [tool["name"] for tool in body.get("tools", ())]
+        for tool in body.get("tools", ()):
+            only(tool, "name", "description", "input_schema")
+            assert re.fullmatch(r"[a-zA-Z0-9_-]{1,128}", tool["name"]), "tools: name"
+            assert tool["input_schema"].get("type") == "object", "tools: input_schema.type"
+        assert len(names) == len(set(names)), "tools: names must be unique"
+        choice = body.get("tool_choice", {"type": "auto"})
+        assert choice["type"] in ("auto", "any", "tool", "none"), "tool_choice: type"
+        forced = choice["type"] in ("any", "tool")
+        if "tool_choice" in body:
+            assert names, "tool_choice: without tools"
+            assert choice["type"] != "tool" or choice["name"] in names, "tool_choice: name"
+            assert rules.forced_tools or not forced, "tool_choice: forced tools not supported"
+        thinking = body.get("thinking")
+        if thinking:
+            assert thinking["type"] != "disabled", "thinking: cannot be disabled everywhere"
+            expected = {"budget": "enabled", "adaptive": "adaptive"}[rules.thinking]
+            assert thinking["type"] == expected, f"thinking: {expected} is what the model takes"
+            if expected == "enabled":
+                only(thinking, "type", "budget_tokens")
+                assert 1024 <= thinking["budget_tokens"] < body["max_tokens"], "thinking: budget"
+                VendorRules.thinking_needs_its_own(body["messages"])
+            else:
+                only(thinking, "type", "display")
+            assert not forced, "tool_choice: thinking may not be enabled when it forces tool use"
+            assert body.get("temperature", 1) == 1, "temperature: only 1 with thinking"
+            assert "top_k" not in body, "top_k: unset with thinking"
+            assert body.get("top_p", 1) >= 0.95, "top_p: at least 0.95 with thinking"
+        given = body.keys() & {"temperature", "top_p", "top_k"}
+        assert rules.sampling or not given, f"{given}: not supported by this model"
+        number(body, "temperature", 0, 1)
+        number(body, "top_p", 0, 1)
+        number(body, "top_k", 0, 2**31)
+        assert rules.both or not {"temperature", "top_p"} <= given, "temperature and top_p together"
+        for stop in body.get("stop_sequences", ()):
+            assert stop.strip(), "stop_sequences: each must contain non-whitespace"
+
+    @staticmethod
+    def claude_turns(body: dict[str, Any], rules: Claude) -> None:
+        turns = body["messages"]
+        assert turns[0]["role"] == "user", 'messages: first message must use the "user" role'
+        open_calls: list[str] = []
+        for turn, following in itertools.zip_longest(turns, turns[1:]):
+            only(turn, "role", "content")
+            role, blocks = turn["role"], turn["content"]
+            assert following is None or following["role"] != role, "messages: roles must alternate"
+            assert blocks, "messages: content must be non-empty"
+            kinds = [block["type"] for block in blocks]
+            allowed = {"user": {"text", "image", "tool_result"}, "assistant": {"text", "tool_use"},
+                       "system": {"text"}}[role]  # fmt: skip
+            assert set(kinds) <= allowed, f"messages: {kinds} in the {role} turn"
+            for block in blocks:
+                VendorRules.claude_block(block)
+            results = [b["tool_use_id"] for b in blocks if b["type"] == "tool_result"]
+            assert kinds[: len(results)] == ["tool_result"] * len(results), "results come first"
+            assert sorted(results) == sorted(open_calls), "each tool_use has one result, next turn"
+            open_calls = [block["id"] for block in blocks if block["type"] == "tool_use"]
+            assert len(open_calls) == len(set(open_calls)), "tool_use ids must be unique"
+            if role == "system":
+                assert rules.mid_system, "messages: role system is not supported on this model"
+                before = turns[turns.index(turn) - 1]["role"]
+                assert before == "user", "a system message must directly follow a user turn"
+                after = following["role"] if following else "assistant"
+                assert after == "assistant", "a system message comes before an assistant turn"
+        assert not open_calls, "tool_use without tool_result"
+        if turns[-1]["role"] == "assistant":
+            assert rules.prefill, "this model does not support assistant message prefill"
+            end = turns[-1]["content"][-1]["text"]
+            assert end == end.rstrip(), "final assistant content cannot end with whitespace"
+
+    @staticmethod
+    def claude_block(block: dict[str, Any]) -> None:
+        match block["type"]:
+            case "text":
+                only(block, "type", "text")
+                assert block["text"].strip(), "text content blocks must contain non-whitespace text"
+            case "image":
+                source = block["source"]
+                if source["type"] == "base64":
+                    only(source, "type", "media_type", "data")
+                    assert source["media_type"].startswith("image/") and source["data"]
+                else:
+                    assert source.keys() == {"type", "url"} and source["url"].startswith("http")
+            case "tool_use":
+                only(block, "type", "id", "name", "input")
+                assert re.fullmatch(r"[a-zA-Z0-9_-]+", block["id"]), "tool_use.id: pattern"
+                assert isinstance(block["input"], dict), "tool_use.input: must be an object"
+            case "tool_result":
+                only(block, "type", "tool_use_id", "content", "is_error")
+                assert re.fullmatch(r"[a-zA-Z0-9_-]+", block["tool_use_id"]), "tool_use_id: pattern"
+
+    @staticmethod
+    def thinking_needs_its_own(turns: list[dict[str, Any]]) -> None:
+        """With a thinking budget the last assistant turn begins with thinking if the answer goes
+        on from it: after a prefill, and in the middle of a tool call."""
+        ends_open = turns[-1]["role"] == "assistant" or any(
+            block["type"] == "tool_result" for block in turns[-1]["content"]
+        )
+        assert not ends_open, "a final assistant message must start with a thinking block"
+
+    @staticmethod
+    def responses(body: dict[str, Any], rules: GPT) -> None:
+        only(body, "model", "input", "instructions", "max_output_tokens", "tools", "tool_choice",
+             "parallel_tool_calls", "reasoning", "text", "temperature", "top_p", "store", "include",
+             "stream", "truncation", "metadata")  # fmt: skip
+        assert body["store"] is False, "store: nothing is kept at the vendor"
+        assert body["stream"] is True
+        assert type(body["max_output_tokens"]) is int
+        assert body["max_output_tokens"] >= 16, "max_output_tokens: below the minimum of 16"
+        open_calls: list[str] = []
+        for entry in body["input"]:
+            match entry.get("type", "message"):
+                case "function_call":
+                    only(entry, "type", "call_id", "name", "arguments")
+                    assert isinstance(entry["arguments"], str), "arguments: must be a string"
+                    assert isinstance(json.loads(entry["arguments"]), dict)
+                    assert entry["call_id"] and entry["name"]
+                    open_calls.append(entry["call_id"])
+                case "function_call_output":
+                    only(entry, "type", "call_id", "output")
+                    assert entry["call_id"] in open_calls, "no tool call found for this output"
+                    open_calls.remove(entry["call_id"])
+                    assert isinstance(entry["output"], str)
+                case "message":
+                    VendorRules.responses_message(entry)
+        assert not open_calls, "no tool output found for function call"
+        names = [tool["name"] for tool in body.get("tools", ())]
+        for tool in body.get("tools", ()):
+            only(tool, "type", "name", "description", "parameters", "strict")
+            assert tool["type"] == "function" and tool["strict"] is False
+        choice = body.get("tool_choice", "auto")
+        assert choice in ("auto", "none", "required") or choice["name"] in names, "tool_choice"
+        assert "tool_choice" not in body or names, "tool_choice: without tools"
+        effort = body.get("reasoning", {}).get("effort")
+        assert rules.reasons or "reasoning" not in body, "reasoning: not supported by this model"
+        VendorRules.gpt_samples(body, rules, effort)
+
+    @staticmethod
+    def responses_message(entry: dict[str, Any]) -> None:
+        only(entry, "type", "role", "content")
+        assert entry["role"] in ("user", "assistant", "developer", "system")
+        assert entry["content"], "content: must not be empty"
+        for part in [] if isinstance(entry["content"], str) else entry["content"]:
+            if entry["role"] == "assistant":
+                assert part["type"] in ("output_text", "refusal"), "input_text in assistant text"
+            else:
+                assert part["type"] in ("input_text", "input_image"), f"content: {part['type']}"
+            if part["type"] == "input_image":
+                assert entry["role"] == "user"
+                assert re.match(r"https?://|data:image/", part["image_url"]), "image_url"
+
+    @staticmethod
+    def gpt_samples(body: dict[str, Any], rules: GPT, effort: str | None) -> None:
+        """Sampling goes with no reasoning; effort "none" only where a model can do without."""
+        assert effort in (None, "none", "minimal", "low", "medium", "high", "xhigh"), "effort"
+        if rules.reasons == "always":
+            assert effort != "none", "reasoning.effort: none is not supported by this model"
+        reasons = {"": False, "always": True}.get(
+            rules.reasons, (effort or {"off": "none"}.get(rules.reasons, "medium")) != "none"
+        )
+        given = body.keys() & {"temperature", "top_p"}
+        assert not (reasons and given), f"{given}: not supported while the model reasons"
+        number(body, "temperature", 0, 2)
+        number(body, "top_p", 0, 1)
+
+    @staticmethod
+    def chat(body: dict[str, Any], rules: GPT | None) -> None:
+        """`rules` None stands for a compatible vendor, which is less strict and knows less."""
+        allowed = ["model", "messages", "tools", "tool_choice", "temperature", "top_p", "stop",
+                   "seed", "stream", "stream_options", "reasoning_effort"]  # fmt: skip
+        limit = "max_tokens" if rules is None else "max_completion_tokens"
+        only(body, *allowed, limit)
+        assert body[limit] >= 1
+        assert body["stream_options"] == {"include_usage": True}, "include_usage: no usage without"
+        assert len(body.get("stop", ())) <= 4, "stop: at most 4"
+        assert all(body.get("stop", ["x"])), "stop: empty text"
+        open_calls: list[str] = []
+        for message in body["messages"]:
+            role = message["role"]
+            if role == "tool":
+                only(message, "role", "tool_call_id", "content")
+                assert message["tool_call_id"] in open_calls, "tool: must follow its tool_calls"
+                open_calls.remove(message["tool_call_id"])
+                continue
+            assert not open_calls, "tool_calls must be followed by tool messages"
+            only(message, "role", "content", "tool_calls")
+            calls = message.get("tool_calls", [])
+            assert role in ("system", "user", "assistant")
+            assert not calls or role == "assistant"
+            assert message["content"] or calls, "content: must not be empty"
+            assert message["content"] != "", "content: null, not empty, beside tool_calls"
+            for part in message["content"] if isinstance(message["content"], list) else ():
+                assert part["type"] == "text" or role == "user", "images are the user's"
+            for call in calls:
+                assert call["type"] == "function" and call["id"]
+                assert isinstance(json.loads(call["function"]["arguments"]), dict)
+            open_calls = [call["id"] for call in calls]
+        assert not open_calls, "tool_calls must be followed by tool messages"
+        names = [tool["function"]["name"] for tool in body.get("tools", ())]
+        choice = body.get("tool_choice", "auto")
+        assert choice in ("auto", "none", "required") or choice["function"]["name"] in names
+        assert "tool_choice" not in body or names, "tool_choice: without tools"
+        if rules is None:
+            return
+        assert rules.chat_tools or not names, "tools: only over Responses"
+        effort = body.get("reasoning_effort")
+        assert rules.reasons or not effort, "reasoning_effort: not supported by this model"
+        assert not rules.reasons or "stop" not in body, "stop: not supported by reasoning models"
+        VendorRules.gpt_samples(body, rules, effort)
+
+
+MODELS_AND_RULES: list[tuple[str, str, Callable[[dict[str, Any], Any], None], Any]] = [
+    *(("anthropic", model, VendorRules.messages, rules) for model, rules in CLAUDES.items()),
+    *(("openai", model, VendorRules.responses, rules) for model, rules in GPTS.items()),
+    *(("openai-chat", model, VendorRules.chat, rules) for model, rules in GPTS.items()),
+    ("local", "llama-4", VendorRules.chat, None),
+]
+SAMPLED = {"temperature": 0.5, "top_p": 0.9, "top_k": 40, "seed": 7}
+THINKS = {"messages": HI, "enable_thinking": True}
+PREFILL = {"messages": [user("Hi"), assistant("Hello, \n")]}
+ODD_ID = "call:1/é|2"
+ODD_CALL, ODD_RESULT = CALL | {"id": ODD_ID}, RESULT | {"tool_use_id": ODD_ID}
+TALK = [user("Hi"), assistant("Hello!"), user("Bye")]
+ASKED = {
+    "plain": {"messages": HI},
+    "conversation": CONVERSATION,
+    "blank texts": {"messages": [user(["Hi", "", " "]), assistant(" "), assistant(""), user("x")]},
+    "neighbours of one role": {"messages": [user("a"), user("b"), assistant("c"), assistant("d"),
+                                            user("e")]},
+    "assistant first": {"messages": [assistant("How can I help?"), user("Hi")]},
+    "system at the end": {"messages": [*TALK, system("Be brief.")]},
+    "system after the assistant": {"messages": [*TALK[:2], system("Be brief."), TALK[2]]},
+    "system between users": {"messages": [user("a"), system("Be brief."), user("b")]},
+    "system before the assistant": {"messages": [user("a"), system("Be brief."), *TALK[1:]]},
+    "two systems in the middle": {"messages": [user("a"), system("b"), system("c"), *TALK[1:]]},
+    "system after a result": {"messages": [*HISTORY["messages"], system("Be brief.")],
+                              "tools": [WEATHER]},
+    "system between call and result": history([assistant([CALL]), system("Be brief.")],
+                                              [user([RESULT])]),
+    "system after the last assistant": {"messages": [system("a"), user("b"), assistant("c"),
+                                               system("d")]},
+    "sampling": {"messages": HI, **SAMPLED},
+    "temperature alone": {"messages": HI, "temperature": 0},
+    "top_p alone": {"messages": HI, "top_p": 0.5},
+    "hot": {"messages": HI, "temperature": 1.7},
+    "thinking": THINKS,
+    "thinking off": THINKS | {"enable_thinking": False},
+    "thinking off, sampling": THINKS | SAMPLED | {"enable_thinking": False},
+    "thinking, sampling": THINKS | SAMPLED,
+    "thinking, few tokens": THINKS | {"max_tokens": 1024},
+    "thinking, few more tokens": THINKS | {"max_tokens": 1025},
+    "thinking, tools": THINKS | {"tools": [WEATHER], "tool_choice": "auto"},
+    "thinking, forced": THINKS | {"tools": [WEATHER], "tool_choice": "required"},
+    "thinking, history": HISTORY | {"enable_thinking": True},
+    "thinking, prefill": PREFILL | {"enable_thinking": True},
+    "tools": WITH_TOOL,
+    "tools without a schema": same_tool({"name": "weather"}),
+    "tools with a bare schema": same_tool({"name": "weather", "parameters":
+                                           {"properties": {"city": {"type": "string"}}}}),
+    **{f"tool_choice {choice}": asks(choice) for choice in ("auto", "none", "required", "weather")},
+    "history": HISTORY,
+    "history without tools": {"messages": HISTORY["messages"]},
+    "parallel calls": history([assistant([CALL, CALL | {"id": "call_2"}])],
+                              [user([RESULT]),
+                               user([RESULT | {"tool_use_id": "call_2"}, "Well?"])]),
+    "empty result": history([assistant([CALL])], [user([RESULT | {"result": ""}])]),
+    "no arguments": history([assistant([{k: CALL[k] for k in ("type", "id", "name")}])],
+                            [user([RESULT])]),
+    "an odd id": history([assistant([ODD_CALL])], [user([ODD_RESULT])]),
+    "image": WITH_IMAGE,
+    "image by URL": WITH_IMAGE_URL,
+    "image with a result": history([assistant([CALL])],
+                                   [user([*WITH_IMAGE["messages"][0]["content"], RESULT])]),
+    "prefill": PREFILL,
+    "one token": {"messages": HI, "max_tokens": 1},
+    "stop": {"messages": HI, "stop": ["END"]},
+    "six stops": {"messages": HI, "stop": list("UVWXYZ")},
+    "blank stops": {"messages": HI, "stop": ["\n\n", " ", ""]},
+    "leftovers": {"messages": HI, "repetition_penalty": 1.1, "deterministic": True, "n": 2,
+                  "logprobs": True, "presence_penalty": 1, "parallel_tool_calls": False},
+}  # fmt: skip
+
+
+def refused(name: str, provider: str, rules: Any) -> bool:
+    """What no spelling can say to a model: the proxy itself answers 400."""
+    if "prefill" in name:
+        return isinstance(rules, Claude) and not rules.prefill
+    tools = "tools" in ASKED[name] and provider == "openai-chat"
+    return tools and not rules.chat_tools
+
+
+@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize(
+    ("provider", "model", "check", "rules"),
+    [pytest.param(*row, id=f"{row[0]} {row[1]}") for row in MODELS_AND_RULES],
+)
+def test_no_vendor_would_reject_what_it_is_sent(
+    name: str, provider: str, model: str, check: Callable[..., None], rules: Any
+) -> None:
+    if refused(name, provider, rules):
+        with pytest.raises(proxy.BadRequest, match=r"^(messages|tools):"):
+            sent(provider, model, ASKED[name])
+        return
+    body, dropped = sent(provider, model, ASKED[name])
+    assert body["model"] == model
+    check(body, rules)
+    asked = ASKED[name]
+    for field in ("temperature", "top_p", "top_k", "seed", "tool_choice"):
+        kept = body.get(field) == asked.get(field) or (field == "tool_choice" and field in body)
+        assert kept or field in dropped, f"{field} was dropped in silence"
+    if asked.get("enable_thinking"):
+        shown = body.keys() & {"thinking", "reasoning", "reasoning_effort"}
+        assert shown or "enable_thinking" in dropped
+    unknown = {"repetition_penalty", "deterministic", "n", "logprobs", "presence_penalty"}
+    assert unknown & asked.keys() <= set(dropped)
+
+
+def strict_vendor(received: Received) -> Any:
+    """A vendor on loopback that answers 400 with the reason, or "Hello"."""
+    body = received.json
+    check, rules = next((c, r) for _, model, c, r in MODELS_AND_RULES if model == body["model"])
+    try:
+        check(body, rules)
+    except (AssertionError, LookupError, TypeError, ValueError) as error:
+        message = f"{type(error).__name__}: {error}"
+        return reply(400, {"error": {"type": "invalid_request_error", "message": message}})
+    return answer(received)
+
+
+@pytest.mark.parametrize("provider", list(MODELS))
+def test_a_strict_vendor_is_satisfied_over_sockets(
+    vendors: Server, upstream: Upstream, provider: str
+) -> None:
+    upstream.play(strict_vendor)
+    rules = next(rules for _, model, _, rules in MODELS_AND_RULES if model == MODELS[provider])
+    for name, body in ASKED.items():
+        response = vendors.post(f"/api/{provider}", body | {"model": MODELS[provider]})
+        assert not refused(name, provider, rules)
+        assert response.status_code == 200, (name, response.text)
+        assert text_of(response.text) == "Hello", name
+
+
+def changed(body: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy of `body` with one place changed; None takes it out."""
+    copy = json.loads(json.dumps(body))
+    *parents, last = (int(key) if key.isdigit() else key for key in path.split("."))
+    inner = functools.reduce(lambda table, key: table[key], parents, copy)
+    if value is None:
+        del inner[last]
+    else:
+        inner[last] = value
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("provider", "model", "path", "value", "reason"),
+    [
+        pytest.param(*row, id=f"{row[0]} {row[4]}")
+        for row in (
+            ("anthropic", "claude-haiku-4-5", "max_tokens", 0, "max_tokens"),
+            ("anthropic", "claude-haiku-4-5", "store", False, "not permitted"),
+            ("anthropic", "claude-haiku-4-5", "messages.0.role", "assistant", "first message"),
+            ("anthropic", "claude-haiku-4-5", "messages.1.role", "user", "alternate"),
+            ("anthropic", "claude-haiku-4-5", "messages.0.content.0.text", " ", "non-whitespace"),
+            ("anthropic", "claude-haiku-4-5", "messages.1.content.1.id", "a:b", "pattern"),
+            ("anthropic", "claude-haiku-4-5", "messages.2.content.0.tool_use_id", "x", "each tool"),
+            ("anthropic", "claude-haiku-4-5", "messages.2", None, "without tool_result"),
+            ("anthropic", "claude-haiku-4-5", "temperature", 1.5, "temperature"),
+            ("anthropic", "claude-opus-4-7", "temperature", 1, "not supported"),
+            ("anthropic", "claude-haiku-4-5", "thinking",
+             {"type": "enabled", "budget_tokens": 4096}, "budget"),
+            ("anthropic", "claude-haiku-4-5", "thinking", {"type": "adaptive"}, "enabled"),
+            ("anthropic", "claude-opus-4-7", "thinking", {"type": "disabled"}, "disabled"),
+            ("anthropic", "claude-sonnet-5-5", "tool_choice", {"type": "any"}, "forced"),
+            ("openai", "gpt-4o", "stop", ["x"], "not permitted"),
+            ("openai", "gpt-4o", "store", True, "store"),
+            ("openai", "gpt-4o", "max_output_tokens", 15, "minimum"),
+            ("openai", "gpt-4o", "input.1.content", [{"type": "input_text", "text": "x"}],
+             "input_text"),
+            ("openai", "gpt-4o", "input.3.call_id", "x", "no tool call"),
+            ("openai", "gpt-4o", "input.3", None, "no tool output"),
+            ("openai", "gpt-4o", "input.2.arguments", {}, "string"),
+            ("openai", "gpt-5-mini", "temperature", 1, "while the model"),
+            ("openai", "gpt-4o", "reasoning", {"effort": "low"}, "reasoning"),
+            ("openai-chat", "gpt-4o", "max_tokens", 5, "not permitted"),
+            ("openai-chat", "gpt-4o", "messages.2", None, "followed by"),
+            ("openai-chat", "gpt-4o", "messages.1.content", "", "null"),
+            ("openai-chat", "gpt-4o", "stop", list("abcde"), "at most 4"),
+            ("openai-chat", "gpt-4o", "stream_options", {}, "include_usage"),
+            ("openai-chat", "o3", "stop", ["x"], "reasoning models"),
+        )
+    ],
+)  # fmt: skip
+def test_the_validators_do_reject(
+    provider: str, model: str, path: str, value: Any, reason: str
+) -> None:
+    """They would prove nothing if they took everything."""
+    good = sent(provider, model, HISTORY).body
+    check, rules = next((c, r) for p, m, c, r in MODELS_AND_RULES if (p, m) == (provider, model))
+    check(good, rules)
+    with pytest.raises(AssertionError, match=reason):
+        check(changed(good, path, value), rules)
+
+
+def test_what_a_model_takes_is_not_dropped() -> None:
+    """The other side: dropping everything would satisfy every validator."""
+    takes = [
+        ("anthropic", "claude-haiku-4-5", {"temperature": 0.5, "top_k": 40}),
+        ("anthropic", "claude-haiku-4-5", {"top_p": 0.9}),
+        ("anthropic", "claude-opus-4-6", {"temperature": 0.5, "top_k": 40}),
+        ("openai", "gpt-4o", {"temperature": 0.5, "top_p": 0.9}),
+        ("openai", "gpt-5.4", {"temperature": 0.5, "top_p": 0.9}),
+        ("openai-chat", "gpt-4o", {"temperature": 0.5, "top_p": 0.9, "seed": 7, "stop": ["x"]}),
+        ("local", "llama-4", {"temperature": 0.5, "top_p": 0.9, "seed": 7, "stop": ["x"]}),
+    ]
+    for provider, model, fields in takes:
+        body, dropped = sent(provider, model, {"messages": HI, **fields})
+        assert not dropped, (model, dropped)
+        assert fields.items() <= body.items()
+    for model, rules in CLAUDES.items():
+        body, dropped = sent("anthropic", model, THINKS)
+        assert not dropped
+        assert body["thinking"]["type"] == {"budget": "enabled"}.get(rules.thinking, "adaptive")
+        forced = sent("anthropic", model, asks("required"))
+        assert (forced.body.get("tool_choice") == {"type": "any"}) == rules.forced_tools
+        assert ("tool_choice" in forced.dropped) != rules.forced_tools
+    for model, rules in GPTS.items():
+        body, dropped = sent("openai", model, THINKS)
+        assert bool(body.get("reasoning", {}).get("effort")) == bool(rules.reasons)
+        assert (body.get("reasoning", {}).get("summary") == "auto") == bool(rules.reasons)
+        assert ("enable_thinking" in dropped) != bool(rules.reasons)
+
+
+# A conversation that every vendor can be asked to go on with, in a spelling chosen at random.
+
+VISIBLE = st.text(min_size=1, max_size=8).filter(lambda text: text.strip())
+ARGUMENTS = st.dictionaries(
+    st.text(max_size=3),
+    LEAVES.filter(lambda x: not isinstance(x, int) or abs(x) < 2**53),
+    max_size=2,
+)
+TEXT_BLOCK = st.builds(lambda kind, text: {"type": kind, "text": text},
+                       st.sampled_from(["text", "input_text"]), VISIBLE | st.just(""))  # fmt: skip
+IMAGE_BLOCK = st.sampled_from(
+    [WITH_IMAGE["messages"][0]["content"][1], WITH_IMAGE_URL["messages"][0]["content"][0]]
+)
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> dict[str, Any]:
+    """Turns that begin and end with the user's; every call has its result; system anywhere."""
+    numbers = itertools.count()
+    turns: list[dict[str, Any]] = []
+
+    def maybe_system() -> None:
+        if draw(st.integers(0, 3)) == 0:
+            turns.append(system(draw(VISIBLE)))
+
+    def say_as_user() -> None:
+        extra = draw(st.lists(TEXT_BLOCK | IMAGE_BLOCK, max_size=2))
+        content = [{"type": "text", "text": draw(VISIBLE)}, *extra]
+        turns.append(user(draw(st.just(content) | VISIBLE)))
+
+    def call_and_answer() -> None:
+        spelling = draw(st.sampled_from(["sdk", "anthropic", "chat"]))
+        ids = [f"call_{next(numbers)}" for _ in range(draw(st.integers(1, 3)))]
+        names = [draw(st.sampled_from(["weather", "time"])) for _ in ids]
+        given = [draw(ARGUMENTS) for _ in ids]
+        lead = draw(st.just("") | VISIBLE)
+        if spelling == "chat":
+            calls = [
+                {"id": i, "type": "function", "function": {"name": n, "arguments": json.dumps(a)}}
+                for i, n, a in zip(ids, names, given, strict=True)
+            ]
+            turns.append(assistant(lead or None) | {"tool_calls": calls})
+            maybe_system()
+            turns.extend({"role": "tool", "tool_call_id": i, "content": draw(VISIBLE)} for i in ids)
+            return
+        key, result = ("arguments", "result") if spelling == "sdk" else ("input", "content")
+        uses = [
+            {"type": "tool_use", "id": i, "name": n, key: a}
+            for i, n, a in zip(ids, names, given, strict=True)
+        ]
+        turns.append(assistant([{"type": "text", "text": lead}, *uses]))
+        maybe_system()
+        results = [{"type": "tool_result", "tool_use_id": i, result: draw(VISIBLE)} for i in ids]
+        turns.append(user([*results, *draw(st.lists(TEXT_BLOCK, max_size=1))]))
+
+    maybe_system()
+    say_as_user()
+    for _ in range(draw(st.integers(0, 4))):
+        maybe_system()
+        draw(st.sampled_from([
+            lambda: turns.append(assistant(draw(VISIBLE | st.just("")))), call_and_answer,
+            say_as_user,
+        ]))()  # fmt: skip
+    maybe_system()
+    say_as_user()
+    maybe_system()
+    optional = {
+        "temperature": st.floats(0, 2), "top_p": st.floats(0, 1), "top_k": st.integers(1, 500),
+        "seed": st.integers(0, 2**31), "enable_thinking": st.booleans() | st.none(),
+        "max_tokens": st.integers(1, 9000),
+        "stop": VISIBLE | st.lists(st.text(max_size=3), max_size=6),
+    }  # fmt: skip
+    fields = {name: draw(values) for name, values in optional.items() if draw(st.booleans())}
+    tools = {"tools": [WEATHER, {"type": "function", "function": WEATHER | {"name": "time"}}]}
+    choice = draw(st.sampled_from([None, "auto", "none", "required", "time", {"type": "any"}]))
+    return {"messages": turns, **fields, **tools, **({"tool_choice": choice} if choice else {})}
+
+
+@settings(max_examples=300, deadline=None)
+@given(conversations())
+def test_any_valid_conversation_is_valid_for_every_vendor(body: dict[str, Any]) -> None:
+    for provider, model, check, rules in MODELS_AND_RULES:
+        if provider == "openai-chat" and not rules.chat_tools:
+            continue
+        check(sent(provider, model, body).body, rules)
+
+
+def capabilities() -> list[Any]:
+    file = SHARED / "capabilities.json"
+    if not file.is_file():
+        missing = pytest.mark.skip(reason=f"there is no {file.name} in ../shared")
+        return [pytest.param("", {}, id="none", marks=missing)]
+    offered = [
+        pattern for name in ("anthropic", "openai") for pattern in CONFIG.providers[name].models
+    ]
+    return [
+        pytest.param(model, can, id=model)
+        for model, can in json.loads(file.read_text()).items()
+        if any(fnmatch.fnmatchcase(model, pattern) for pattern in offered)
+    ]
+
+
+@pytest.mark.parametrize(("model", "can"), capabilities())
+def test_the_capabilities_agree_with_the_public_table(model: str, can: dict[str, Any]) -> None:
+    """Seen from outside: what is sent to a model for what is asked."""
+    if model.startswith("claude-"):
+        known = Claude(
+            sampling=can.get("supports_sampling_params", True),
+            both=True,
+            thinking="adaptive" if can.get("supports_adaptive_thinking") else "budget",
+            forced_tools=can.get("supports_forced_tool_use", True),
+            mid_system=can.get("supports_mid_conversation_system", False),
+            prefill=can["supports_assistant_prefill"],
+        )
+        sampled = sent("anthropic", model, {"messages": HI, "temperature": 0.5})
+        assert ("temperature" in sampled.body) == known.sampling
+        thinks = sent("anthropic", model, THINKS).body["thinking"]["type"]
+        assert thinks == {"budget": "enabled"}.get(known.thinking, "adaptive")
+        assert ("tool_choice" in sent("anthropic", model, asks("required")).body) == (
+            known.forced_tools
+        )
+        told = sent("anthropic", model, ASKED["system before the assistant"]).body["messages"]
+        assert (told[1]["role"] == "system") == known.mid_system
+        if known.prefill:
+            VendorRules.messages(sent("anthropic", model, PREFILL).body, known)
+        else:
+            with pytest.raises(proxy.BadRequest):
+                sent("anthropic", model, PREFILL)
+        return
+    # rows that speak of efforts mean reasoning, said or not
+    reasons = can.get("supports_reasoning", "supports_none_reasoning_effort" in can)
+    body = sent("openai", model, THINKS).body
+    assert ("reasoning" in body) == reasons, "enable_thinking"
+    if can.get("supports_none_reasoning_effort") is False or not reasons:
+        off = sent("openai", model, THINKS | {"enable_thinking": False}).body
+        assert off.get("reasoning", {}).get("effort") != "none"
+    if not reasons:
+        assert "temperature" in sent("openai", model, {"messages": HI, "temperature": 0.5}).body
+    elif can.get("supports_none_reasoning_effort") is False:
+        assert "temperature" not in sent("openai", model, {"messages": HI, "temperature": 0.5}).body
+
+
+# Stop texts that a dialect has no field for.
+
+
+@pytest.mark.parametrize(
+    ("stops", "pieces_of", "said"),
+    [
+        pytest.param("END", ["one END two"], "one ", id="inside a piece"),
+        pytest.param("END", ["one E", "N", "D two"], "one ", id="across pieces"),
+        pytest.param("END", ["one ENE", "ND", " two"], "one EN", id="nearly, then really"),
+        pytest.param("END", ["one EN"], "one EN", id="only the beginning of one"),
+        pytest.param("END", ["one EN", " two"], "one EN two", id="a beginning that was none"),
+        pytest.param("END", ["END"], "", id="at once"),
+        pytest.param(["b", "abc"], ["xa", "bc"], "xa", id="the one that is complete first"),
+        pytest.param(["abc", "bd"], ["xa", "b", "d"], "xa", id="two beginnings held"),
+        pytest.param("\n\n", ["one\n", "\ntwo"], "one", id="line breaks"),
+        pytest.param("é", ["caf", "é!"], "caf", id="not ASCII"),
+        pytest.param("aab", ["a", "a", "a", "b", "c"], "a", id="overlap"),
+    ],
+)
+@pytest.mark.parametrize("whole", [False, True], ids=["streamed", "whole"])
+def test_a_stop_text_ends_an_answer_of_responses(
+    vendors: Server, upstream: Upstream, stops: Any, pieces_of: list[str], said: str, whole: bool
+) -> None:
+    """That dialect has no stop, so the proxy cuts the text itself."""
+    upstream.play(stream(*responses_events(pieces_of)))
+    body = ask(model="gpt-4o", stop=stops, stream=not whole)
+    response = vendors.post("/api/openai", body)
+    assert "stop" not in upstream.requests[0].json
+    if whole:
+        answer = check_whole(response)
+        assert (answer["content"], answer["finish_reason"]) == (said or " ", "stop")
+    else:
+        assert check_frames(response.text)["finishReason"] == "stop"
+        assert text_of(response.text) == said
+
+
+def test_a_stop_text_closes_the_vendors_stream(vendors: Server, upstream: Upstream) -> None:
+    """What comes after it would be paid for and thrown away."""
+    events = responses_events(["one END", " two"])
+    upstream.play(stream(*events[:2], Upstream.HANG, end=False))
+    response = vendors.post("/api/openai", ask(model="gpt-4o", stop="END"))
+    check_frames(response.text)
+    assert upstream.requests[0].closed.wait(3)
+
+
+@pytest.mark.parametrize(
+    ("dialect", "stops"),
+    [
+        pytest.param("messages", "\n\n", id="Anthropic takes no white space"),
+        pytest.param("chat", ["1", "2", "3", "4", "5", "\n\n"], id="Chat takes four"),
+    ],
+)
+def test_stops_that_a_vendor_would_reject_are_cut_by_the_proxy(
+    vendors: Server, upstream: Upstream, dialect: str, stops: Any
+) -> None:
+    upstream.play(stream(*MAKE_EVENTS[dialect](["one\n", "\ntwo"])))
+    provider = BY_DIALECT[dialect]
+    response = vendors.post(f"/api/{provider}", ask(model=MODELS[provider], stop=stops))
+    assert check_frames(response.text)["finishReason"] == "stop"
+    assert text_of(response.text) == "one"
+
+
+def test_stops_that_a_vendor_knows_are_left_to_it(vendors: Server, upstream: Upstream) -> None:
+    upstream.play(stream(messages_sse("one END")))
+    response = vendors.post(json=ask(stop="END"))
+    assert upstream.requests[0].json["stop_sequences"] == ["END"]
+    assert text_of(response.text) == "one END"
+    upstream.play(stream(chat_sse("one END")))
+    vendors.post("/api/local", ask(model="llama-4", stop=["END"]))
+    assert upstream.requests[1].json["stop"] == ["END"]
+
+
+# ---- Writers -----------------------------------------------------------------------------------
+# Every reply is held against the whole contract, not only against what its test is about.
+
+
+@pytest.mark.parametrize(("dialect", "provider"), PATHS)
+@pytest.mark.parametrize("family", ["messages", "input"])
+def test_both_families_on_every_endpoint_streamed_and_whole(
+    vendors: Server, upstream: Upstream, dialect: str, provider: str, family: str
+) -> None:
+    upstream.play(stream(*MAKE_EVENTS[dialect](["Hel", "lo", " \u2028 wörld\n"])))
+    body = {"model": MODELS[provider], family: HI if family == "messages" else [item("user", "Hi")]}
+    streamed = vendors.post(f"/api/{provider}", body, headers={"accept": "text/event-stream"})
+    assert streamed.headers["content-type"].startswith("text/event-stream")
+    last = check_frames(streamed.text)
+    tokens = [chunk["token"] for chunk in frames(streamed.text)[:-2]]
+    assert tokens == ["Hel", "lo", " \u2028 wörld\n"]
+    assert last["finishReason"] == "stop"
+    assert (last["usage"]["promptTokens"], last["usage"]["completionTokens"]) == (10, 5)
+    assert last["model"] == MODELS[provider]
+    assert last["requestId"] == streamed.headers["x-request-id"]
+    whole = check_whole(
+        vendors.post(
+            f"/api/{provider}", body | {"stream": False}, headers={"accept": "text/event-stream"}
+        )
+    )
+    assert whole["content"] == "Hello \u2028 wörld\n"
+    assert whole["usage"] == last["usage"]
+    assert whole["costUsd"] == last["costUsd"]
+    assert not whole.get("tool_calls")
+
+
+@pytest.mark.parametrize(("dialect", "provider"), PATHS)
+def test_an_empty_answer(vendors: Server, upstream: Upstream, dialect: str, provider: str) -> None:
+    upstream.play(stream(MAKE[dialect]("")))
+    body = ask(model=MODELS[provider])
+    streamed = vendors.post(f"/api/{provider}", body)
+    check_frames(streamed.text)
+    assert len(frames(streamed.text)) == 2
+    whole = check_whole(vendors.post(f"/api/{provider}", body | {"stream": False}))
+    assert whole["content"] == " "
+
+
+def test_empty_pieces_are_not_tokens(vendors: Server, upstream: Upstream) -> None:
+    """Vendors send them; a chunk of the contract always says something."""
+    for dialect, provider in BY_DIALECT.items():
+        upstream.play(stream(*MAKE_EVENTS[dialect](["", "Hel", "", "lo", ""])))
+        response = vendors.post(f"/api/{provider}", ask(model=MODELS[provider]))
+        check_frames(response.text)
+        assert text_of(response.text) == "Hello"
+
+
+TWO_CALLS = (("call_1", "weather", '{"city": "Paris"}'), ("call_2", "weather", '{"city": "Rome"}'))
+
+
+@pytest.mark.parametrize(("dialect", "provider"), PATHS)
+@pytest.mark.parametrize("text", ["", "I look."], ids=["calls alone", "text and calls"])
+def test_parallel_calls_are_all_there(
+    vendors: Server, upstream: Upstream, dialect: str, provider: str, text: str
+) -> None:
+    upstream.play(stream(MAKE[dialect](text, tools=TWO_CALLS)))
+    body = ask(model=MODELS[provider], tools=[WEATHER])
+    last = check_frames(vendors.post(f"/api/{provider}", body).text)
+    whole = check_whole(vendors.post(f"/api/{provider}", body | {"stream": False}))
+    assert last["finishReason"] == whole["finish_reason"] == "tool_calls"
+    assert whole["content"] == text
+    for calls in (last["toolCalls"], whole["tool_calls"]):
+        found = [
+            (c["id"], c["function"]["name"], json.loads(c["function"]["arguments"])) for c in calls
+        ]
+        assert found == [(i, name, json.loads(arguments)) for i, name, arguments in TWO_CALLS]
+
+
+@pytest.mark.parametrize(("dialect", "provider"), PATHS)
+def test_thinking_is_shown_only_when_asked_for(
+    vendors: Server, upstream: Upstream, dialect: str, provider: str
+) -> None:
+    upstream.play(stream(*MAKE_EVENTS[dialect](["An", "swer"], thinking="Hmm")))
+    said = {}
+    for wish in (True, False, None):
+        body = ask(model=MODELS[provider], max_tokens=4000, enable_thinking=wish)
+        streamed = vendors.post(f"/api/{provider}", body)
+        check_frames(streamed.text)
+        said[wish] = [chunk["token"] for chunk in frames(streamed.text)[:-2]]
+    assert said[True] == ["<think>", "Hmm", "</think>", "An", "swer"]
+    assert said[False] == said[None] == ["An", "swer"]
+
+
+def test_thinking_that_nothing_follows_is_closed(vendors: Server, upstream: Upstream) -> None:
+    upstream.play(stream(messages_sse("", thinking="Hmm", stop_reason="max_tokens")))
+    streamed = vendors.post(json=ask(enable_thinking=True, max_tokens=4000))
+    assert check_frames(streamed.text)["finishReason"] == "length"
+    assert text_of(streamed.text) == "<think>Hmm</think>"
+
+
+ODD_USAGE = [
+    pytest.param("messages", {"output_tokens": "many"}, id="words"),
+    pytest.param("messages", {"output_tokens": {"a": 1}}, id="an object"),
+    pytest.param("messages", {"output_tokens": -5, "input_tokens": 1.5}, id="odd numbers"),
+    pytest.param("messages", {"output_tokens": 5, "cache_creation": "none"}, id="no split"),
+    pytest.param("messages", {"output_tokens": 5, "server_tool_use": [1]}, id="tools a list"),
+    pytest.param("messages", {"output_tokens": None, "input_tokens": None}, id="nulls"),
+    pytest.param("responses", {"output_tokens": "many"}, id="Responses words"),
+    pytest.param("responses", {"input_tokens_details": {"cached_tokens": "x"}}, id="cached words"),
+    pytest.param("responses", {"input_tokens_details": {"cached_tokens": None}}, id="cached null"),
+    pytest.param("chat", {"prompt_tokens": None, "completion_tokens": None}, id="Chat nulls"),
+    pytest.param("chat", {"prompt_tokens_details": {"cached_tokens": [1]}}, id="Chat a list"),
+]
+
+
+@pytest.mark.parametrize(("dialect", "usage"), ODD_USAGE)
+def test_odd_usage_does_not_break_the_end_of_an_answer(
+    vendors: Server, upstream: Upstream, dialect: str, usage: dict[str, Any]
+) -> None:
+    """It ends well or with an error line, it never is our own mistake, and a row is kept."""
+    data = MAKE[dialect]("Hello")
+    odd = json.dumps(usage).encode()
+    if dialect == "messages":
+        data = data.replace(b'"usage": {"output_tokens": 5}', b'"usage": ' + odd)
+    else:
+        data = MAKE[dialect]("Hello", usage=usage)
+    upstream.play(stream(data))
+    response = vendors.post(f"/api/{BY_DIALECT[dialect]}", ask(model=MODELS[BY_DIALECT[dialect]]))
+    assert text_of(response.text) == "Hello"
+    if "error_line" in str(frames(response.text)[-1]):
+        assert cut_line(response.text)["code"] == "upstream_error"
+    else:
+        check_frames(response.text)
+    row = ledger(vendors)[-1]
+    assert row["id"]
+    assert row["outcome"] in ("ok", "error")
+    assert row["code"] != "internal_error"
+    assert isinstance(row["output_tokens"], int) and row["output_tokens"] >= 0
+
+
+# ---- Prices ------------------------------------------------------------------------------------
+# Worked by hand, in USD. Prices are per million tokens.
+
+
+def price(**fields: Any) -> Any:
+    """A price as config has it."""
+    config = proxy.load_config(None, {}, prices={"x": fields})
+    return proxy.Prices(config.prices).of("x")
+
+
+FULL = {"input": 3, "output": 15, "cache_read": 0.3, "cache_write_5m": 3.75, "cache_write_1h": 6}
+TIERED = FULL | {"above": {"tokens": 200_000, "input": 6, "output": 22.5, "cache_read": 0.6}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens", "usd"),
+    [
+        pytest.param(FULL, {}, "0", id="nothing used"),
+        pytest.param(FULL, {"input_tokens": 1000, "output_tokens": 100}, "0.0045", id="plain"),
+        # 600 plain x 3 + 400 read x 0.3 + 100 out x 15
+        pytest.param(FULL, {"input_tokens": 1000, "cache_read_tokens": 400, "output_tokens": 100},
+                     "0.00342", id="cache read"),
+        # 100 plain x 3 + 700 short x 3.75 + 200 long x 6
+        pytest.param(FULL, {"input_tokens": 1000, "cache_write_tokens": 900,
+                            "cache_write_1h_tokens": 200}, "0.004125", id="cache writes"),
+        # 50 plain x 3 + 50 read x 0.3 + 900 short x 3.75
+        pytest.param(FULL, {"input_tokens": 1000, "cache_read_tokens": 50,
+                            "cache_write_tokens": 900}, "0.00354", id="read and write"),
+        # thinking is part of the output, not on top of it
+        pytest.param(FULL, {"output_tokens": 100, "reasoning_tokens": 90}, "0.0015", id="thinking"),
+        pytest.param({"input": 2, "output": 8}, {"input_tokens": 1000, "cache_read_tokens": 500,
+                                                 "cache_write_tokens": 200}, "0.002",
+                     id="no cache prices: as input"),
+        pytest.param({"input": 2, "output": 8, "cache_write_5m": 3},
+                     {"input_tokens": 200, "cache_write_tokens": 200,
+                      "cache_write_1h_tokens": 100}, "0.0006", id="one write price for both"),
+        pytest.param({"input": 2, "output": 8, "cache_read": 0},
+                     {"input_tokens": 200, "cache_read_tokens": 200}, "0", id="reads for nothing"),
+        pytest.param(TIERED, {"input_tokens": 200_000, "output_tokens": 1000}, "0.615",
+                     id="at the tier"),
+        # past the tier the whole request costs the other price: 200,001 x 6 + 1000 x 22.5
+        pytest.param(TIERED, {"input_tokens": 200_001, "output_tokens": 1000}, "1.222506",
+                     id="above the tier"),
+        # cached tokens count towards the tier: 1 x 6 + 200,000 x 0.6
+        pytest.param(TIERED, {"input_tokens": 200_001, "cache_read_tokens": 200_000}, "0.120006",
+                     id="above the tier by cached tokens"),
+        pytest.param(TIERED, {"output_tokens": 300_000}, "4.5", id="output does not count"),
+        pytest.param({"free": True}, {"input_tokens": 10**9, "output_tokens": 9}, "0", id="free"),
+        pytest.param({"input": 0.1, "output": 0.2}, {"input_tokens": 3, "output_tokens": 3},
+                     "0.0000009", id="no binary fractions"),
+    ],
+)  # fmt: skip
+def test_cost(fields: dict[str, Any], tokens: dict[str, int], usd: str) -> None:
+    cost = proxy.cost(proxy.Usage(**tokens), price(**fields))
+    assert isinstance(cost, Decimal)
+    assert cost == Decimal(usd)
+
+
+def test_the_cost_of_an_unknown_price_is_unknown() -> None:
+    assert proxy.Prices({}).of("a-model-nobody-sells") is None
+    assert proxy.cost(proxy.Usage(input_tokens=5), None) is None
+
+
+@pytest.mark.parametrize(
+    ("model", "same_as"),
+    [
+        pytest.param("claude-haiku-4-5-20251001", "claude-haiku-4-5", id="a date"),
+        pytest.param("gpt-5-mini-2025-08-07", "gpt-5-mini", id="a date with dashes"),
+        pytest.param("gpt-5-mini-turbo", None, id="another model"),
+        pytest.param("gpt-5-mini-20", None, id="not a date"),
+        pytest.param("my-claude-haiku-4-5", None, id="a prefix"),
+    ],
+)
+def test_a_date_behind_a_name_is_the_same_model(model: str, same_as: str | None) -> None:
+    prices = proxy.Prices({})
+    assert prices.of(model) == (prices.of(same_as) if same_as else None)
+    if same_as:
+        assert prices.of(model) is not None
+
+
+def test_configured_prices_win_and_the_closest_pattern_counts() -> None:
+    table = {
+        "claude-*": {"input": 1, "output": 1},
+        "claude-haiku-*": {"input": 2, "output": 2},
+        "claude-haiku-4-5": {"input": 3, "output": 3},
+        "llama*": {"free": True},
+    }
+    config = proxy.load_config(None, {}, prices=table)
+    prices = proxy.Prices(config.prices)
+    found = [
+        prices.of(model).input
+        for model in ("claude-opus-4-6", "claude-haiku-5-5", "claude-haiku-4-5")
+    ]
+    assert found == [1, 2, 3]
+    assert proxy.cost(proxy.Usage(input_tokens=5), prices.of("llama-4")) == 0
+    assert prices.of("gpt-4o") == proxy.Prices({}).of("gpt-4o")
+
+
+def public_prices() -> list[Any]:
+    """The rows of the public table that the built-in one knows; it may know fewer."""
+    file = SHARED / "prices.json"
+    if not file.is_file():
+        missing = pytest.mark.skip(reason=f"there is no {file.name} in ../shared")
+        return [pytest.param("", {}, id="none", marks=missing)]
+    rows, known = json.loads(file.read_text()), proxy.Prices({})
+    return [pytest.param(model, row, id=model) for model, row in rows.items() if known.of(model)]
+
+
+@pytest.mark.parametrize(("model", "row"), public_prices())
+def test_a_built_in_price_agrees_with_the_public_table(model: str, row: dict[str, Any]) -> None:
+    """Also of a date behind a name that is sold at another price than the name."""
+    built_in = proxy.Prices({}).of(model)
+
+    def agrees(ours: Any, theirs: dict[str, Any]) -> None:
+        for name in ("input", "output", "cache_read", "cache_write_5m", "cache_write_1h"):
+            public = theirs.get(
+                name, theirs.get("cache_write") if name == "cache_write_5m" else None
+            )
+            mine = getattr(ours, name)
+            same = mine is None if public is None else mine == Decimal(str(public))
+            assert same, f"{name}: {mine}, and {public} in the table"
+
+    agrees(built_in, row)
+    above = row.get("above")
+    assert bool(built_in.above) == bool(above)
+    if above:
+        assert built_in.above.tokens == above["tokens"]
+        agrees(built_in.above, above)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [*CLAUDES.keys() - {"claude-opus-9"}, *GPTS],
+)
+def test_the_models_the_documents_name_have_a_price(model: str) -> None:
+    assert proxy.Prices({}).of(model) is not None
+
+
+# ---- Ledger ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def priced(serve_module: Serve, upstream_module: Upstream) -> Server:
+    config = f"""
+    [providers.compatible]
+    adapter = "chat"
+    base_url = "{upstream_module.url}/v1"
+    [prices."mine-*"]
+    input = 0.1
+    output = 0.3
+    cache_read = 0.07
+    [prices."mine-tier*"]
+    input = 1
+    output = 2
+    above = {{ tokens = 1000, input = 10, output = 20 }}
+    [prices."local*"]
+    free = true
+    """
+    return serve_module(config)
+
+
+SPLIT = {"ephemeral_5m_input_tokens": 200, "ephemeral_1h_input_tokens": 100}
+CACHED = {
+    "input_tokens": 1000,
+    "cache_creation_input_tokens": 300,
+    "cache_read_input_tokens": 2000,
+    "cache_creation": SPLIT,
+}
+MILLION = Decimal(1_000_000)
+
+
+def responses_usage(inputs: int, output: int, cached: int, **details: int) -> bytes:
+    usage = {
+        "input_tokens": inputs,
+        "input_tokens_details": {"cached_tokens": cached, **details},
+        "output_tokens_details": {"reasoning_tokens": 30},
+    }
+    return responses_sse(usage=usage, output_tokens=output)
+
+
+def chat_usage(inputs: int, output: int, cached: int = 0) -> bytes:
+    details = {"prompt_tokens_details": {"cached_tokens": cached}}
+    return chat_sse(usage={"prompt_tokens": inputs, **details}, output_tokens=output)
+
+
+COSTS = [
+    pytest.param(
+        "anthropic/claude-haiku-4-5",
+        messages_sse(usage=CACHED, output_tokens=500),
+        {"input_tokens": 3300, "cache_read_tokens": 2000, "cache_write_tokens": 300,
+         "cache_write_1h_tokens": 100, "output_tokens": 500},
+        1000 * 1 + 2000 * Decimal("0.1") + 200 * Decimal("1.25") + 100 * 2 + 500 * 5,
+        id="messages, cached",
+    ),
+    pytest.param(
+        "anthropic/claude-haiku-4-5-20251001",
+        messages_sse(usage={"input_tokens": 10}, output_tokens=7),
+        {"input_tokens": 10, "output_tokens": 7},
+        10 * 1 + 7 * 5,
+        id="messages, dated name",
+    ),
+    pytest.param(
+        "anthropic/claude-haiku-5-5",
+        messages_sse(usage={"input_tokens": 99_000, "cache_read_input_tokens": 2_000}),
+        {"input_tokens": 101_000, "cache_read_tokens": 2_000},
+        99_000 * Decimal("0.5") + 2_000 * Decimal("0.05") + 5 * Decimal("2.5"),
+        id="messages, above the tier with what is cached",
+    ),
+    pytest.param(
+        "openai/gpt-5-mini",
+        responses_usage(1000, 500, 400),
+        {"input_tokens": 1000, "cache_read_tokens": 400, "reasoning_tokens": 30},
+        600 * Decimal("0.25") + 400 * Decimal("0.025") + 500 * 2,
+        id="responses, cached and reasoning",
+    ),
+    pytest.param(
+        "openai/gpt-5.6",
+        responses_usage(1000, 10, 100, cache_write_tokens=200),
+        {"input_tokens": 1000, "cache_read_tokens": 100, "cache_write_tokens": 200},
+        700 * 4 + 100 * Decimal("0.4") + 200 * 5 + 10 * 20,
+        id="responses, written to the cache",
+    ),
+    pytest.param(
+        "openai/gpt-5.4",
+        responses_usage(300_000, 100, 0),
+        {"input_tokens": 300_000},
+        300_000 * 5 + 100 * Decimal("22.5"),
+        id="responses, above the tier",
+    ),
+    pytest.param(
+        "openai/gpt-5.4",
+        responses_usage(272_000, 100, 0),
+        {"input_tokens": 272_000},
+        272_000 * Decimal("2.5") + 100 * 15,
+        id="responses, at the tier",
+    ),
+    pytest.param(
+        "compatible/mine-1",
+        chat_usage(1000, 100, 300),
+        {"input_tokens": 1000, "output_tokens": 100, "cache_read_tokens": 300},
+        700 * Decimal("0.1") + 300 * Decimal("0.07") + 100 * Decimal("0.3"),
+        id="chat, configured price",
+    ),
+    pytest.param(
+        "compatible/mine-tier",
+        chat_usage(1001, 1),
+        {"input_tokens": 1001},
+        1001 * 10 + 20,
+        id="chat, the longest pattern and its tier",
+    ),
+    pytest.param("compatible/local-1", chat_usage(9, 9), {"input_tokens": 9}, 0, id="chat, free"),
+    pytest.param("compatible/new", chat_usage(9, 9), {"input_tokens": 9}, None, id="unknown price"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("target", "script", "usage", "millionths"), COSTS)
+def test_what_an_answer_cost(
+    priced: Server,
+    upstream: Upstream,
+    target: str,
+    script: bytes,
+    usage: dict[str, int],
+    millionths: Decimal | int | None,
+) -> None:
+    provider, _, model = target.partition("/")
+    expected = None if millionths is None else Decimal(millionths) / MILLION
+    upstream.play(stream(script))
+    number = next(IDS)
+    body = ask(model=model, stream=False)
+    answered = priced.post(f"/api/{provider}", body, headers={"x-request-id": number})
+    row = last_row(priced, number)
+    assert {name: row[name] for name in usage} == usage
+    assert (None if row["cost"] is None else Decimal(row["cost"])) == expected
+    assert (row["outcome"], row["status"], row["estimated"]) == ("ok", 200, 0)
+    assert (row["provider"], row["model"], row["client"]) == (provider, model, "local")
+    assert answered.json()["costUsd"] == (None if expected is None else float(expected))
+    if expected is None:
+        assert "x-cost-usd" not in answered.headers
+    else:
+        assert Decimal(answered.headers["x-cost-usd"]) == expected
+    streamed = frames(priced.post(f"/api/{provider}", ask(model=model)).text)[-2]
+    assert streamed["costUsd"] == answered.json()["costUsd"]
+    assert streamed["usage"]["totalTokens"] == row["input_tokens"] + row["output_tokens"]
+
+
+def test_a_stream_without_usage_is_estimated(priced: Server, upstream: Upstream) -> None:
+    upstream.play(stream(chat_sse("Hello", usage=None)))
+    number = next(IDS)
+    priced.post("/api/compatible", ask(model="mine-1"), headers={"x-request-id": number})
+    row = last_row(priced, number)
+    assert (row["outcome"], row["estimated"]) == ("ok", 1)
+    assert row["input_tokens"] > 0 and row["output_tokens"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("script", "outcome"),
+    [
+        pytest.param(messages_sse(stop_reason="end_turn"), "ok", id="ok"),
+        pytest.param(messages_sse(tools=(("a", "f", "{}"),)), "ok", id="tool call"),
+        pytest.param(messages_sse(stop_reason="max_tokens"), "truncated", id="truncated"),
+        pytest.param(messages_sse(stop_reason="refusal"), "refused", id="refused"),
+    ],
+)
+def test_how_an_answer_ended(
+    priced: Server, upstream: Upstream, script: bytes, outcome: str
+) -> None:
+    upstream.play(stream(script))
+    number = next(IDS)
+    priced.post(headers={"x-request-id": number})
+    row = last_row(priced, number)
+    assert (row["outcome"], row["status"]) == (outcome, 200)
+    assert 0 <= row["ttfb"] <= row["duration"] < 5
+    assert abs(row["time"] - time.time()) < 60
+
+
+def test_refused_requests_have_a_row_as_well(limited_server: Server, key: dict[str, str]) -> None:
+    bodies: list[Any] = [ask(model="gpt-5"), ask(max_tokens=0), small(), small()]
+    ids = [next(IDS) for _ in bodies]
+    for body, number in zip(bodies, ids, strict=True):
+        limited_server.post(json=body, headers={**key, "x-request-id": number})
+    number = next(IDS)
+    limited_server.post(headers={"x-request-id": number})
+    rows = [last_row(limited_server, i) for i in [*ids, number]]
+    assert [row["outcome"] for row in rows] == ["rejected", "rejected", "ok", *["rejected"] * 2]
+    assert [row["status"] for row in rows] == [403, 400, 200, 429, 401]
+    assert [row["attempts"] for row in rows] == [0, 0, 1, 0, 0]
+    assert not any(Decimal(row["cost"] or 0) for row in rows if row["outcome"] == "rejected")
+
+
+def test_kill_9_loses_no_row_whose_last_byte_was_sent(serve: Serve) -> None:
+    server = serve()
+    ids = [next(IDS) for _ in range(40)]
+
+    def run(mine: list[str]) -> None:
+        with httpx.Client(base_url=server.url, timeout=20, trust_env=False) as http:
+            for number in mine:
+                body = ask(stream=number[-1] in "02468")
+                http.post("/api/anthropic", json=body, headers={"x-request-id": number})
+
+    threads = [threading.Thread(target=run, args=(ids[n::8],)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    server.kill()
+    assert {row["request_id"] for row in ledger(server)} == set(ids)
+
+
+@pytest.fixture(scope="module")
+def used(serve_module: Serve, upstream_module: Upstream) -> Server:
+    """A server with two clients' requests in its ledger, some of them a month old."""
+    upstream_module.clear()
+    server = serve_module(environ={"ALLOWED_CLIENT_KEYS": "a,b"})
+    for key, provider, model in (
+        ("a", "anthropic", "claude-haiku-4-5"),
+        ("a", "openai", "gpt-5-mini"),
+        ("b", "openai", "gpt-5-mini"),
+        ("b", "openai", "gpt-5-of-tomorrow"),
+    ):
+        server.post(f"/api/{provider}", ask(model=model), headers={"x-api-key": key})
+    server.post(headers={"x-api-key": "c"})
+    with contextlib.closing(sqlite3.connect(server.directory / "proxy.sqlite3")) as database:
+        row = dict(ledger(server)[0], id="old", time=time.time() - 30 * 86400, client="key:old")
+        marks = ", ".join("?" * len(row))
+        database.execute(f"INSERT INTO entries VALUES ({marks})", tuple(row.values()))
+        database.commit()
+    return server
+
+
+def usage_report(server: Server, *arguments: str) -> str:
+    done = run_proxy("--config", str(server.directory / "config.toml"), "usage", *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_usage_is_a_table_or_json(used: Server) -> None:
+    rows = json.loads(usage_report(used, "--by", "model", "--json"))
+    by_name = {row["group"]: row for row in rows}
+    assert by_name["anthropic/claude-haiku-4-5"]["requests"] == 1
+    mini = by_name["openai/gpt-5-mini"]
+    assert (mini["requests"], mini["input_tokens"], mini["output_tokens"]) == (2, 20, 10)
+    assert Decimal(str(mini["cost"])) == 2 * (10 * Decimal("0.25") + 5 * 2) / MILLION
+    assert by_name["openai/gpt-5-of-tomorrow"]["unpriced"] == 1
+    table = usage_report(used, "--by", "model").splitlines()
+    assert table[0].split()[:2] == ["model", "requests"]
+    assert len(table) == len(rows) + 1
+    assert len({len(line) for line in table if "unpriced" not in line}) <= 2  # columns line up
+
+
+def test_usage_since_and_by(used: Server) -> None:
+    by_client = json.loads(usage_report(used, "--by", "client", "--json"))
+    names = {row["group"]: row["requests"] for row in by_client}
+    assert sorted(names.values()) == [1, 2, 2]  # the one without a key is nobody
+    assert "key:old" not in names
+    older = json.loads(usage_report(used, "--since", "60d", "--by", "client", "--json"))
+    assert "key:old" in {row["group"] for row in older}
+    days = json.loads(usage_report(used, "--since", "60d", "--json"))
+    assert [len(row["group"]) for row in days] == [10] * len(days) and len(days) >= 2
+
+
+def test_usage_over_http_is_the_callers_own(used: Server) -> None:
+    mine = used.get("/usage", headers={"x-api-key": "a"}).json()
+    assert (mine["today"]["requests"], mine["today"]["inputTokens"]) == (2, 20)
+    assert mine["today"]["costUsd"] == pytest.approx(0.000035 + 0.0000125)
+    assert mine["left"]["requestsPerMinute"] == 1_000_000
+    assert used.get("/usage").status_code == 401
+
+
+# ---- Metrics and logs --------------------------------------------------------------------------
+
+PROMPT, ANSWER = "a-very-private-question", "a-very-private-answer"
+
+
+def test_one_json_line_for_each_request_and_no_word_of_it(serve: Serve, upstream: Upstream) -> None:
+    environ = {"LOG_LEVEL": "debug", "ALLOWED_CLIENT_KEYS": CLIENT_KEY}
+    server = serve("[upstream]\nfirst_byte = '500ms'", environ=environ)
+    key = {"authorization": f"Bearer {CLIENT_KEY}"}
+    scripts = [
+        stream(messages_sse([ANSWER, ANSWER], tools=(("c", "f", f'{{"a": "{ANSWER}"}}'),))),
+        [*stream(messages_events(ANSWER)[3], end=False), RESET],
+        reply(400, vendor_error(message="no"), ONCE),
+        [b"garbage " + ANSWER.encode() + b"\r\n\r\n", CLOSE],
+        stream(b"data: {" + ANSWER.encode() + b"\n\n"),
+    ]
+    for script in scripts:
+        upstream.play(script, answer)
+        server.post(json=ask(PROMPT), headers={**key, "x-request-id": "mine"})
+    server.post(content=f'{{"messages": [{{"role": "{PROMPT}"}}]}}'.encode(), headers=key)
+    server.post(content=f'{{"{PROMPT}'.encode(), headers=key)
+    server.post(json=ask(PROMPT), headers={"authorization": "Bearer wrong-key-0123456789"})
+    lines = wait_for(lambda: len(found := server.log("request")) == len(scripts) + 3 and found)
+    assert all("text" not in line for line in server.log()), "a line that is not JSON"
+    secrets = (PROMPT, ANSWER, CLIENT_KEY, ANTHROPIC_KEY, "wrong-key-0123456789")
+    assert [word for word in secrets if word in "\n".join(server.lines)] == []
+    first = lines[0]
+    wanted = {"id": str, "request_id": str, "client": str, "provider": str, "model": str,
+              "outcome": str, "status": int, "attempts": int, "duration": float, "ttfb": float,
+              "cost": float, "input_tokens": int, "output_tokens": int}  # fmt: skip
+    assert all(isinstance(first[name], kind) for name, kind in wanted.items())
+    assert {row["id"] for row in ledger(server)} == {line["id"] for line in lines}
+
+
+def test_the_log_level_silences_requests(serve: Serve) -> None:
+    server = serve(environ={"LOG_LEVEL": "error"})
+    assert server.post().status_code == 200
+    assert server.terminate() == 0
+    assert server.log("request") == []
+
+
+def test_on_a_terminal_a_request_is_a_line_for_people(tmp_path: Path) -> None:
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, str(PROXY), "--demo", "--port", str(port)],
+        stdout=theirs,
+        stderr=theirs,
+        env=clean_environment(),
+        cwd=tmp_path,
+        start_new_session=True,
+    )
+    try:
+        seen = read_terminal(ours, "serving")
+        address = f"http://127.0.0.1:{port}"
+        transport = httpx.HTTPTransport(retries=5)
+        with httpx.Client(transport=transport, timeout=10) as http:
+            http.post(f"{address}/api/openai", json=ask("/cut", model="gpt-5-mini"))
+        seen = read_terminal(ours, "outcome=error")
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(5)
+        os.close(ours)
+        os.close(theirs)
+    line = next(line for line in seen.splitlines() if "outcome=error" in line)
+    assert "status=502" in line and not line.startswith("{")
+
+
+def read_terminal(terminal: int, wanted: str) -> str:
+    seen = ""
+    while wanted not in seen:
+        assert select.select([terminal], [], [], 15)[0], seen
+        seen += os.read(terminal, 65536).decode()
+    return seen
+
+
+def test_metrics_after_every_kind_of_request(serve: Serve, upstream: Upstream) -> None:
+    config = """
+    [upstream]
+    first_byte = "300ms"
+    [cache]
+    enabled = true
+    [limits]
+    max_messages = 1
+    """
+    server = serve(config, environ={"ALLOWED_CLIENT_KEYS": "a"})
+    key = {"x-api-key": "a"}
+    upstream.play(stream(messages_sse(usage=CACHED, output_tokens=500)))
+    server.post(headers=key)  # a miss
+    server.post(headers=key)  # a hit
+    upstream.play(reply(500, vendor_error(), AGAIN), answer)
+    server.post("/api/openai", ask(model="gpt-5-mini"), headers=key)  # a retry
+    upstream.play([HANG])
+    server.post(json=fresh(), headers=key)  # a deadline
+    server.post()  # refused
+    server.post(json=ask(model="gpt-of-somebody"), headers=key)
+
+    served = {"provider": "anthropic", "model": "claude-haiku-4-5"}
+    expected: list[tuple[str, dict[str, str], float]] = [
+        ("requests_total", {**served, "outcome": "ok", "status": "200"}, 2),
+        ("requests_total", {"outcome": "rejected", "status": "401"}, 1),
+        ("requests_total", {"outcome": "rejected", "status": "403"}, 1),
+        ("requests_total", {**served, "outcome": "error", "status": "504"}, 1),
+        ("tokens_total", {**served, "kind": "input"}, 3300),
+        ("tokens_total", {**served, "kind": "output"}, 500),
+        ("tokens_total", {**served, "kind": "cache_read"}, 2000),
+        ("tokens_total", {**served, "kind": "cache_write"}, 300),
+        ("retries_total", {"provider": "openai", "code": "upstream_error"}, 1),
+        ("timeouts_total", {"provider": "anthropic"}, 1),
+        ("cache_total", {"result": "hit"}, 1),
+        ("rejections_total", {"code": "invalid_key"}, 1),
+        ("rejections_total", {"code": "model_not_allowed"}, 1),
+        ("duration_seconds_count", served, 3),
+        ("first_token_seconds_count", {"provider": "openai", "model": "gpt-5-mini"}, 1),
+        ("upstream_seconds_count", {"provider": "openai", "model": "gpt-5-mini"}, 1),
+        ("streams_in_flight", {}, 0),
+        ("active_clients", {}, 0),
+    ]
+    scrape = {"authorization": "Bearer nobody"}
+    assert server.get("/metrics", headers=scrape).status_code == 200  # this machine's own user
+    for name, labels, value in expected:
+        assert metric(server, f"proxy_{name}", **labels) == value, (name, labels)
+    spent = metric(server, "proxy_cost_usd_total", model="claude-haiku-4-5")
+    assert spent >= 0.00415
+    assert 'model="gpt-of-somebody"' not in server.get("/metrics").text
+    assert server.get("/metrics").headers["content-type"].count("charset") <= 1
+
+
+def test_metrics_of_a_public_bind_need_the_admin_token(keyed_server: Server) -> None:
+    def status(token: str) -> int:
+        headers = {"authorization": f"Bearer {token}"} if token else {}
+        return keyed_server.get("/metrics", headers=headers).status_code
+
+    seen = [status(token) for token in ("", "wrong", CLIENT_KEY, "admin-token-0123456789")]
+    assert seen == [401, 401, 401, 200]
+
+
+def test_names_a_caller_invents_do_not_grow_the_metrics(serve: Serve, upstream: Upstream) -> None:
+    """Models at a vendor that takes any name, and addresses by the hundred."""
+    config = f"""
+    [server]
+    cors_origins = ["{ORIGIN}"]
+    trusted_proxies = 1
+    admin_token = "admin"
+    [providers.compatible]
+    adapter = "chat"
+    base_url = "{upstream.url}/v1"
+    [prices."*"]
+    input = 1
+    output = 1
+    """
+    server = serve(config, arguments=("--host", "0.0.0.0"))
+    for number in range(400):
+        address = {"x-forwarded-for": f"203.0.{number // 250}.{number % 250}"}
+        server.post("/api/compatible", ask(model=f"invented-{number}"), headers=address)
+    text = server.get("/metrics", headers={"authorization": "Bearer admin"}).text
+    for label in ("model", "client"):
+        values = set(re.findall(rf'{label}="([^"]*)"', text))
+        assert 100 < len(values) < 300
+        assert "other" in values
+
+
+# ---- Proxy -------------------------------------------------------------------------------------
+# First upstream trouble: vendors break in every way there is, before the first event and after it.
+
+BROKEN = [
+    pytest.param([RESET], 502, "upstream_unreachable", id="reset before the headers"),
+    pytest.param([CLOSE], 502, "upstream_unreachable", id="closed before the headers"),
+    pytest.param([b"garbage\r\n\r\n", CLOSE], 502, "upstream_error", id="not HTTP"),
+    pytest.param([b"HTTP/1.1 200 OK\r\n", RESET], 502, "upstream_unreachable", id="half a head"),
+    pytest.param([*stream(end=False), RESET], 502, "upstream_unreachable", id="reset in the body"),
+    pytest.param([*stream(), CLOSE], 502, "upstream_error", id="an empty body"),
+    pytest.param([*stream(end=False), b"xyz\r\nhello", HANG], 0, "upstream_", id="bad chunk size"),
+    pytest.param([HANG], 504, "upstream_timeout", id="silence"),
+    pytest.param([*stream(end=False), HANG], 504, "upstream_timeout", id="only headers"),
+    pytest.param(
+        [*stream(sse({"type": "ping"})[0], end=False), HANG], 504, "upstream_timeout", id="a ping"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def impatient(serve_module: Serve) -> Server:
+    """A server whose deadline passes before the first pause of its retry schedule does."""
+    times = "first_byte = '500ms'\nidle = '300ms'\nconnect = '200ms'\ntotal = '900ms'"
+    return serve_module(f"[upstream]\n{times}")
+
+
+@pytest.mark.parametrize(("script", "status", "code"), BROKEN)
+def test_a_vendor_that_breaks_before_its_first_event(
+    impatient: Server, upstream: Upstream, script: list[Any], status: int, code: str
+) -> None:
+    upstream.play(script)
+    number = next(IDS)
+    answered = impatient.post(headers={"x-request-id": number})
+    assert answered.status_code == status or (not status and answered.status_code in (502, 504))
+    assert answered.json()["code"].startswith(code)
+    row = last_row(impatient, number)
+    assert (row["outcome"], row["attempts"], len(upstream.requests)) == ("error", 1, 1)
+    assert Decimal(row["cost"]) > 0  # the vendor got the request and may bill it
+    assert upstream.requests[0].closed.wait(3)
+    assert impatient.get("/health").status_code == 200
+
+
+def test_an_answer_without_an_end_is_ended(impatient: Server, upstream: Upstream) -> None:
+    head = messages_events("x")[:4]
+    upstream.play(stream(*head, *(step for _ in range(100) for step in (0.05, head[3]))))
+    last = frames(impatient.post().text)[-1]["error_line"]
+    assert (last["statusCode"], last["code"]) == (504, "upstream_timeout")
+    assert upstream.requests[0].closed.wait(3)
+
+
+def test_a_vendor_that_refuses_connections(trouble: Server) -> None:
+    answered = trouble.post("/api/nobody", ask(model="x"))
+    assert (answered.status_code, answered.json()["code"]) == (502, "upstream_unreachable")
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["one piece", "byte by byte"])
+def test_a_compressed_stream_is_read(trouble: Server, upstream: Upstream, whole: bool) -> None:
+    """It is asked not to, but a vendor did it."""
+    packed = gzip.compress(messages_sse(["He", "llo"]))
+    chunks = [packed] if whole else [packed[at : at + 1] for at in range(len(packed))]
+    upstream.play(stream(*chunks, headers={"Content-Encoding": "gzip"}))
+    answered = trouble.post()
+    assert (text_of(answered.text), frames(answered.text)[-1]) == ("Hello", "[DONE]")
+    assert upstream.requests[0].headers["accept-encoding"] == "identity"
+
+
+# The retry schedule: three attempts at most, and only before the first event.
+
+
+@pytest.mark.parametrize(
+    ("failing", "attempts"),
+    [
+        pytest.param(reply(500, vendor_error(), AGAIN), 3, id="500"),
+        pytest.param(reply(503, vendor_error(), {"retry-after": "0"}), 3, id="503, retry-after"),
+        pytest.param(reply(529, vendor_error("overloaded_error"), AGAIN), 3, id="529"),
+        pytest.param(reply(429, vendor_error("rate_limit_error"), AGAIN), 3, id="429"),
+        pytest.param(reply(400, vendor_error(), AGAIN), 1, id="400"),
+        pytest.param(reply(401, vendor_error(), AGAIN), 1, id="401"),
+        pytest.param(reply(404, vendor_error(), AGAIN), 1, id="404"),
+        pytest.param(reply(500, vendor_error(), {**AGAIN, **ONCE}), 1, id="told not to"),
+        pytest.param(reply(503, vendor_error(), {"retry-after": "60"}), 1, id="too long a wait"),
+        pytest.param(
+            reply(429, vendor_error("insufficient_quota"), AGAIN), 1, id="the account is empty"
+        ),
+        pytest.param(
+            reply(
+                429,
+                vendor_error(details={"error_code": "enforced_spend_limit_reached"}),
+                AGAIN,
+            ),
+            1,
+            id="the spend limit",
+        ),
+    ],
+)
+def test_what_is_tried_again(
+    trouble: Server, upstream: Upstream, failing: bytes, attempts: int
+) -> None:
+    upstream.play(failing)
+    number = next(IDS)
+    answered = trouble.post(headers={"x-request-id": number})
+    assert answered.status_code >= 400
+    assert len(upstream.requests) == attempts
+    assert last_row(trouble, number)["attempts"] == attempts
+    retries = [
+        line for line in trouble.log("retry") if line["id"] == last_row(trouble, number)["id"]
+    ]
+    assert len(retries) == attempts - 1
+    if attempts == 1:
+        assert answered.headers.get("x-should-retry") == "false" or b"retry-after: 60" in failing
+
+
+def test_the_second_attempt_answers(trouble: Server, upstream: Upstream) -> None:
+    before = metric(trouble, "proxy_retries_total", provider="anthropic")
+    upstream.play([RESET], answer)
+    began = time.monotonic()
+    number = next(IDS)
+    answered = trouble.post(headers={"x-request-id": number})
+    assert (text_of(answered.text), frames(answered.text)[-1]) == ("Hello", "[DONE]")
+    assert time.monotonic() - began > 0.9  # the first pause is a second
+    assert (last_row(trouble, number)["outcome"], last_row(trouble, number)["attempts"]) == (
+        "ok",
+        2,
+    )
+    assert metric(trouble, "proxy_retries_total", provider="anthropic") == before + 1
+
+
+def failing_event(dialect: str) -> bytes:
+    if dialect == "chat":
+        return b'data: {"error": {"message": "Overloaded", "code": 503}}\n\n'
+    return sse(vendor_error("overloaded_error", "Overloaded"))[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "model", "dialect"),
+    [
+        pytest.param("/api/anthropic", "claude-haiku-4-5", "messages", id="messages"),
+        pytest.param("/api/openai", "gpt-5-mini", "responses", id="responses"),
+        pytest.param("/api/compatible", "any", "chat", id="chat"),
+    ],
+)
+def test_an_error_in_the_stream_before_the_first_event_is_tried_again(
+    trouble: Server, upstream: Upstream, path: str, model: str, dialect: str
+) -> None:
+    upstream.play(stream(failing_event(dialect)), answer)
+    answered = trouble.post(path, ask(model=model))
+    assert (text_of(answered.text), frames(answered.text)[-1]) == ("Hello", "[DONE]")
+    assert len(upstream.requests) == 2
+
+
+def test_an_alias_falls_back_across_vendors(trouble: Server, upstream: Upstream) -> None:
+    """Every vendor gets its request in its own dialect, with its own key."""
+    upstream.play(reply(500, vendor_error(), ONCE), reply(429, vendor_error(), ONCE), answer)
+    number = next(IDS)
+    answered = trouble.post(json=ask(model="fallback"), headers={"x-request-id": number})
+    assert (text_of(answered.text), frames(answered.text)[-2]["model"]) == ("Hello", "any")
+    paths = [request.path for request in upstream.requests]
+    assert paths == ["/v1/messages", "/v1/responses", "/compatible/v1/chat/completions"]
+    first, second, third = (request.headers for request in upstream.requests)
+    assert first["x-api-key"] == ANTHROPIC_KEY and "authorization" not in first
+    assert second["authorization"] == f"Bearer {OPENAI_KEY}"
+    assert third["authorization"] == f"Bearer {COMPATIBLE_KEY}"
+    row = last_row(trouble, number)
+    assert (row["provider"], row["model"], row["attempts"]) == ("compatible", "any", 3)
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_faulty_request_does_not_fall_back(
+    trouble: Server, upstream: Upstream, status: int
+) -> None:
+    upstream.play(reply(status, vendor_error("invalid_request_error")))
+    assert trouble.post(json=ask(model="fallback")).status_code == status
+    assert len(upstream.requests) == 1
+
+
+def test_a_vendor_that_cannot_be_reached_leaves_time_for_the_fallback(
+    trouble: Server, upstream: Upstream
+) -> None:
+    answered = trouble.post(json=ask(model="unreachable"))
+    assert text_of(answered.text) == "Hello"
+
+
+def test_a_silent_vendor_leaves_time_for_the_fallback(trouble: Server, upstream: Upstream) -> None:
+    upstream.play([HANG], answer)
+    answered = trouble.post(json=ask(model="fallback"))
+    assert (text_of(answered.text), frames(answered.text)[-2]["model"]) == ("Hello", "gpt-5-mini")
+
+
+def test_no_fallback_after_the_first_event(trouble: Server, upstream: Upstream) -> None:
+    upstream.play([*stream(*messages_events()[:4], end=False), RESET])
+    answered = trouble.post(json=ask(model="fallback"))
+    assert "error_line" in frames(answered.text)[-1]
+    assert len(upstream.requests) == 1
+
+
+# After the first event: the error line, and never [DONE] after it.
+
+ENDINGS = [
+    pytest.param([*stream(*HALF, 0.1, end=False), RESET], 502, id="reset"),
+    pytest.param([*stream(*HALF, end=False), CLOSE], 502, id="closed"),
+    pytest.param(stream(*HALF), 502, id="an orderly end too early"),
+    pytest.param([*stream(*HALF, end=False), HANG], 504, id="stalled"),
+    pytest.param([*stream(*HALF, 0.1, end=False), b"xyz\r\n?\r\n", HANG], None, id="bad chunk"),
+    pytest.param(stream(*HALF, sse(vendor_error("overloaded_error"))[0]), 529, id="error event"),
+    pytest.param(stream(*HALF, sse(vendor_error("api_error"))[0]), 502, id="another error event"),
+    pytest.param(stream(*HALF, b"event: content_block_delta\ndata: {{{\n\n"), 502, id="not JSON"),
+]
+
+
+@pytest.mark.parametrize(("script", "status"), ENDINGS)
+def test_an_answer_that_breaks_ends_with_the_error_line(
+    trouble: Server, upstream: Upstream, script: list[Any], status: int | None
+) -> None:
+    upstream.play(script)
+    number = next(IDS)
+    answered = trouble.post(headers={"x-request-id": number})
+    assert answered.status_code == 200
+    *before, last = frames(answered.text)
+    assert text_of(answered.text) == "Hello"[: len(text_of(answered.text))] != ""
+    assert set(last["error_line"]) == {"message", "statusCode", "code"}
+    assert last["error_line"]["statusCode"] == status or status is None
+    assert last["error_line"]["code"].startswith("upstream_")
+    assert answered.text.endswith("\n")
+    assert not [f for f in before if f == "[DONE]" or "isLast" in f or "error_line" in f]
+    assert len(upstream.requests) == 1  # nothing is tried again once something was delivered
+    assert upstream.requests[0].closed.wait(3)
+    row = last_row(trouble, number)
+    assert (row["outcome"], row["estimated"]) == ("error", 1)
+    assert Decimal(row["cost"]) > 0
+
+
+@pytest.mark.parametrize(("script", "status"), ENDINGS)
+def test_a_json_answer_that_breaks_is_an_error_with_its_status(
+    trouble: Server, upstream: Upstream, script: list[Any], status: int | None
+) -> None:
+    upstream.play(script)
+    answered = trouble.post(json=ask(stream=False))
+    assert answered.status_code == status or (status is None and answered.status_code in (502, 504))
+    assert answered.json()["code"].startswith("upstream_")
+
+
+def test_the_last_event_counts_even_where_the_end_of_http_is_missing(
+    trouble: Server, upstream: Upstream
+) -> None:
+    for ending in (RESET, CLOSE, HANG):
+        upstream.play([*stream(messages_sse(), end=False), ending])
+        assert frames(trouble.post().text)[-1] == "[DONE]"
+    wait_for(lambda: all(request.closed.is_set() for request in upstream.requests), 3)
+
+
+def test_a_silent_stream_is_kept_alive(trouble: Server, upstream: Upstream) -> None:
+    events = messages_events()
+    upstream.play(stream(*events[:4], 0.35, b"".join(events[4:])))
+    answered = trouble.post()
+    assert answered.text.count(": ping\n\n") >= 2
+    assert frames(answered.text)[-1] == "[DONE]"
+    assert text_of(answered.text) == "Hello"
+
+
+def test_a_vendors_pings_and_comments_do_not_reach_the_caller(
+    trouble: Server, upstream: Upstream
+) -> None:
+    ping = b'event: ping\ndata: {"type": "ping"}\n\n: comment\n\n'
+    events = messages_events()
+    upstream.play(stream(ping, *(part for event in events for part in (event, ping))))
+    assert trouble.post().text.count("event:") == 0
+
+
+@pytest.fixture(scope="module")
+def heartbeat(serve_module: Serve) -> Server:
+    return serve_module("[server]\nping = '100ms'\n[upstream]\nidle = '1s'")
+
+
+def slowly(*end: Any) -> list[Any]:
+    """Text that trickles for longer than a JSON reply waits with its headers."""
+    head = messages_events("x")[:4]
+    return [*stream(*head, *(step for _ in range(28) for step in (0.2, head[3])), end=False), *end]
+
+
+def test_a_slow_json_reply_begins_with_spaces_and_cannot_end_as_an_error(
+    heartbeat: Server, upstream: Upstream
+) -> None:
+    """Both at once, because it takes its seconds: one answer that completes, one that is cut."""
+    tail = b"".join(messages_events("x")[4:])
+    whole = slowly(b"%x\r\n%b\r\n0\r\n\r\n" % (len(tail), tail))
+    scripts = {"whole": whole, "cut": slowly(RESET)}
+    upstream.play(lambda received: scripts[received.json["messages"][0]["content"][0]["text"]])
+    results: dict[str, Any] = {}
+
+    def run(name: str) -> None:
+        try:
+            results[name] = heartbeat.post(json=ask(name, stream=False))
+        except httpx.HTTPError as error:
+            results[name] = error
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in scripts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    answered = results["whole"]
+    assert (answered.status_code, answered.headers["content-type"]) == (200, "application/json")
+    assert answered.text.startswith(" ")
+    assert answered.json()["content"] == "x" * 29
+    assert isinstance(results["cut"], httpx.RemoteProtocolError)
+
+
+# Leaving: a browser that leaves closes the upstream within a second, in every phase.
+
+
+def leave(connection: socket.socket, how: str) -> None:
+    if how == "reset":
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    if how == "half-close":
+        connection.shutdown(socket.SHUT_WR)
+    else:
+        connection.close()
+
+
+@pytest.mark.parametrize("how", ["close", "reset", "half-close"])
+@pytest.mark.parametrize("streamed", [True, False], ids=["stream", "JSON"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param([], id="before the headers"),
+        pytest.param(stream(end=False), id="before the first event"),
+        pytest.param(stream(*HALF, end=False), id="in the middle"),
+    ],
+)
+def test_a_caller_that_leaves_closes_the_upstream(
+    plain_server: Server, upstream: Upstream, script: list[Any], streamed: bool, how: str
+) -> None:
+    reached = threading.Event()
+    upstream.play([*script, tell(reached), HANG])
+    number = next(IDS)
+    connection = plain_server.connect(
+        json_body=ask(stream=streamed), headers={"X-Request-ID": number}
+    )
+    assert reached.wait(5)
+    if streamed and any(b"text_delta" in step for step in script):
+        read_until(connection, b"Hel")
+    leave(connection, how)
+    assert upstream.requests[0].closed.wait(3)
+    row = last_row(plain_server, number)
+    assert (row["outcome"], row["attempts"], len(upstream.requests)) == ("cancelled", 1, 1)
+    assert (row["estimated"], Decimal(row["cost"]) > 0) == (1, True)  # it may have been billed
+    connection.close()
+
+
+def test_a_caller_that_leaves_in_a_retry_pause_ends_the_retries(
+    plain_server: Server, upstream: Upstream
+) -> None:
+    upstream.play(reply(503, vendor_error()), answer)
+    number = next(IDS)
+    connection = plain_server.connect(headers={"X-Request-ID": number})
+    wait_for(lambda: upstream.requests and upstream.requests[0].closed.is_set())
+    connection.close()
+    row = last_row(plain_server, number)  # its work had ended before the row was written
+    assert (row["outcome"], row["attempts"], len(upstream.requests)) == ("cancelled", 1, 1)
+
+
+def test_a_caller_that_leaves_with_half_its_body_is_forgotten(plain_server: Server) -> None:
+    number = next(IDS)
+    plain_server.connect(headers={"X-Request-ID": number}, length=5000).close()
+    assert last_row(plain_server, number)["outcome"] == "cancelled"
+    wait_for(lambda: metric(plain_server, "proxy_streams_in_flight") == 0)
+
+
+def flood() -> list[Any]:
+    """More than every buffer between a vendor and a browser holds."""
+    head = messages_events("x" * 65_536)
+    return [*stream(*head[:3], end=False), *stream(*[head[3]] * 600, end=False)[1:], HANG]
+
+
+def test_callers_that_leave_at_any_moment_leave_nothing_behind(
+    serve: Serve, upstream: Upstream
+) -> None:
+    """With the cache on, so that some lead, some follow and some replay."""
+    server = serve("[cache]\nenabled = true")
+    dice = random.Random(7)
+    steps = [step for event in messages_events(["a"] * 5) for step in (event, 0.003)]
+    upstream.play(stream(*steps))
+    count = 8 * 40
+
+    def visit(moments: list[float]) -> None:
+        for moment in moments:
+            body = ask(f"{int(moment * 1e6) % 9}", stream=moment < 0.03)
+            with server.connect(json_body=body) as connection:
+                connection.settimeout(moment)
+                with contextlib.suppress(OSError):
+                    while connection.recv(4096):
+                        pass
+
+    moments = [[0.001 + dice.random() * 0.05 for _ in range(40)] for _ in range(8)]
+    threads = [threading.Thread(target=visit, args=(each,)) for each in moments]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    wait_for(lambda: len(ledger(server)) == count)
+    assert {row["outcome"] for row in ledger(server)} <= {"ok", "cancelled"}
+    wait_for(lambda: all(request.closed.is_set() for request in upstream.requests), 3)
+    assert metric(server, "proxy_streams_in_flight") == metric(server, "proxy_active_clients") == 0
+    assert [line for line in server.log() if line.get("level") == "error" or "text" in line] == []
+
+
+def test_a_caller_that_does_not_read_is_dropped(trouble: Server, upstream: Upstream) -> None:
+    upstream.play(flood())
+    number = next(IDS)
+    connection = trouble.connect(headers={"X-Request-ID": number}, receive_buffer=4096)
+    assert connection.recv(100)
+    assert wait_for(lambda: upstream.requests, 3)[0].closed.wait(10)
+    assert last_row(trouble, number)["outcome"] == "cancelled"
+    assert trouble.get("/health").status_code == 200
+    connection.close()
+
+
+# The contract over sockets: who is asked, what it is sent, and what a cut answer looks like.
+
+
+def test_a_model_the_provider_does_not_offer_is_403(
+    plain_server: Server, upstream: Upstream
+) -> None:
+    error = check_error(plain_server.post(json=ask(model="gpt-5")), 403, "model_not_allowed")
+    assert "/api/openai" in error["error"]  # where it is
+    assert upstream.requests == []
+
+
+@pytest.mark.parametrize("provider", list(MODELS))
+def test_an_alias_works_on_every_endpoint(
+    vendors: Server, upstream: Upstream, provider: str
+) -> None:
+    response = vendors.post(f"/api/{provider}", ask(model="fast"))
+    assert check_frames(response.text)["model"] == "llama-4"
+    assert upstream.requests[0].path == "/v1/chat/completions"
+    assert upstream.requests[0].json["model"] == "llama-4"
+    assert "authorization" not in upstream.requests[0].headers
+
+
+def test_what_a_browser_adds_never_goes_upstream(vendors: Server, upstream: Upstream) -> None:
+    """Anthropic answers 401 when it sees an Origin; the rest tells the vendor who asks."""
+    added = {
+        "origin": "http://localhost:3000",
+        "referer": "http://localhost:3000/chat",
+        "cookie": "session=1",
+        "sec-fetch-mode": "cors",
+        "user-agent": "Browser/1",
+        "x-user-id": "42",
+        "x-request-id": "mine",
+        "accept-language": "de",
+        "accept-encoding": "br",
+        "authorization": "Bearer the-callers",
+    }
+    # a vendor's cookie is not sent back to it
+    cookie = {"Set-Cookie": "vendor=1; Path=/"}
+    upstream.play(*(stream(MAKE[dialect](), headers=cookie) for dialect in DIALECTS), answer)
+    for _ in range(2):
+        for provider, model in MODELS.items():
+            answered = vendors.post(f"/api/{provider}", ask(model=model), headers=added)
+            assert answered.status_code == 200, answered.text
+    to_anthropic, to_openai, to_local = (received.headers for received in upstream.requests[3:])
+    assert to_anthropic["x-api-key"] == ANTHROPIC_KEY
+    assert to_anthropic["anthropic-version"] == "2023-06-01"
+    assert to_openai["authorization"] == f"Bearer {OPENAI_KEY}"
+    assert "authorization" not in to_local
+    gone = {"origin", "referer", "cookie", "sec-fetch-mode", "x-user-id", "accept-language"}
+    for received in upstream.requests:
+        assert not gone & set(received.headers)
+        assert "the-callers" not in str(received.headers)
+        assert "Browser/1" not in str(received.headers)
+        assert received.headers["accept-encoding"] == "identity"
+        assert received.headers["content-type"] == "application/json"
+        assert received.json.get("store") in (None, False)
+
+
+def test_dropped_parameters_are_named_in_a_header(vendors: Server, upstream: Upstream) -> None:
+    body = ask(model="gpt-4o", seed=1, top_k=5, deterministic=True, max_tokens=10**6)
+    for streamed in (True, False):
+        response = vendors.post("/api/openai", body | {"stream": streamed})
+        names = response.headers["x-dropped-params"].split(", ")
+        assert sorted(names) == ["deterministic", "max_tokens", "seed", "top_k"]
+    assert "x-dropped-params" not in vendors.post("/api/openai", ask(model="gpt-4o")).headers
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_cut_at_any_byte_is_an_error_line_and_after_the_end_it_is_none(
+    vendors: Server, upstream: Upstream, dialect: str
+) -> None:
+    """Over real sockets: the connection is closed without the end of the HTTP message."""
+    data = STREAMS[dialect]
+    path, body = f"/api/{BY_DIALECT[dialect]}", ask(model=MODELS[BY_DIALECT[dialect]])
+    last_event = len(data) - len(EVENTS[dialect][-1])
+    step = len(data) // 18
+    offsets = [*range(0, len(data), step), last_event, *range(len(data) - 6, len(data))]
+    for offset in offsets:
+        upstream.play(stream(*[data[:offset]] * bool(offset), Upstream.CLOSE, end=False))
+        response = vendors.post(path, body)
+        if response.status_code != 200:  # not even one event had arrived
+            assert offset <= len(EVENTS[dialect][0]), offset
+            assert response.status_code == 502
+            assert response.json()["code"].startswith("upstream_")
+            continue
+        line = cut_line(response.text)
+        assert (line["statusCode"], line["code"][:9]) == (502, "upstream_"), offset
+        assert SAID.startswith(text_of(response.text))
+    for after in (Upstream.CLOSE, Upstream.RESET, Upstream.HANG):
+        upstream.play(stream(data, after, end=False))
+        started = time.monotonic()
+        response = vendors.post(path, body)
+        assert check_frames(response.text)["finishReason"] == "tool_calls", after
+        assert text_of(response.text) == SAID
+        assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_cut_of_an_answer_in_one_piece_is_no_answer(
+    vendors: Server, upstream: Upstream, dialect: str
+) -> None:
+    data = STREAMS[dialect]
+    provider = BY_DIALECT[dialect]
+    for offset in (len(data) // 2, len(data) - 1):
+        upstream.play(stream(data[:offset], Upstream.CLOSE, end=False))
+        response = vendors.post(f"/api/{provider}", ask(model=MODELS[provider], stream=False))
+        assert response.status_code == 502
+        assert response.json()["code"].startswith("upstream_")
+
+
+# Stopping: what runs may finish within the drain time, whatever clients do.
+
+
+@pytest.mark.parametrize(
+    ("number", "whole_group"),
+    [
+        pytest.param(signal.SIGTERM, False, id="SIGTERM to the server"),
+        pytest.param(signal.SIGTERM, True, id="SIGTERM to all its processes"),
+        pytest.param(signal.SIGINT, True, id="Ctrl-C"),
+    ],
+)
+def test_a_signal_lets_running_streams_finish(
+    serve: Serve, upstream: Upstream, number: signal.Signals, whole_group: bool
+) -> None:
+    server, gate, request_id = serve(), threading.Event(), next(IDS)
+    events = messages_events()
+    upstream.play(stream(*events[:4], until(gate), *events[4:]))
+    with server.connect(headers={"X-Request-ID": request_id}) as connection:
+        data = read_until(connection, b"Hello")
+        (os.killpg if whole_group else os.kill)(server.process.pid, number)
+        wait_for(lambda: not listening(server), 3)
+        gate.set()
+        data += read_until(connection, b"[DONE]")
+    assert b"isLast" in data
+    assert server.process.wait(5) == 0
+    assert last_row(server, request_id)["outcome"] == "ok"
+
+
+def listening(server: Server) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", server.port), 1):
+        return True
+    return False
+
+
+def test_whatever_a_client_does_the_server_is_gone_soon_after_drain(
+    serve: Serve, upstream: Upstream
+) -> None:
+    """An endless stream, an endless JSON reply, half a request, a connection without one, and a
+    client that does not read."""
+    server = serve("[server]\ndrain = '500ms'")
+    endless = [*stream(*HALF, end=False), HANG]
+    upstream.play(lambda received: flood() if b"flood" in received.body else endless)
+    ids = [next(IDS) for _ in range(3)]
+    bodies = [ask(), ask(stream=False), ask("flood")]
+    running = [
+        server.connect(json_body=body, headers={"X-Request-ID": number}, receive_buffer=4096)
+        for body, number in zip(bodies, ids, strict=True)
+    ]
+    half = server.connect(length=10_000)
+    idle = socket.create_connection(("127.0.0.1", server.port))
+    wait_for(lambda: len(upstream.requests) == 3)
+    read_until(running[0], b"Hel")
+    began = time.monotonic()
+    assert server.terminate(15) == 0
+    assert time.monotonic() - began < 5.5
+    rest = read_until(running[0], b"error: ").decode()
+    assert "server_stopping" in rest and "[DONE]" not in rest and "isLast" not in rest
+    refused = read_until(running[1], b"server_stopping")
+    assert b" 503 " in refused.partition(b"\r\n")[0]
+    assert b"x-should-retry: false" not in refused.lower()
+    for number in ids[:2]:
+        assert last_row(server, number)["outcome"] == "error"
+    for connection in (*running, half, idle):
+        connection.close()
+
+
+def test_a_leader_that_left_is_billed_even_when_the_server_stops(
+    serve: Serve, upstream: Upstream, key: dict[str, str]
+) -> None:
+    config = "[server]\ndrain = '300ms'\n[cache]\nenabled = true"
+    server = serve(config, environ={"ALLOWED_CLIENT_KEYS": ALL_KEYS})
+    joined = Joined(server, upstream, key, 2)
+    joined.leave(0)
+    assert not upstream.requests[0].closed.wait(0.2)
+    assert server.terminate(10) == 0
+    leader, follower = joined.row(0), joined.row(1)
+    assert (leader["outcome"], follower["outcome"]) == ("cancelled", "error")
+    assert Decimal(leader["cost"]) > 0
+    joined.leave(1)
+
+
+def test_a_worker_that_dies_is_replaced(serve: Serve) -> None:
+    server = serve()
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+    if not children.exists():
+        pytest.skip("child processes are read from /proc")
+    for child in children.read_text().split():
+        if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes():
+            os.kill(int(child), signal.SIGKILL)
+
+    def answers() -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return server.post().status_code == 200
+        return False
+
+    wait_for(answers, 10)
+
+
+def test_a_server_without_work_stops_at_once(serve: Serve) -> None:
+    server = serve()
+    server.post()
+    began = time.monotonic()
+    assert server.terminate() == 0
+    assert time.monotonic() - began < 3
+
+
+# A thousand streams at once, at the default limits.
+
+
+async def one_stream(port: int, key: str, started: asyncio.Semaphore) -> tuple[int, str]:
+    """Status and body of a stream; tells `started` once its first text has come."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**20)
+    body = json.dumps(ask()).encode()
+    head = f"POST /api/anthropic HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {key}\r\n"
+    head += f"Connection: close\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    writer.write(f"{head}\r\n\r\n".encode() + body)
+    data = b""
+    try:
+        while chunk := await reader.read(65536):
+            if b"Hello" in chunk and b"Hello" not in data:
+                started.release()
+            data += chunk
+    finally:
+        writer.close()
+    return int(data.split()[1]), data.decode()
+
+
+def test_a_thousand_streams_at_the_defaults(serve: Serve, upstream: Upstream) -> None:
+    """4 streams for each of 250 clients, all open at once, while /health answers."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 8192
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        pytest.skip(f"needs {wanted} open files, the limit is {hard}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    keys = [f"key-{number}" for number in range(250)]
+    server = serve("[limits]", environ={"ALLOWED_CLIENT_KEYS": ",".join([*keys, "late"])})
+    gate = threading.Event()
+
+    events = messages_events("Hello")
+    first, last = b"".join(events[:4]), b"".join(events[4:])
+    upstream.play(stream(first, until(gate, 0.25), last))
+
+    async def run() -> list[tuple[int, str]]:
+        started = asyncio.Semaphore(0)
+        streams = [asyncio.create_task(one_stream(server.port, key, started)) for key in keys * 4]
+        async with asyncio.timeout(40):
+            for _ in streams:
+                await started.acquire()
+        began = time.monotonic()
+        healthy = await asyncio.to_thread(server.get, "/health", headers={"connection": "close"})
+        assert (healthy.status_code, time.monotonic() - began < 3) == (200, True)
+        late = {"x-api-key": "late"}
+        refused = await asyncio.to_thread(lambda: server.post(headers=late))
+        assert (refused.status_code, refused.json()["code"]) == (503, "busy")
+        gate.set()
+        async with asyncio.timeout(40):
+            return await asyncio.gather(*streams)
+
+    answered = asyncio.run(run())
+    assert [status for status, _ in answered] == [200] * 1000
+    assert all(body.count("[DONE]") == 1 for _, body in answered)
+    assert len(upstream.requests) == 1000
+    outcomes = [row["outcome"] for row in ledger(server)]
+    assert (outcomes.count("ok"), outcomes.count("rejected")) == (1000, 1)
+
+
+# ---- HTTP --------------------------------------------------------------------------------------
+# Mounted in another app, whose lifespan enters ours, under a prefix; then the routes.
+
+
+def granian() -> Path:
+    command = Path(sys.executable).parent / "granian"
+    if not command.is_file():
+        pytest.skip("the granian command is not installed beside this Python")
+    return command
+
+
+HOST = """
+import contextlib, json, sys
+sys.path.insert(0, {folder!r})
+import proxy
+inner = proxy.create_app(proxy.load_config())
+
+@contextlib.asynccontextmanager
+async def lifespan(_):
+    async with inner.lifespan():
+        yield
+"""
+HOSTS = {
+    "fastapi": """
+from fastapi import FastAPI
+app = FastAPI(lifespan=lifespan)
+@app.get("/health")
+async def health():
+    return {"host": True}
+app.mount("/ai", inner)
+""",
+    "starlette": """
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Mount, Route
+async def health(request):
+    return JSONResponse({"host": True})
+app = Starlette(routes=[Route("/health", health), Mount("/ai", inner)], lifespan=lifespan)
+""",
+    "litestar": """
+from litestar import Litestar, asgi, get
+from litestar.types import Receive, Scope, Send
+@get("/health")
+async def health() -> dict[str, bool]:
+    return {"host": True}
+@asgi("/ai", is_mount=True, copy_scope=True)
+async def mounted(scope: Scope, receive: Receive, send: Send) -> None:
+    await inner(scope, receive, send)
+app = Litestar([health, mounted], lifespan=[lifespan], openapi_config=None)
+""",
+}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_mounted_under_a_prefix(tmp_path: Path, upstream: Upstream, host: str) -> None:
+    pytest.importorskip(host)
+    (tmp_path / "host.py").write_text(
+        HOST.replace("{folder!r}", repr(str(PROXY.parent))) + HOSTS[host]
+    )
+    config = write_config(tmp_path, f"[server]\ncors_origins = ['{ORIGIN}']\ntrusted_proxies = 0")
+    port = free_port()
+    command = [str(granian()), "--interface", "asgi", "--port", str(port), "host:app"]
+    environ = {"PROXY_CONFIG": str(config), "ANTHROPIC_BASE_URL": upstream.url}
+    server = Server(command, tmp_path, port, environ)
+    try:
+        assert server.get("/health").json() == {"host": True}
+        assert server.get("/ai/health").json()["status"] == "ok"
+        assert server.get("/ai/metrics").status_code == 401
+        path, number = "/ai/api/anthropic", next(IDS)
+        headers = {"origin": ORIGIN, "x-request-id": number}
+        answered = server.post(path, headers=headers)
+        assert (text_of(answered.text), answered.headers[CORS[0]]) == ("Hello", ORIGIN)
+        assert last_row(server, number)["outcome"] == "ok"
+        assert server.post(path, headers={"origin": "https://evil.example"}).status_code == 403
+        assert server.get("/ai/nothing").status_code == 404
+        preflight = {**headers, "access-control-request-method": "POST"}
+        assert server.http.options(path, headers=preflight).headers[CORS[0]] == ORIGIN
+        upstream.clear()
+        upstream.play([HANG])
+        connection = server.connect(path)
+        wait_for(lambda: upstream.requests)
+        connection.close()
+        assert upstream.requests[0].closed.wait(3)
+        assert server.terminate() == 0
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        pytest.param("GET", "/health", 200, id="health"),
+        pytest.param("HEAD", "/health", 200, id="HEAD"),
+        pytest.param("GET", "/healthz", 200, id="healthz"),
+        pytest.param("GET", "/livez", 200, id="livez"),
+        pytest.param("GET", "/ready", 200, id="ready"),
+        pytest.param("GET", "/readyz", 200, id="readyz"),
+        pytest.param("GET", "/nothing", 404, id="unknown"),
+        pytest.param("GET", "/api/anthropic", 405, id="GET of an endpoint"),
+        pytest.param("DELETE", "/api/anthropic", 405, id="DELETE"),
+        pytest.param("POST", "/health", 405, id="POST to health"),
+        pytest.param("POST", "/api/nobody", 404, id="unknown provider"),
+        pytest.param("POST", "/api/", 404, id="no provider"),
+        pytest.param("POST", "/api/anthropic/extra", 404, id="a longer path"),
+        pytest.param("POST", "/api/..%2fmetrics", 404, id="a path in the name"),
+    ],
+)
+def test_routes(plain_server: Server, method: str, path: str, status: int) -> None:
+    answered = plain_server.http.request(method, path, json=ask() if method == "POST" else None)
+    assert answered.status_code == status
+    assert answered.headers["x-request-id"]
+    if status >= 400:
+        assert set(answered.json()) == {"error", "type", "code", "requestId"}
+
+
+@pytest.mark.parametrize("path", ["//api/anthropic", "/api/anthropic/", "/%61pi/anthropic"])
+def test_a_spelling_of_a_path_skips_no_check(
+    keyed_server: Server, upstream: Upstream, path: str
+) -> None:
+    connection = keyed_server.connect(path)
+    with connection:
+        status = connection.recv(4096).split()[1]
+    assert status in (b"401", b"404")
+    assert upstream.requests == []
+
+
+def test_the_callers_request_id_is_echoed_and_is_no_key(plain_server: Server) -> None:
+    mine = {"x-request-id": "order-66"}
+    replies = [plain_server.post(headers=mine) for _ in range(2)]
+    assert [r.headers["x-request-id"] for r in replies] == ["order-66"] * 2
+    assert frames(replies[0].text)[-2]["requestId"] == "order-66"
+    rows = [row for row in ledger(plain_server) if row["request_id"] == "order-66"]
+    assert len({row["id"] for row in rows}) == 2
+    assert (
+        len(plain_server.post(headers={"x-request-id": "x" * 5000}).headers["x-request-id"]) < 200
+    )
+
+
+@pytest.mark.parametrize(
+    ("content_type", "status"),
+    [
+        pytest.param("application/json", 200, id="json"),
+        pytest.param("application/json; charset=utf-8", 200, id="with a charset"),
+        pytest.param("Application/JSON", 200, id="in capitals"),
+        pytest.param("text/plain", 415, id="text, which needs no preflight"),
+        pytest.param("application/x-www-form-urlencoded", 415, id="form"),
+        pytest.param("", 415, id="empty"),
+    ],
+)
+def test_a_body_must_be_declared_as_json(
+    plain_server: Server, content_type: str, status: int
+) -> None:
+    body = json.dumps(ask()).encode()
+    reply = plain_server.post(content=body, headers={"content-type": content_type})
+    assert reply.status_code == status
+
+
+def test_a_paused_proxy_answers_503_and_stays_alive(serve: Serve, upstream: Upstream) -> None:
+    server = serve(environ={"PROXY_PAUSED": "1"})
+    reply = server.post()
+    assert (reply.status_code, reply.json()["code"]) == (503, "paused")
+    assert reply.headers["x-should-retry"] == "false"
+    assert upstream.requests == []
+
+
+# ---- Demo --------------------------------------------------------------------------------------
+# The provider inside the program answers through the real path, in both vendors' dialects.
+
+
+@pytest.fixture(scope="module")
+def demo(serve_module: Serve) -> Server:
+    return serve_module(
+        "[upstream]\nattempts = 1",
+        environ={"ANTHROPIC_API_KEY": None, "OPENAI_API_KEY": None},
+        arguments=("--demo",),
+    )
+
+
+DEMO_MODELS = {"anthropic": "claude-haiku-4-5", "openai": "gpt-5.4"}
+PLAYS = {
+    "plain": ask("Hi"),
+    "tool": ask("/tool", tools=[WEATHER]),
+    "think": ask("/think", enable_thinking=True, max_tokens=4000),
+    "hidden": ask("/think"),
+    "error": ask("/error"),
+    "cut": ask("/cut"),
+}
+
+
+@pytest.fixture(scope="module")
+def played(demo: Server) -> dict[tuple[str, str, bool], httpx.Response]:
+    """Every play at both endpoints, streamed and whole, all at once: the demo takes its time."""
+    wanted = list(itertools.product(DEMO_MODELS, PLAYS, (True, False)))
+
+    def one(provider: str, name: str, streamed: bool) -> httpx.Response:
+        body = PLAYS[name] | {"model": DEMO_MODELS[provider], "stream": streamed}
+        return demo.post(f"/api/{provider}", body)
+
+    with ThreadPoolExecutor(len(wanted)) as threads:
+        replies = list(threads.map(one, *zip(*wanted, strict=True)))
+    return dict(zip(wanted, replies, strict=True))
+
+
+Played = dict[tuple[str, str, bool], Any]
+
+
+@pytest.mark.parametrize("provider", DEMO_MODELS)
+def test_demo_answers(played: Played, provider: str) -> None:
+    streamed = played[provider, "plain", True]
+    last = check_frames(streamed.text)
+    assert last["finishReason"] == "stop"
+    assert last["usage"]["completionTokens"] > 0
+    assert len(frames(streamed.text)) > 10
+    assert check_whole(played[provider, "plain", False])["content"] == text_of(streamed.text)
+
+
+def test_demo_asks_nobody(demo: Server, upstream: Upstream) -> None:
+    check_frames(demo.post(json=ask("/tool")).text)
+    assert not upstream.requests
+    assert not (demo.directory / "proxy.sqlite3").exists()  # and keeps no ledger
+    assert demo.get("/health").json()["demo"] is True
+
+
+@pytest.mark.parametrize("provider", DEMO_MODELS)
+def test_demo_calls_a_tool_and_goes_on_with_its_result(
+    demo: Server, played: Played, provider: str
+) -> None:
+    last = check_frames(played[provider, "tool", True].text)
+    answer = check_whole(played[provider, "tool", False])
+    assert last["finishReason"] == answer["finish_reason"] == "tool_calls"
+    for calls in (last["toolCalls"], answer["tool_calls"]):
+        assert [call["function"]["name"] for call in calls] == ["weather"]
+    call = answer["tool_calls"][0]
+    arguments = json.loads(call["function"]["arguments"])
+    use = {"type": "tool_use", "id": call["id"], "name": "weather", "arguments": arguments}
+    result = {"type": "tool_result", "tool_use_id": call["id"], "result": "Sunny"}
+    body = {"model": DEMO_MODELS[provider], "tools": [WEATHER], "stream": False}
+    turns = [user("/tool"), assistant([use]), user([result])]
+    ended = check_whole(demo.post(f"/api/{provider}", body | {"messages": turns}))
+    assert ended["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("provider", DEMO_MODELS)
+def test_demo_thinks(played: Played, provider: str) -> None:
+    shown, hidden = played[provider, "think", True].text, played[provider, "hidden", True].text
+    check_frames(shown)
+    assert re.match(r"(?s)<think>.+</think>.+", text_of(shown))
+    check_frames(hidden)
+    assert "<think>" not in text_of(hidden)
+    assert "<think>" not in check_whole(played[provider, "hidden", False])["content"]
+    assert text_of(shown).endswith(text_of(hidden))
+
+
+@pytest.mark.parametrize("provider", DEMO_MODELS)
+def test_demo_gives_a_long_answer(demo: Server, provider: str) -> None:
+    with demo.open(f"/api/{provider}", ask("/long", model=DEMO_MODELS[provider])) as response:
+        tokens = list(itertools.islice((x for x in response.iter_lines() if x), 60))
+    assert len(tokens) == 60  # more than the plain answer has; the rest need not be waited for
+
+
+@pytest.mark.parametrize("provider", DEMO_MODELS)
+def test_demo_fails_and_breaks_off(played: Played, provider: str) -> None:
+    for streamed in (True, False):
+        check_error(played[provider, "error", streamed], 529, "upstream_overloaded")
+    cut = played[provider, "cut", True]
+    assert cut.status_code == 200
+    assert len(frames(cut.text)) > 2
+    assert cut_line(cut.text)["statusCode"] == 502
+    assert played[provider, "cut", False].status_code == 502
+
+
+# ---- Command line ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "said"),
+    [
+        pytest.param([], {}, "ANTHROPIC_API_KEY or OPENAI_API_KEY", id="no key at all"),
+        pytest.param([], {"OPENAI_API_KEY": " "}, "--demo", id="an empty key"),
+        pytest.param(
+            [], {"OPENAI_API_KEY": "k\nk"}, "OPENAI_API_KEY", id="a key with a line break"
+        ),
+        pytest.param(["--config", "nowhere.toml"], {}, "nowhere.toml", id="no such file"),
+        pytest.param(
+            ["--host", "0.0.0.0"], {"OPENAI_API_KEY": "k"}, "server.cors_origins", id="public bind"
+        ),
+        pytest.param(
+            [], {"OPENAI_API_KEY": "k", "PORT": "1"}, "server.cors_origins", id="public by PORT"
+        ),
+        pytest.param(
+            [], {"OPENAI_API_KEY": "k", "CORS_ORIGIN": "*"}, "ALLOWED_CLIENT_KEYS", id="any origin"
+        ),
+        pytest.param(["--workers", "2"], {"OPENAI_API_KEY": "k"}, "workers", id="two workers"),
+        pytest.param(["--port", "99999"], {"OPENAI_API_KEY": "k"}, "server.port", id="port range"),
+        pytest.param(["usage", "--since", "soon"], {}, "--since", id="usage since"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_exit_code_2(
+    arguments: list[str], environ: dict[str, str], said: str
+) -> None:
+    no_keys = {"ANTHROPIC_API_KEY": None, "OPENAI_API_KEY": None}
+    done = run_proxy(*arguments, environ={**no_keys, **environ})
+    assert done.returncode == 2, done
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_custom_provider_needs_its_key(tmp_path: Path) -> None:
+    config = "[providers.mine]\nadapter = 'chat'\nbase_url = 'http://x/v1'\nkey_env = 'MINE_KEY'"
+    file = write(tmp_path, config)
+    done = run_proxy("--check", "--config", file)
+    assert (done.returncode, done.stderr) == (2, "")
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("missing ") and "providers.mine.key_env: MINE_KEY" in last
+    assert ANTHROPIC_KEY not in done.stdout and OPENAI_KEY not in done.stdout
+    done = run_proxy("--config", file)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "providers.mine.key_env" in done.stderr
+    done = run_proxy("--check", "--config", file, environ={"MINE_KEY": "mine-0123456789"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "mine: " in done.stdout and "mine-0123456789" not in done.stdout
+
+
+def test_a_port_in_use_is_said_before_anything_starts() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        done = run_proxy("--port", str(other.getsockname()[1]))
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "server.port" in done.stderr
+
+
+@pytest.mark.parametrize("host", ["localhost", "::1"])
+def test_other_names_of_this_machine_can_be_bound(tmp_path: Path, host: str) -> None:
+    if host == "::1" and not has_ipv6():
+        pytest.skip("this machine has no IPv6")
+    port = free_port()
+    config = str(write_config(tmp_path, ""))
+    command = [sys.executable, str(PROXY), "--config", config, "--host", host, "--port", str(port)]
+    process = subprocess.Popen(
+        command, env=clean_environment(), stderr=subprocess.PIPE, start_new_session=True
+    )
+    url = f"http://{'[::1]' if host == '::1' else host}:{port}/metrics"
+
+    def answers() -> bool:
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(url, trust_env=False).status_code == 200
+        return False
+
+    try:
+        wait_for(answers, 10)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=5)
+
+
+def has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as probe:
+        probe.bind(("::1", 0))
+        return True
+    return False
+
+
+def test_a_second_server_on_the_same_port_is_refused(plain_server: Server) -> None:
+    """Two Granians on one port would share it silently."""
+    done = run_proxy("--port", str(plain_server.port))
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert str(plain_server.port) in done.stderr
+
+
+def test_check_says_what_is_open_and_missing_without_a_secret(tmp_path: Path) -> None:
+    config = f"""
+    [clients.web]
+    key_sha256 = "{digest(CLIENT_KEY)}"
+    [models.fast]
+    target = "anthropic/claude-haiku-4-5"
+    fallback = ["openai/gpt-5-mini"]
+    """
+    secrets = {"ADMIN_TOKEN": "admin-0123456789", "PROXY_AUTH_TOKEN": "auth-0123456789"}
+    done = run_proxy(
+        "--check", "--config", write(tmp_path, config), environ={**secrets, "OPENAI_API_KEY": None}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "OPENAI_API_KEY" in done.stdout  # what is missing
+    assert all(word in done.stdout for word in ("127.0.0.1:8000", "web", "fast", "api.anthropic"))
+    for secret in (ANTHROPIC_KEY, CLIENT_KEY, *secrets.values()):
+        assert secret not in done.stdout + done.stderr
+
+
+def test_check_warns_of_a_public_bind_without_client_check() -> None:
+    done = run_proxy("--check", environ={"PORT": "8080", "CORS_ORIGIN": "https://app.example"})
+    assert done.returncode == 0, done.stderr
+    assert "0.0.0.0:8080" in done.stdout
+    assert "curl" in done.stdout
+    assert "trusted_proxies" in done.stdout
+    assert "restart" in done.stdout  # where spending is remembered
+    on_paas = {"PORT": "8080", "CORS_ORIGIN": "https://app.example", "DYNO": "web.1"}
+    assert "DYNO" in run_proxy("--check", environ=on_paas).stdout
+
+
+def test_version_and_help_are_printed() -> None:
+    assert run_proxy("--version").stdout.strip() == f"proxy.py {proxy.__version__}"
+    shown = run_proxy("--help").stdout
+    flags = ("--host", "--port", "--workers", "--config", "--check", "--demo", "--version")
+    assert all(flag in shown for flag in flags)
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Path:
+    """proxy.py under another name, with a dot more than usual, and nothing beside it."""
+    return Path(shutil.copy(PROXY, tmp_path / "my.proxy.v2.py"))
+
+
+def test_the_file_alone_under_another_name_serves_the_demo(alone: Path) -> None:
+    port = free_port()
+    command = [sys.executable, str(alone), "--demo", "--port", str(port)]
+    without_keys = {"ANTHROPIC_API_KEY": None, "OPENAI_API_KEY": None}
+    server = Server(command, alone.parent, port, without_keys)
+    try:
+        assert server.get("/health").json()["demo"] is True
+        for provider, model in (("anthropic", "claude-haiku-4-5"), ("openai", "gpt-5-mini")):
+            reply = server.post(f"/api/{provider}", ask(model=model))
+            assert reply.headers["x-demo"] == "true"
+            assert "demo" in text_of(reply.text)
+            assert frames(reply.text)[-1] == "[DONE]"
+        assert server.get("/").status_code == 200
+        assert [file.name for file in alone.parent.iterdir() if file.suffix == ".sqlite3"] == []
+    finally:
+        server.stop()
+
+
+def test_the_demo_leaves_loopback_only_by_an_explicit_host() -> None:
+    public = {"PORT": "8080", "CORS_ORIGIN": "https://app.example"}
+    assert "127.0.0.1:8080" in run_proxy("--check", "--demo", environ=public).stdout
+    assert (
+        "0.0.0.0:8080" in run_proxy("--check", "--demo", "--host", "0.0.0.0", environ=public).stdout
+    )
+
+
+def test_another_tools_config_is_ignored_with_one_line(alone: Path) -> None:
+    (alone.parent / "config.toml").write_text("[build]\ntarget = 'wasm'")
+    done = run_proxy("--check", program=alone)
+    assert done.returncode == 0
+    assert [line for line in done.stderr.splitlines() if "ignored" in line] == [done.stderr.strip()]
+    (alone.parent / "config.toml").write_text("[limits]\nburst = 77\n[build]\ntarget = 'wasm'")
+    done = run_proxy("--check", program=alone)
+    assert (done.returncode, "build" in done.stderr) == (2, True)
+
+
+def test_the_line_of_the_procfile_needs_three_variables(alone: Path) -> None:
+    """PORT, a key and CORS_ORIGIN; the ledger goes beside the file."""
+    port = free_port()
+    environ = {"PORT": str(port), "CORS_ORIGIN": "https://app.example", "OPENAI_API_KEY": None}
+    procfile = PROXY.parent / "Procfile"
+    line = procfile.read_text() if procfile.is_file() else "web: python proxy.py"
+    program, script, *rest = line.partition("web:")[2].split()
+    assert (program, script) == ("python", "proxy.py")
+    server = Server([sys.executable, str(alone), *rest], alone.parent, port, environ)
+    try:
+        with socket.create_connection(("127.0.0.2", port), timeout=5):  # not 127.0.0.1 alone
+            pass
+        assert server.get("/metrics").status_code == 401
+        assert server.get("/").status_code == 404
+        assert (alone.parent / "proxy.sqlite3").is_file()
+    finally:
+        server.stop()
+
+
+def test_the_granian_command_counts_as_a_public_bind(tmp_path: Path) -> None:
+    """It does not say where it binds, so nothing is open that is not configured."""
+    shutil.copy(PROXY, tmp_path / "proxy.py")
+    port = free_port()
+    command = [str(granian()), "--interface", "asgi", "--port", str(port), "proxy:app"]
+    refused = subprocess.run(
+        command, cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=20,
+        check=False,
+    )  # fmt: skip
+    assert refused.returncode != 0
+    assert "server.cors_origins" in refused.stdout + refused.stderr
+    server = Server(command, tmp_path, port, {"CORS_ORIGIN": "https://app.example"})
+    try:
+        assert server.get("/metrics").status_code == 401
+        assert server.get("/").status_code == 404
+        local = {"origin": "http://localhost:3000"}
+        assert server.post(headers=local).status_code == 403
+    finally:
+        server.stop()
+
+
+# ---- Page --------------------------------------------------------------------------------------
+# A page from another origin, in a real Chromium, through the real server. testing/page.js reads
+# replies as the browser SDK does. These tests come last, though the page is an earlier section:
+# Playwright keeps an event loop running in this thread from the first of them on.
+
+TESTING = PROXY.with_name("testing")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSER_ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    # names for pages to live at, and no others: nothing leaves this machine
+    "--host-resolver-rules=MAP *.example 127.0.0.1, MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None:
+        pytest.skip(f"there is no browser: none of {', '.join(BROWSERS)}")
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    with playwright.sync_playwright() as driver:
+        running = driver.chromium.launch(
+            executable_path=program, headless=True, args=BROWSER_ARGUMENTS
+        )
+        yield running
+        running.close()
+
+
+class QuietFiles(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def web_port() -> Iterator[int]:
+    """Where testing/ is served from: at app.example, which the proxy knows, and anywhere else."""
+    handler = functools.partial(QuietFiles, directory=str(TESTING))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
+        thread = threading.Thread(target=web.serve_forever, daemon=True)
+        thread.start()
+        yield web.server_address[1]
+        web.shutdown()
+        thread.join(5)
+
+
+Open = Callable[[str], Any]
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Open]:
+    """Opens a URL in a window of its own; `violations` then holds what its CSP refused."""
+    context = browser.new_context()
+    context.set_default_timeout(10_000)
+    context.add_init_script(
+        "window.violations = [];"
+        "addEventListener('securitypolicyviolation', e => violations.push(e.violatedDirective))"
+    )
+
+    def open_page(url: str) -> Any:
+        page = context.new_page()
+        page.goto(url)
+        return page
+
+    yield open_page
+    context.close()
+
+
+@pytest.fixture(scope="module")
+def app_server(serve_module: Serve, web_port: int) -> Server:
+    """A server that knows one web origin: app.example."""
+    return serve_module(f'[server]\ncors_origins = ["http://app.example:{web_port}"]')
+
+
+@pytest.fixture
+def app_page(open_page: Open, web_port: int, upstream: Upstream) -> Any:
+    """The page at the origin the server knows, with nothing left of the test before."""
+    return open_page(f"http://app.example:{web_port}/page.html")
+
+
+def start_asking(
+    page: Any, server: Server, path: str, body: dict[str, Any], **headers: str
+) -> None:
+    page.evaluate("([url, body, headers]) => ask(url, body, headers)",
+                  [server.url + path, body, headers])  # fmt: skip
+
+
+def seen_by(page: Any, condition: str = "seen.done") -> dict[str, Any]:
+    """What the page has seen, once `condition` is true in it."""
+    page.wait_for_function(condition)
+    seen: dict[str, Any] = page.evaluate("seen")
+    return seen
+
+
+def lines_of(server: Server, **fields: str) -> list[dict[str, Any]]:
+    """The log lines of requests that have these fields."""
+    return [line for line in server.log("request") if fields.items() <= line.items()]
+
+
+def events_of(file: Path) -> list[bytes]:
+    if not file.is_file():
+        pytest.skip(NO_RECORDINGS)
+    return re.findall(rb".+?(?:\r?\n){2,}", file.read_bytes(), re.DOTALL)
+
+
+def delta_of(event: bytes) -> str:
+    """The text an event of either dialect adds to the answer."""
+    data = next((line[5:] for line in event.splitlines() if line.startswith(b"data:")), b"{}")
+    fields = json.loads(data)
+    if fields.get("type") == "response.output_text.delta":
+        return str(fields["delta"])
+    delta = fields.get("delta")
+    return str(delta.get("text", "")) if isinstance(delta, dict) else ""
+
+
+def begun(events: list[bytes]) -> list[bytes]:
+    """The events as far as the first text, and that one."""
+    return events[: next(i for i, event in enumerate(events) if delta_of(event)) + 1]
+
+
+INPUT_BODY = {
+    "model": "gpt-5-mini",
+    "input": [{"type": "message", "role": "user", "content": "Hi"}],
+    "stream": True,
+}
+ENDPOINTS = [
+    pytest.param("/api/anthropic", ask(), messages_events, id="anthropic"),
+    pytest.param("/api/openai", INPUT_BODY, responses_events, id="openai"),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "file"),
+    [
+        pytest.param(
+            "/api/anthropic",
+            ask(),
+            TESTING / "streams" / "messages.sse",
+            id="hand-written-messages",
+        ),
+        pytest.param(
+            "/api/openai",
+            INPUT_BODY,
+            TESTING / "streams" / "responses.sse",
+            id="hand-written-responses",
+        ),
+        pytest.param(
+            "/api/anthropic",
+            ask(),
+            RECORDINGS / "anthropic" / "text-opus-4-6.sse",
+            id="recorded-messages",
+        ),
+        pytest.param(
+            "/api/openai",
+            INPUT_BODY,
+            RECORDINGS / "openai-responses" / "text-gpt-4o-mini.sse",
+            id="recorded-responses",
+        ),
+    ],
+)
+def test_page_streams_an_answer(
+    app_page: Any,
+    app_server: Server,
+    upstream: Upstream,
+    path: str,
+    body: dict[str, Any],
+    file: Path,
+) -> None:
+    events = events_of(file)
+    texts = [i for i, event in enumerate(events) if delta_of(event)]
+    half = texts[len(texts) // 2] + 1
+    expected = "".join(map(delta_of, events))
+    first_half = "".join(map(delta_of, events[:half]))
+    assert 0 < len(first_half) < len(expected)
+    released = threading.Event()
+    upstream.play(stream(*events[:half], until(released), *events[half:]))
+
+    # the headers of an app: each of them makes the browser ask first
+    headers = {"Authorization": "Bearer app", "X-User-ID": "7", "X-Request-ID": "page-1"}
+    start_asking(app_page, app_server, path, body, **headers)
+    app_page.wait_for_function("length => seen.text.length >= length", arg=len(first_half))
+    early = seen_by(app_page, "true")
+    released.set()
+    seen = seen_by(app_page)
+
+    assert early["text"] == first_half, "the page has what the vendor has sent so far"
+    assert not early["done"]
+    assert seen["failure"] is None
+    assert seen["text"] == expected == app_page.text_content("#answer")
+    assert [chunk["tokenId"] for chunk in seen["chunks"]] == list(range(len(texts) + 1))
+    first, *middle, last = seen["chunks"]
+    assert first["isFirst"] and first["ttfbMs"] >= 0
+    assert not any("isFirst" in chunk or "isLast" in chunk for chunk in middle)
+    assert (last["token"], last["isLast"], last["finishReason"]) == ("", True, "stop")
+    assert last["usage"]["completionTokens"] > 0 and last["requestId"] == "page-1"
+    assert seen["headers"]["x-request-id"] == "page-1"
+    assert int(seen["headers"]["x-ratelimit-remaining-requests"]) > 0
+
+
+def test_page_of_a_foreign_origin_sees_a_failed_fetch(
+    open_page: Open,
+    web_port: int,
+    app_server: Server,
+    upstream: Upstream,
+) -> None:
+    page = open_page(f"http://other.example:{web_port}/page.html")
+
+    start_asking(page, app_server, "/api/anthropic", ask())
+    seen = seen_by(page)
+
+    assert seen["failure"]["name"] == "TypeError"  # "Failed to fetch": a page may not know more
+    assert seen["status"] == 0
+    assert upstream.requests == []
+
+
+def test_page_reads_why_it_is_limited_and_for_how_long(
+    app_page: Any,
+    web_port: int,
+    serve: Serve,
+    upstream: Upstream,
+) -> None:
+    server = serve(
+        f'[server]\ncors_origins = ["http://app.example:{web_port}"]\n'
+        "[limits]\nrequests_per_minute = 2\nburst = 1\n"
+    )
+    start_asking(app_page, server, "/api/anthropic", ask())
+    assert seen_by(app_page)["text"] == "Hello"
+
+    start_asking(app_page, server, "/api/anthropic", ask())
+    seen = seen_by(app_page)
+
+    assert (seen["status"], seen["failure"]) == (429, None)
+    assert seen["refusal"]["code"] == "rate_limited"
+    assert "too many requests" in seen["refusal"]["error"]
+    assert seen["refusal"]["requestId"] == seen["headers"]["x-request-id"]
+    assert 1 <= int(seen["headers"]["retry-after"]) <= 30
+    assert seen["headers"]["x-ratelimit-limit-requests"] == "2"
+    assert len(upstream.requests) == 1
+
+
+FAILED = {"code": "server_error", "message": "The model failed"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "events", "status", "code"),
+    [
+        pytest.param(
+            "/api/anthropic",
+            ask(),
+            [
+                *begun(messages_events()),
+                *sse(vendor_error("overloaded_error", "Overloaded")),
+            ],
+            529,
+            "upstream_overloaded",
+            id="messages-error-event",
+        ),
+        pytest.param(
+            "/api/openai",
+            INPUT_BODY,
+            [
+                *begun(responses_events()),
+                b"data: %b\n\n"
+                % json.dumps({"type": "response.failed", "response": {"error": FAILED}}).encode(),
+            ],
+            502,
+            "upstream_error",
+            id="responses-failed-event",
+        ),
+        pytest.param(
+            "/api/anthropic",
+            ask(),
+            begun(messages_events()),
+            502,
+            "upstream_error",
+            id="messages-that-just-end",
+        ),
+    ],
+)
+def test_page_sees_an_error_in_the_middle(
+    app_page: Any,
+    app_server: Server,
+    upstream: Upstream,
+    path: str,
+    body: dict[str, Any],
+    events: list[bytes],
+    status: int,
+    code: str,
+) -> None:
+    upstream.play(stream(*events))
+
+    start_asking(app_page, app_server, path, body)
+    seen = seen_by(app_page)
+
+    assert seen["status"] == 200
+    assert seen["text"] == "Hello"
+    assert seen["failure"]["name"] == "ProviderAPIError"
+    assert (seen["failure"]["statusCode"], seen["failure"]["code"]) == (status, code)
+    assert seen["failure"]["message"]
+    assert not any(chunk.get("isLast") for chunk in seen["chunks"])
+
+
+@pytest.mark.parametrize(("path", "body", "events"), ENDPOINTS)
+def test_page_gets_tool_calls_as_json(
+    app_page: Any,
+    app_server: Server,
+    upstream: Upstream,
+    path: str,
+    body: dict[str, Any],
+    events: Callable[..., list[bytes]],
+) -> None:
+    calls = (("call_1", "get_weather", '{"city":"Paris"}'), ("call_2", "get_time", "{}"))
+    upstream.play(stream(*events("Let me see.", tools=calls)))
+    tools = [
+        {"type": "function", "name": name, "description": "", "parameters": {"type": "object"}}
+        for _, name, _ in calls
+    ]
+
+    start_asking(app_page, app_server, path, {**body, "tools": tools, "stream": False})
+    seen = seen_by(app_page)
+
+    reply, choice = seen["json"], seen["json"]["choices"][0]
+    named = [(c["id"], c["function"]["name"], c["function"]["arguments"])
+             for c in choice["message"]["tool_calls"]]  # fmt: skip
+    assert named == list(calls)
+    assert reply["tool_calls"] == choice["message"]["tool_calls"]
+    assert (reply["content"], reply["finish_reason"]) == ("Let me see.", "tool_calls")
+    assert "output" not in reply, "the SDK would read that alone, and lose a call"
+
+
+@pytest.mark.parametrize(("path", "body", "events"), ENDPOINTS)
+def test_page_that_aborts_closes_the_upstream(
+    app_page: Any,
+    app_server: Server,
+    upstream: Upstream,
+    path: str,
+    body: dict[str, Any],
+    events: Callable[..., list[bytes]],
+) -> None:
+    request_id = f"leaves-{path}"
+    upstream.play(stream(*begun(events()), HANG))
+    start_asking(app_page, app_server, path, body, **{"X-Request-ID": request_id})
+    assert seen_by(app_page, "seen.text")["text"] == "Hello"
+    assert not upstream.requests[0].closed.is_set()
+
+    app_page.evaluate("controller.abort()")
+
+    assert upstream.requests[0].closed.wait(3)
+    assert seen_by(app_page)["failure"]["name"] == "AbortError"
+    lines = wait_for(lambda: lines_of(app_server, request_id=request_id))
+    assert [line["outcome"] for line in lines] == ["cancelled"]
+
+
+# The page at /, which the server itself has.
+
+
+def complaints_of(page: Any) -> list[str]:
+    """What the console says of errors, and what the page's CSP refused, from now on."""
+    found: list[str] = []
+    page.on("console", lambda message: message.type == "error" and found.append(message.text))
+    page.on("pageerror", lambda error: found.append(str(error)))
+    return found
+
+
+def test_built_in_page_streams_a_demo_answer(open_page: Open, demo: Server) -> None:
+    page = open_page("about:blank")
+    complaints = complaints_of(page)
+    page.goto(demo.url)
+
+    page.fill("#prompt", "Say something.")
+    page.click("#send")
+    wait_for(lambda: len(page.text_content("#answer")) > 20)
+    early = page.text_content("#answer")
+    wait_for(lambda: page.text_content("#facts"))
+
+    answer = page.text_content("#answer")
+    assert answer.startswith(early) and len(answer) > len(early), "it came in pieces"
+    assert "no vendor was called" in answer
+    assert re.fullmatch(
+        r"first token \d+ ms · \d+ tokens · cost \$[\d.e-]+ · stop", page.text_content("#facts")
+    )
+    assert page.is_enabled("#send")
+    assert (complaints, page.evaluate("violations")) == ([], [])
+
+
+def test_built_in_page_stops_an_answer(open_page: Open, demo: Server) -> None:
+    before = len(lines_of(demo, outcome="cancelled"))
+    page = open_page(demo.url)
+    page.fill("#prompt", "/long")
+    page.click("#send")
+    wait_for(lambda: len(page.text_content("#answer")) > 20)
+
+    page.click("#stop")
+
+    wait_for(lambda: page.text_content("#facts") == "stopped")
+    assert page.is_enabled("#send")
+    wait_for(lambda: len(lines_of(demo, outcome="cancelled")) > before)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        pytest.param("/error", "Error: The demo model is overloaded", id="error"),
+        pytest.param("/cut", "Error: the vendor ended the answer", id="cut-off"),
+    ],
+)
+def test_built_in_page_shows_errors(
+    open_page: Open, demo: Server, prompt: str, expected: str
+) -> None:
+    page = open_page(demo.url)
+    page.fill("#prompt", prompt)
+
+    page.click("#send")
+
+    wait_for(lambda: page.text_content("#facts"))
+    assert page.text_content("#facts").startswith(expected)
+
+
+def test_built_in_page_shows_markup_as_text(
+    open_page: Open,
+    app_server: Server,
+    upstream: Upstream,
+) -> None:
+    """What a model says, and what it was talked into saying, never becomes part of the page."""
+    markup = '<img src="x" onerror="window.owned = 1"><script>window.owned = 1</script>'
+    upstream.play(stream(messages_sse(markup)), stream(responses_sse(markup)))
+    page = open_page(app_server.url)
+
+    for provider, model in (("anthropic", "claude-haiku-4-5"), ("openai", "gpt-5-mini")):
+        page.select_option("#provider", provider)
+        page.fill("#model", model)
+        page.click("#send")
+        wait_for(lambda: page.text_content("#facts"))
+        assert page.text_content("#answer") == markup
+    assert page.locator("img").count() == 0
+    assert page.evaluate("[window.owned, violations]") == [None, []]
