@@ -40,7 +40,6 @@ import ipaddress
 import itertools
 import logging
 import os
-import queue
 import re
 import secrets
 import signal
@@ -50,13 +49,13 @@ import sys
 import threading
 import time
 import tomllib
-from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from collections.abc import Mapping as Map
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import aiohttp
 import cachetools
@@ -67,7 +66,7 @@ import msgspec
 import prometheus_client
 from litestar.exceptions import HTTPException
 from litestar.types import ASGIApp, Receive, Scope, Send
-from msgspec import Struct, field
+from msgspec import Meta, Struct, field
 from msgspec.structs import asdict, astuple, replace
 
 __version__ = "0.1.0"
@@ -95,16 +94,19 @@ class Size(int):
     units: ClassVar = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
+Count = Annotated[int, Meta(ge=1)]
+
+
 class Table(Struct, frozen=True, forbid_unknown_fields=True):
     """A table of config.toml: a misspelt key is an error, never a setting that does nothing."""
 
 
 class Server(Table, frozen=True):
     host: str = "127.0.0.1"
-    port: int = 8000
-    workers: int = 1
+    port: Annotated[int, Meta(ge=1, le=65535)] = 8000
+    workers: Count = 1
     cors_origins: tuple[str, ...] = ()
-    trusted_proxies: int | None = None
+    trusted_proxies: Annotated[int, Meta(ge=0)] | None = None
     drain: Duration = Duration(25)
     ping: Duration = Duration(15)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -126,20 +128,20 @@ class Upstream(Table, frozen=True):
     first_byte: Duration = Duration(25)
     idle: Duration = Duration(60)
     total: Duration = Duration(600)
-    attempts: int = 3
+    attempts: Count = 3
 
 
 class Limits(Table, frozen=True):
-    requests_per_minute: float = 20
-    burst: int = 10
-    tokens_per_minute: int = 100_000
-    concurrent: int = 4
-    concurrent_total: int = 1000
-    max_tokens: int = 4096
+    requests_per_minute: Annotated[float, Meta(gt=0)] = 20
+    burst: Count = 10
+    tokens_per_minute: Count = 100_000
+    concurrent: Count = 4
+    concurrent_total: Count = 1000
+    max_tokens: Count = 4096
     max_body: Size = Size(8 * 2**20)
     body_timeout: Duration = Duration(15)
-    max_messages: int = 1000
-    max_characters: int = 400_000
+    max_messages: Count = 1000
+    max_characters: Count = 400_000
 
 
 class Model(Table, frozen=True):
@@ -201,33 +203,28 @@ BUILT_IN_PROVIDERS: dict[str, dict[str, Any]] = {
                "key_env": "OPENAI_API_KEY", "models": ["gpt-*", "o*", "chat-*"]},
 }  # fmt: skip
 
-# Names that a PaaS or the proxies this one replaces made known; set_legacy reads the others.
+# Names that a PaaS or the proxies this one replaces made known; read_environment has the others.
 ENVIRONMENT = {
-    "PORT": "server.port",
-    "CORS_ORIGIN": "server.cors_origins",
-    "LOG_LEVEL": "server.log_level",
-    "ADMIN_TOKEN": "server.admin_token",
-    "PROXY_PAUSED": "server.paused",
-    "ANTHROPIC_BASE_URL": "providers.anthropic.base_url",
-    "DEFAULT_ANTHROPIC_MODEL": "providers.anthropic.default_model",
-    "OPENAI_BASE_URL": "providers.openai.base_url",
-    "DEFAULT_OPENAI_MODEL": "providers.openai.default_model",
-    "MAX_TOKENS_LIMIT": "limits.max_tokens",
-    "MAX_CONCURRENT_REQUESTS": "limits.concurrent_total",
-}
-
-LOWER = {"server.log_level", "server.paused"}
+    "server.port": "PORT", "server.cors_origins": "CORS_ORIGIN", "server.log_level": "LOG_LEVEL",
+    "server.admin_token": "ADMIN_TOKEN", "server.paused": "PROXY_PAUSED",
+    "providers.anthropic.base_url": "ANTHROPIC_BASE_URL",
+    "providers.anthropic.default_model": "DEFAULT_ANTHROPIC_MODEL",
+    "providers.openai.base_url": "OPENAI_BASE_URL",
+    "providers.openai.default_model": "DEFAULT_OPENAI_MODEL",
+    "limits.max_tokens": "MAX_TOKENS_LIMIT", "limits.concurrent_total": "MAX_CONCURRENT_REQUESTS",
+}  # fmt: skip
 
 # How many X-Forwarded-For values a PaaS itself appends; its presence shows in the environment.
 PLATFORMS = {"DYNO": 1, "RENDER": 1, "RAILWAY_ENVIRONMENT": 1, "FLY_APP_NAME": 2}
 
 
 def convert_unit(kind: Any, value: Any) -> Any:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", value) if isinstance(value, str) else None
-    if not match or match[2] not in kind.units:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", str(value))
+    amount = kind(float(match[1]) * kind.units.get(match[2], 0) if match else 0)
+    if not amount:
         example = '"25s" or "10m"' if kind is Duration else '"64KiB" or "8MiB"'
-        raise ValueError(f"{value!r} is not a {kind.__name__.lower()}; write it like {example}")
-    return kind(float(match[1]) * kind.units[match[2]])
+        raise ValueError(f"{value!r} is not a {kind.__name__.lower()} like {example}")
+    return amount
 
 
 def load_config(
@@ -235,43 +232,40 @@ def load_config(
 ) -> Config:
     """Settings from `path` (config.toml beside this file by default), then from the environment,
     then from `overrides` (`{"server.port": 9000}`). Raises ConfigError."""
-    chosen = path or (Path(environ["PROXY_CONFIG"]) if environ.get("PROXY_CONFIG") else None)
-    file = chosen or Path(__file__).with_name("config.toml")
+    chosen = path or environ.get("PROXY_CONFIG")
+    file = Path(chosen or Path(__file__).with_name("config.toml"))
     tables: dict[str, Any] = {}
-    if chosen or file.is_file():
-        try:
+    try:
+        if chosen or file.is_file():
             tables = tomllib.loads(file.read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{file}: {error}") from None
-    if not chosen and tables and not tables.keys() & set(Config.__struct_fields__):
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: {error}") from None
+    if not chosen and tables and tables.keys().isdisjoint(Config.__struct_fields__):
         LOG.warning("%s has none of our tables and is ignored", file)
         tables = {}
-    named = {"providers": Provider, "models": Model, "prices": Price, "clients": Key}
-    for section in named:
-        tables[section] = convert(tables.get(section, {}), dict[str, Any], section)
+    tables = {name: convert(table, dict[str, Any], name) for name, table in tables.items()}
+    providers = tables.setdefault("providers", {})
     for name, preset in BUILT_IN_PROVIDERS.items():
-        given = tables["providers"].get(name, {})
-        tables["providers"][name] = preset | convert(given, dict[str, Any], f"providers.{name}")
-    sources = {}
-    for variable, key in ENVIRONMENT.items():
-        if value := environ.get(variable, "").strip():
-            sources[key] = variable
-            words = [word.strip() for word in value.split(",") if word.strip()]
-            listed = variable == "CORS_ORIGIN"
-            put(tables, key, words if listed else value.lower() if key in LOWER else value)
-    set_legacy(tables, environ)
-    for key, value in {"demo": False, **overrides}.items():
-        put(tables, key, value)
+        given = convert(providers.get(name, {}), dict[str, Any], f"providers.{name}")
+        providers[name] = preset | given
+    for key, value in (read_environment(environ) | overrides).items():
+        *parents, last = key.split(".")
+        table = tables
+        for name in parents:
+            table = table.setdefault(name, {})
+        table[last] = value
+    named = {"providers": Provider, "models": Model, "prices": Price, "clients": Key}
     try:
         for section, kind in named.items():  # one by one: so an error can tell which
-            entries = tables[section].items()
+            entries = tables.get(section, {}).items()
             tables[section] = {n: convert(entry, kind, f"{section}.{n}") for n, entry in entries}
         config: Config = convert(tables, Config, "")
         check_values(config)
     except ConfigError as error:
-        key, colon, message = str(error).partition(": ")
-        source = f" (from {sources[key]})" if key in sources else ""
-        raise ConfigError(f"{key}{source}{colon}{message}") from None
+        key, _, message = str(error).partition(": ")
+        variable = ENVIRONMENT.get(key, "")
+        source = f" (from {variable})" if environ.get(variable) else ""
+        raise ConfigError(f"{key}{source}: {message}") from None
     return config
 
 
@@ -279,33 +273,34 @@ def convert(value: Any, kind: Any, path: str) -> Any:
     try:
         return msgspec.convert(value, kind, strict=False, dec_hook=convert_unit)
     except msgspec.ValidationError as error:
-        message, _, where = str(error).partition(" - at `$")
+        message, _, where = str(error).replace(">= 1", "above 0").partition(" - at `$")
         key = f"{path}{where.rstrip('`').replace('[...]', '')}".strip(".") or "top level"
         raise ConfigError(f"{key}: {message}; the README lists every setting") from None
 
 
-def put(tables: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    for name in parents:
-        tables = tables.setdefault(name, {})
-    tables[last] = value
-
-
-def set_legacy(tables: dict[str, Any], environ: Map[str, str]) -> None:
-    """The variables that are not one setting each."""
+def read_environment(environ: Map[str, str]) -> dict[str, Any]:
+    """The settings that variables hold, by their key paths."""
+    found: dict[str, Any] = {k: environ.get(name, "").strip() for k, name in ENVIRONMENT.items()}
+    found["server.log_level"] = found["server.log_level"].lower()
+    found["server.cors_origins"] = split_list(found["server.cors_origins"])
     try:
         if timeout := environ.get("API_TIMEOUT"):
-            put(tables, "upstream.total", f"{int(timeout)}ms")
+            found["upstream.total"] = f"{int(timeout)}ms"
         if maximum := environ.get("RATE_LIMIT_MAX"):
-            window = int(environ.get("RATE_LIMIT_WINDOW_MS") or 60_000)
-            put(tables, "limits.requests_per_minute", int(maximum) * 60_000 / window)
-            put(tables, "limits.burst", int(maximum))
+            minutes = int(environ.get("RATE_LIMIT_WINDOW_MS") or 60_000) / 60_000
+            found["limits.requests_per_minute"] = int(maximum) / minutes
+            found["limits.burst"] = int(maximum)
     except (ValueError, ZeroDivisionError):
         names = "API_TIMEOUT, RATE_LIMIT_MAX, RATE_LIMIT_WINDOW_MS"
         raise ConfigError(f"{names}: each must be a whole number above 0") from None
-    keys = f"{environ.get('PROXY_AUTH_TOKEN', '')},{environ.get('ALLOWED_CLIENT_KEYS', '')}"
-    for number, key in enumerate(filter(None, map(str.strip, keys.split(","))), start=1):
-        put(tables, f"clients.env-{number}.key_sha256", sha256(key))
+    listed = environ.get("PROXY_AUTH_TOKEN", ""), environ.get("ALLOWED_CLIENT_KEYS", "")
+    for number, key in enumerate(split_list(",".join(listed)), start=1):
+        found[f"clients.env-{number}.key_sha256"] = sha256(key)
+    return {key: value for key, value in found.items() if value not in ("", [])}
+
+
+def split_list(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 BASE_URL = re.compile(r"https?://(\[[0-9a-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[^?#\s]*)?")
@@ -313,13 +308,6 @@ BASE_URL = re.compile(r"https?://(\[[0-9a-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[^?#\s]
 
 def check_values(config: Config) -> None:
     """What types alone cannot say. Raises ConfigError with the key path and the fix."""
-    for section in ("server", "limits", "upstream", "ledger", "cache"):
-        for name, value in asdict(getattr(config, section)).items():
-            least = 0 if name == "trusted_proxies" else 1e-9
-            if isinstance(value, int | float) and not isinstance(value, bool) and value < least:
-                raise ConfigError(f"{section}.{name}: must be above 0, got {value:g}")
-    if config.server.port > 65535:
-        raise ConfigError(f"server.port: must be below 65536, got {config.server.port}")
     for name, provider in config.providers.items():
         if not BASE_URL.fullmatch(provider.base_url):
             wanted = f'must look like "https://api.example.com/v1", not {provider.base_url!r}'
@@ -329,9 +317,8 @@ def check_values(config: Config) -> None:
     for name, model in config.models.items():
         for target in (model.target, *model.fallback):
             if target.partition("/")[0] not in config.providers or not target.partition("/")[2]:
-                known = ", ".join(config.providers)
-                wanted = f"must be provider/model with one of the providers {known}"
-                raise ConfigError(f"models.{name}: {target!r} {wanted}")
+                wanted = f"provider/model with one of the providers {', '.join(config.providers)}"
+                raise ConfigError(f"models.{name}: {target!r} must be {wanted}")
     for name, client in config.clients.items():
         if not re.fullmatch(r"[0-9a-f]{64}", client.key_sha256):
             wanted = "must be the 64 hex digits that `printf %s KEY | sha256sum` prints"
@@ -363,7 +350,7 @@ def vendor_keys(config: Config, environ: Map[str, str]) -> dict[str, str]:
     keys = {}
     for name, provider in config.providers.items():
         key = environ.get(provider.key_env, "").strip()
-        if key and not (key.isascii() and key.isprintable()):
+        if not (key.isascii() and key.isprintable()):
             raise ConfigError(f"{provider.key_env}: holds a character no key has")
         if key or not provider.key_env:
             keys[name] = key
@@ -377,73 +364,52 @@ def vendor_keys(config: Config, environ: Map[str, str]) -> dict[str, str]:
 
 def examine(config: Config, environ: Map[str, str], public: bool) -> list[str]:
     """Refuse what is open to the world by mistake (ConfigError); return what to warn of."""
-    warnings: list[str] = []
-    server, checked = config.server, bool(config.clients)
-    if public and not server.cors_origins and not checked:
-        fix = "(CORS_ORIGIN=https://app.example.com) or client keys (ALLOWED_CLIENT_KEYS=…)"
-        raise ConfigError(
-            f"server.cors_origins: a public bind needs the origins that may call {fix}"
-        )
-    if "*" in server.cors_origins and not checked:
-        fix = "ALLOWED_CLIENT_KEYS=… or a [clients.NAME] block"
+    server, open_to_all = config.server, not config.clients
+    fix = "set ALLOWED_CLIENT_KEYS or add a [clients.NAME] block"
+    if open_to_all and "*" in server.cors_origins:
         raise ConfigError(f'server.cors_origins: "*" lets every page in, so it needs keys: {fix}')
-    if not public:
-        return warnings
-    if not checked:
-        tokens = config.limits.tokens_per_minute * 1440
-        fix = "to close it, set ALLOWED_CLIENT_KEYS or add a [clients.NAME] block"
-        curl = f"anyone with curl can use up {tokens:,} tokens a day from each address"
-        warnings.append(f"no client check: origins stop browsers, not programs, so {curl}; {fix}")
-        platform = next((name for name in PLATFORMS if environ.get(name)), "")
-        if server.trusted_proxies is None and platform:
-            warnings.append(f"{platform} is set, so server.trusted_proxies = {PLATFORMS[platform]}")
-        elif server.trusted_proxies is None:
-            fix = "set it to how many there are in front of this server (0 if none)"
-            warnings.append(
-                f"server.trusted_proxies: behind a proxy all count as one client; {fix}"
-            )
-    if not config.ledger.persistent and not config.demo:
-        fix = "where the disk is kept, set ledger.path to it and ledger.persistent = true"
-        warnings.append(f"ledger.path: what was spent may be forgotten at a restart; {fix}")
-    return warnings
+    if open_to_all and public and not server.cors_origins:
+        wanted = "needs the origins that may call (CORS_ORIGIN=https://app.example.com) or keys"
+        raise ConfigError(f"server.cors_origins: a public bind {wanted}: {fix}")
+    platform = next((name for name in PLATFORMS if environ.get(name)), "")
+    count_unset = open_to_all and server.trusted_proxies is None
+    tokens = config.limits.tokens_per_minute * 1440
+    warnings = (
+        (open_to_all, "no client check: origins stop browsers, not programs, so anyone with curl "
+         f"can use up {tokens:,} tokens a day from each address; to close it, {fix}"),
+        (count_unset and platform,
+         f"{platform} is set, so server.trusted_proxies = {PLATFORMS.get(platform)}"),
+        (count_unset and not platform, "server.trusted_proxies: behind a proxy all count as one "
+         "client; set it to how many there are in front of this server (0 if none)"),
+        (not config.ledger.persistent and not config.demo, "ledger.path: what was spent may be "
+         "forgotten at a restart; where the disk is kept, set ledger.path to it and "
+         "ledger.persistent = true"),
+    )  # fmt: skip
+    return [text for holds, text in warnings if public and holds]
 
 
 # ---- Errors ------------------------------------------------------------------------------------
 # ProxyError ─┬─ BadRequest (400: the message names the field)
 #             └─ UpstreamError (the vendor's, with the status and code the caller is shown)
 
+# Any other below 500 is an invalid_request_error.
 ERROR_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    405: "invalid_request_error",
-    408: "timeout_error",
-    413: "request_too_large",
-    415: "invalid_request_error",
-    422: "invalid_request_error",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-    504: "timeout_error",
-    529: "overloaded_error",
-}
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+    408: "timeout_error", 413: "request_too_large", 429: "rate_limit_error",
+    503: "overloaded_error", 504: "timeout_error", 529: "overloaded_error",
+}  # fmt: skip
 
 
 class ProxyError(Exception):
     """An error as the caller sees it. `retry` False says that trying again is useless."""
 
     def __init__(
-        self,
-        status: int,
-        code: str,
-        message: str,
-        *,
-        after: float | None = None,
-        retry: bool = True,
+        self, status: int, code: str, message: str, after: float | None = None, retry: bool = True
     ) -> None:
         super().__init__(message)
         self.status, self.code, self.message = status, code, message
-        self.type = ERROR_TYPES.get(status, "api_error")
+        other = "api_error" if status >= 500 else "invalid_request_error"
+        self.type = ERROR_TYPES.get(status, other)
         self.headers = {} if retry else {"x-should-retry": "false"}
         if after is not None:  # official SDKs sleep whatever they are told
             self.headers["Retry-After"] = str(-int(-min(60, max(1, after)) // 1))
@@ -457,28 +423,16 @@ class BadRequest(ProxyError):
 # The vendor's status: what the caller gets. Any other is 502 upstream_error.
 UPSTREAM_CODES = {
     **{status: (status, "upstream_rejected") for status in (400, 404, 413, 422)},
-    **dict.fromkeys((401, 402, 403), (502, "upstream_auth")),
-    429: (429, "upstream_rate_limited"),
-    504: (504, "upstream_timeout"),
-    529: (529, "upstream_overloaded"),
-}
+    **dict.fromkeys((401, 402, 403), (502, "upstream_auth")), 429: (429, "upstream_rate_limited"),
+    504: (504, "upstream_timeout"), 529: (529, "upstream_overloaded"),
+}  # fmt: skip
 
 # What vendors call an error inside a stream, where no status comes with it.
 UPSTREAM_TYPES = {
-    "invalid_request_error": 400,
-    "authentication_error": 401,
-    "billing_error": 402,
-    "permission_error": 403,
-    "not_found_error": 404,
-    "request_too_large": 413,
-    "rate_limit_error": 429,
-    "rate_limit_exceeded": 429,
-    "insufficient_quota": 429,
-    "enforced_spend_limit_reached": 429,
-    "timeout_error": 504,
-    "overloaded_error": 529,
-    "server_overloaded": 529,
-}
+    **{name: status for status, name in ERROR_TYPES.items()}, "invalid_request_error": 400,
+    "billing_error": 402, "rate_limit_exceeded": 429, "insufficient_quota": 429,
+    "enforced_spend_limit_reached": 429, "server_overloaded": 529,
+}  # fmt: skip
 EXHAUSTED = {"insufficient_quota", "enforced_spend_limit_reached", "billing_hard_limit_reached"}
 
 SECRET = re.compile(
@@ -505,9 +459,8 @@ class UpstreamError(ProxyError):
     ) -> None:  # fmt: skip
         shown, known_code = UPSTREAM_CODES.get(status, (502, "upstream_error"))
         self.sent, self.wait = sent, wait
-        self.retryable = (status >= 500 or status in (408, 409, 429)) and advice != "false"
-        if not EXHAUSTED.isdisjoint(names):
-            self.retryable = False
+        passing = status >= 500 or status in (408, 409, 429)
+        self.retryable = passing and advice != "false" and EXHAUSTED.isdisjoint(names)
         if known_code == "upstream_auth":
             message = "the vendor refused the proxy's credentials or account"
         after = wait if shown in (429, 529) else None
@@ -571,7 +524,14 @@ class ToolName(Struct):
 ToolChoice = Literal["auto", "none", "required"] | ToolName
 
 
-class Request(Struct):
+class Sampling(Struct):
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+
+
+class Request(Sampling, kw_only=True):
     """What is asked of a model, whoever serves it. `thinking` None leaves it to the model."""
 
     model: str
@@ -580,10 +540,6 @@ class Request(Struct):
     system: str = ""
     tools: list[Tool] = []
     tool_choice: ToolChoice | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
     stop: list[str] = []
     thinking: bool | None = None
 
@@ -630,8 +586,11 @@ class Failure(Struct, tag=True):
 Event = Text | Thinking | ToolUse | Finish | Failure
 Batch = list[Event]  # the events of one network read
 
+StopText = Annotated[str, Meta(max_length=1000)]
+StopTexts = Annotated[list[StopText], Meta(max_length=16)]
 
-class Body(Struct):
+
+class Body(Sampling):
     """A request body of either family. What is not named here is dropped and reported."""
 
     model: str | None = None
@@ -642,16 +601,12 @@ class Body(Struct):
     tools: list[Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
     stream: bool | None = None
-    max_tokens: int | None = None
-    max_new_tokens: int | None = None
-    max_output_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_sequences: list[str] | None = None
+    max_tokens: Count | None = None
+    max_new_tokens: Count | None = None
+    max_output_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    stop: StopText | StopTexts | None = None
+    stop_sequences: StopTexts | None = None
     enable_thinking: bool | None = None
 
 
@@ -668,31 +623,27 @@ def parse_body(body: bytes, limits: Limits, default_model: str = "") -> Parsed:
     try:
         raw = msgspec.json.decode(body)
         given = msgspec.convert(raw, Body)
-    except msgspec.ValidationError as error:
-        message, _, where = str(error).partition(" - at `$")
-        raise BadRequest(f"{where.strip('.`') or 'body'}: {message}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadRequest(f"body: is not valid JSON ({error})") from None
+        message, _, where = str(error).partition(" - at `$")
+        raise BadRequest(f"{where.strip('.`') or 'body (JSON)'}: {message}") from None
     unknown = sorted(raw.keys() - set(Body.__struct_fields__))
     dropped = [redact(name, length=50) for name in unknown[:50]]
+    stop = given.stop or given.stop_sequences or []
     request = Request(
         model=given.model or default_model,
         max_tokens=read_max_tokens(given, limits, dropped),
         tools=[read_tool(tool, f"tools[{i}]") for i, tool in enumerate(given.tools or ())],
-        temperature=given.temperature,
-        top_p=given.top_p,
-        top_k=given.top_k,
-        seed=given.seed,
-        stop=read_stop(given),
+        stop=[text for text in ([stop] if isinstance(stop, str) else stop) if text],
         thinking=given.enable_thinking,
+        **{name: getattr(given, name) for name in Sampling.__struct_fields__},
     )
     if not request.model:
         raise BadRequest("model: is missing")
-    key = "messages" if given.input is None else "input"
-    items = given.messages if given.input is None else given.input
     if given.messages is not None and given.input is not None:
         raise BadRequest("input: send either messages or input, not both")
-    items = [{"role": "user", "content": items}] if isinstance(items, str) else items or []
+    key = "messages" if given.input is None else "input"
+    items = getattr(given, key) or []
+    items = [{"role": "user", "content": items}] if isinstance(items, str) else items
     if len(items) > limits.max_messages:
         raise BadRequest(f"{key}: at most {limits.max_messages} messages are allowed")
     leading = [{"role": "system", "content": t} for t in (given.instructions, given.system) if t]
@@ -700,7 +651,7 @@ def parse_body(body: bytes, limits: Limits, default_model: str = "") -> Parsed:
     request.system, request.messages = join_messages(messages)
     if not request.messages:
         raise BadRequest(f"{key}: must hold a message that is not empty")
-    if request.tools:
+    if request.tools and given.tool_choice is not None:
         request.tool_choice = read_tool_choice(given.tool_choice, request.tools)
     elif given.tool_choice is not None:
         dropped.append("tool_choice")
@@ -710,23 +661,12 @@ def parse_body(body: bytes, limits: Limits, default_model: str = "") -> Parsed:
 
 
 def read_max_tokens(given: Body, limits: Limits, dropped: list[str]) -> int:
-    names = ("max_tokens", "max_new_tokens", "max_output_tokens", "max_completion_tokens")
-    for name in names:
-        if (value := getattr(given, name)) is not None:
-            if value < 1:
-                raise BadRequest(f"{name}: must be at least 1, got {value}")
+    for name in ("max_tokens", "max_new_tokens", "max_output_tokens", "max_completion_tokens"):
+        if value := getattr(given, name):
             if value > limits.max_tokens:
                 dropped.append(name)
             return min(int(value), limits.max_tokens)
     return limits.max_tokens
-
-
-def read_stop(given: Body) -> list[str]:
-    stop = given.stop if given.stop is not None else given.stop_sequences or []
-    stop = [stop] if isinstance(stop, str) else stop
-    if len(stop) > 16 or any(len(text) > 1000 for text in stop):
-        raise BadRequest("stop: at most 16 texts of at most 1,000 characters")
-    return [text for text in stop if text]
 
 
 def read_items(items: list[Any], key: str, dropped: list[str]) -> list[Message]:
@@ -734,85 +674,69 @@ def read_items(items: list[Any], key: str, dropped: list[str]) -> list[Message]:
     for i, item in enumerate(items):
         where = f"{key}[{i}]"
         match item:
-            case {"type": "function_call", "call_id": str(call), "name": str(name)}:
-                arguments = read_arguments(item.get("arguments"), where)
-                messages.append(Message("assistant", [ToolUse(call, name, arguments)]))
-            case {"type": "function_call_output", "call_id": str(call)}:
-                output = read_result(item.get("output"))
-                messages.append(Message("user", [ToolResult(call, output)]))
-            case {"type": "reasoning"}:  # opaque to every vendor but the one that wrote it
-                dropped.append("reasoning")
-            case {"role": "tool", "tool_call_id": str(call)}:
-                output = read_result(item.get("content"))
-                messages.append(Message("user", [ToolResult(call, output)]))
+            case {"type": "function_call" | "reasoning"}:
+                messages.append(Message("assistant", read_block(item, where, dropped)))
+            case {"type": "function_call_output"} | {"role": "tool"}:
+                messages.append(Message("user", read_block(item, where, dropped)))
             case {"role": "user" | "assistant" | "system" | "developer" as role}:
                 user_seen = user_seen or role == "user"
                 if role == "developer":  # how the SDK relabels the assistant's side of a history
                     role = "assistant" if user_seen else "system"
                 messages.append(Message(role, read_content(item, where, dropped)))
             case _:
-                wanted = "a role of user, assistant, system, developer or tool, or a function_call"
-                raise BadRequest(f"{where}: must be an object with {wanted}")
+                raise BadRequest(f"{where}: must be an object with a role, or a function_call")
     return messages
 
 
 def read_content(item: dict[str, Any], where: str, dropped: list[str]) -> list[Part]:
-    content = item.get("content")
-    blocks = content if isinstance(content, list) else [content or ""]
-    read = (read_block(block, f"{where}.content[{i}]", dropped) for i, block in enumerate(blocks))
-    parts = [part for part in read if part]
+    parts: list[Part] = []
+    for key in ("content", "tool_calls"):
+        given = item.get(key) or ""
+        for i, block in enumerate(given if isinstance(given, list) else [given]):
+            parts += read_block(block, f"{where}.{key}[{i}]", dropped)
     if item["role"] != "user" and any(isinstance(part, Image) for part in parts):
         raise BadRequest(f"{where}.content: only a user's message can hold images")
-    calls = item.get("tool_calls")
-    for i, call in enumerate(calls if isinstance(calls, list) else ()):
-        match call:
-            case {"id": str(number), "function": {"name": str(name), "arguments": arguments}}:
-                arguments = read_arguments(arguments, f"{where}.tool_calls[{i}]")
-                parts.append(ToolUse(number, name, arguments))
-            case _:
-                raise BadRequest(f"{where}.tool_calls[{i}]: needs an id and a function with a name")
     return parts
 
 
-def read_block(block: Any, where: str, dropped: list[str]) -> Part | None:
+def read_block(block: Any, where: str, dropped: list[str]) -> list[Part]:
+    """The part that a block, a call or the result of one is; none where it cannot be passed on."""
     if isinstance(block, dict) and "cache_control" in block:
         dropped.append("cache_control")
     match block:
-        case (
-            str(text)
-            | {"type": "text" | "input_text" | "output_text", "text": str(text)}
-            | {"type": "refusal", "refusal": str(text)}
-        ):
-            return Text(text)
+        case str(text) | {"type": "text" | "input_text" | "output_text", "text": str(text)}:
+            return [Text(text)]
+        case {"type": "refusal", "refusal": str(text)}:
+            return [Text(text)]
+        case {"type": "image", "source": given} | {"image_url": given}:
+            return [read_image(given, where)]
+        case {"id": str(call), "function": {"name": str(name), "arguments": given}}:
+            return [ToolUse(call, name, read_arguments(given, where))]
+        case {"type": "function_call", "call_id": str(call), "name": str(name)}:
+            return [ToolUse(call, name, read_arguments(block.get("arguments"), where))]
         case {"type": "tool_use", "id": str(call), "name": str(name)}:
             given = block.get("arguments", block.get("input"))
-            return ToolUse(call, name, read_arguments(given, where))
+            return [ToolUse(call, name, read_arguments(given, where))]
         case {"type": "tool_result", "tool_use_id": str(call)}:
             result = read_result(block.get("result", block.get("content")))
-            return ToolResult(call, result, bool(block.get("is_error")))
-        case {"type": "image", "source": {"media_type": str(kind), "data": str(data)}}:
-            return read_image(f"data:{kind};base64,{data}", where)
-        case (
-            {"type": "image", "source": {"url": str(url)}}
-            | {"type": "input_image" | "image_url", "image_url": str(url)}
-            | {"type": "input_image" | "image_url", "image_url": {"url": str(url)}}
-        ):
-            return read_image(url, where)
-        case {"type": "thinking" | "redacted_thinking"}:
-            dropped.append("thinking")
-            return None
-    raise BadRequest(f"{where}: must be a complete text, image, tool_use or tool_result block")
+            return [ToolResult(call, result, bool(block.get("is_error")))]
+        case {"type": "function_call_output", "call_id": str(call)}:
+            return [ToolResult(call, read_result(block.get("output")))]
+        case {"role": "tool", "tool_call_id": str(call)}:
+            return [ToolResult(call, read_result(block.get("content")))]
+        case {"type": "thinking" | "redacted_thinking" | "reasoning" as kind}:
+            # opaque to every vendor but the one that wrote it
+            dropped.append(kind.removeprefix("redacted_"))
+            return []
+    raise BadRequest(f"{where}: must be a complete text, image, tool call or tool result")
 
 
 def read_arguments(given: Any, where: str) -> str:
-    if isinstance(given, str):
-        try:
-            given = msgspec.json.decode(given or "{}")
-        except (msgspec.DecodeError, RecursionError):
-            raise BadRequest(f"{where}.arguments: is not valid JSON") from None
-    if not isinstance(given or {}, dict):
-        raise BadRequest(f"{where}.arguments: must be a JSON object")
-    return msgspec.json.encode(given or {}).decode()
+    try:
+        given = msgspec.json.decode(given or "{}") if isinstance(given, str) else given
+        return msgspec.json.encode(msgspec.convert(given or {}, dict[str, Any])).decode()
+    except (msgspec.DecodeError, RecursionError):
+        raise BadRequest(f"{where}.arguments: must be a JSON object") from None
 
 
 def read_result(given: Any) -> str:
@@ -824,12 +748,16 @@ def read_result(given: Any) -> str:
     return msgspec.json.encode(given).decode()
 
 
-def read_image(url: str, where: str) -> Image:
-    if match := re.fullmatch(r"data:(image/[\w.+-]+);base64,([A-Za-z0-9+/=\s]+)", url):
-        return Image(match[1], match[2])
-    if not re.match(r"https?://", url):
-        raise BadRequest(f"{where}: an image is an http(s) URL, or base64 data with a media type")
-    return Image(url=url)
+def read_image(given: Any, where: str) -> Image:
+    match given:
+        case {"media_type": str(kind), "data": str(data)}:
+            return read_image(f"data:{kind};base64,{data}", where)
+        case str(url) | {"url": str(url)}:
+            if found := re.fullmatch(r"data:(image/[\w.+-]+);base64,([A-Za-z0-9+/=\s]+)", url):
+                return Image(found[1], found[2])
+            if re.match(r"https?://", url):
+                return Image(url=url)
+    raise BadRequest(f"{where}: an image is an http(s) URL, or base64 data with a media type")
 
 
 def read_tool(tool: Any, where: str) -> Tool:
@@ -837,24 +765,22 @@ def read_tool(tool: Any, where: str) -> Tool:
         case {"definition": dict(inner)} | {"function": dict(inner)} | dict(inner):
             if (kind := tool.get("type", "function")) not in ("function", "custom"):
                 raise BadRequest(f"{where}.type: {kind!r} runs at the vendor and is not allowed")
-            schema = inner.get("parameters", inner.get("input_schema"))
-            schema = {"properties": {}} if schema is None else schema
+            schema = inner.get("parameters") or inner.get("input_schema") or {"properties": {}}
             if isinstance(name := inner.get("name"), str) and name and isinstance(schema, dict):
                 return Tool(name, str(inner.get("description") or ""), {"type": "object"} | schema)
     raise BadRequest(f"{where}: needs a name, and parameters that are a JSON schema")
 
 
-def read_tool_choice(given: Any, tools: list[Tool]) -> ToolChoice | None:
+TOOL_MODES: dict[str, ToolChoice] = {
+    "auto": "auto", "none": "none", "required": "required", "any": "required",
+}  # fmt: skip
+
+
+def read_tool_choice(given: Any, tools: list[Tool]) -> ToolChoice:
     names = [tool.name for tool in tools]
     match given:
-        case None:
-            return None
-        case "auto" | {"type": "auto"}:
-            return "auto"
-        case "none" | {"type": "none"}:
-            return "none"
-        case "required" | "any" | {"type": "required" | "any"}:
-            return "required"
+        case str(mode) | {"type": str(mode)} if mode in TOOL_MODES:
+            return TOOL_MODES[mode]
         case str(name) | {"function": {"name": str(name)}} | {"name": str(name)} if name in names:
             return ToolName(name)
     raise BadRequest("tool_choice: must be auto, none, required or the name of one of the tools")
@@ -869,12 +795,11 @@ def join_messages(messages: list[Message]) -> tuple[str, list[Message]]:
         parts = [p for p in message.content if not isinstance(p, Text) or p.text.strip()]
         if not parts:
             continue
-        last = joined[-1] if joined else None
-        if last is None and message.role == "system":
+        if not joined and message.role == "system":
             system += [part.text for part in parts if isinstance(part, Text)]
-        elif last and last.role == message.role:
-            last.content.extend(parts)
-        elif last and last.role == "system" and isinstance(parts[0], ToolResult):
+        elif joined and joined[-1].role == message.role:
+            joined[-1].content.extend(parts)
+        elif joined and joined[-1].role == "system" and isinstance(parts[0], ToolResult):
             joined.insert(-1, Message(message.role, parts))
         else:
             joined.append(Message(message.role, parts))
@@ -911,12 +836,10 @@ class Clients:
     """Decides whether an origin may call and which client a request belongs to. No I/O."""
 
     def __init__(self, config: Config, environ: Map[str, str], public: bool) -> None:
-        self.keys, self.public = config.clients, public
-        self.origins = frozenset(config.server.cors_origins)
-        self.page = config.server.page
-        platform = next((count for name, count in PLATFORMS.items() if environ.get(name)), 0)
+        self.keys, self.server, self.public = config.clients, config.server, public
+        added = [count for name, count in PLATFORMS.items() if environ.get(name) and public]
         given = config.server.trusted_proxies
-        self.proxies = given if given is not None else platform if public else 0
+        self.proxies = given if given is not None else next(iter(added), 0)
 
     def trusted(self, scope: Scope, headers: Headers) -> bool:
         """Is it this machine's own user, on a bind nobody else reaches? A tunnel, or a page that
@@ -926,12 +849,12 @@ class Clients:
         return own and local and FORWARDING.isdisjoint(headers)
 
     def origin_allowed(self, origin: str, host: str) -> bool:
-        if origin in self.origins or "*" in self.origins:
+        if not {origin, "*"}.isdisjoint(self.server.cors_origins):
             return True
         scheme, _, place = origin.partition("://")
         if not self.public:
             return scheme in ("http", "https") and LOCAL_HOST.fullmatch(place) is not None
-        return self.page and bool(self.keys) and place == host
+        return self.server.page and bool(self.keys) and place == host
 
     def identify(self, scope: Scope, headers: Headers) -> Client:
         """Raises 401 where keys are configured and none of them was sent."""
@@ -944,29 +867,27 @@ class Clients:
             return Client(f"ip:{self.address(scope, headers)}")
         scheme, _, token = headers.get("authorization", "").partition(" ")
         presented = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        digest, found = sha256(presented), None
-        for name, key in self.keys.items():  # every one: no timing to learn from
-            if hmac.compare_digest(digest, key.key_sha256):
-                found = Client(f"key:{name}", key.models)
-        if found is None:
+        digest = sha256(presented)  # compared with every key: no timing to learn from
+        found = [n for n, key in self.keys.items() if hmac.compare_digest(digest, key.key_sha256)]
+        if not found:
             message = "a valid client key is needed: send it as `Authorization: Bearer KEY`"
             raise ProxyError(401, "invalid_key", message, retry=False)
-        return found
+        return Client(f"key:{found[-1]}", self.keys[found[-1]].models)
 
     def address(self, scope: Scope, headers: Headers) -> str:
         """The n-th X-Forwarded-For value from the right, n being the proxies we trust; the
         connection's own when there are fewer. An IPv6 customer has a /64."""
         peer = str((scope.get("client") or ("unknown", 0))[0])
-        values = [value.strip() for value in headers.get("x-forwarded-for", "").split(",")]
-        text = values[-self.proxies] if 0 < self.proxies <= len(values) else peer
+        values = headers.get("x-forwarded-for", "").split(",")
+        text = values[-self.proxies].strip() if 0 < self.proxies <= len(values) else peer
         text = text.partition(":")[0] if text.count(":") == 1 else text  # some proxies add a port
         try:
             address = ipaddress.ip_address(text.partition("%")[0])
         except ValueError:
             return peer
-        if isinstance(address, ipaddress.IPv4Address) or address.ipv4_mapped:
-            return str(getattr(address, "ipv4_mapped", address))
-        return str(ipaddress.ip_network((address, 64), strict=False))
+        address = getattr(address, "ipv4_mapped", None) or address
+        whole = address.version == 4
+        return str(address if whole else ipaddress.ip_network((address, 64), strict=False))
 
 
 # ---- Limiter -----------------------------------------------------------------------------------
@@ -982,18 +903,8 @@ class Taken(Struct):
     wait: float = 0.0
 
 
-class Limiter(Protocol):
-    async def take(self, client: str, requests: int, tokens: int) -> Taken:
-        """Take from both of the client's buckets, or from neither."""
-
-    async def give_back(self, client: str, tokens: int) -> None:
-        """Correct an estimate: put `tokens` back, or take more of them when negative."""
-
-
 class Bucket:
     """Holds up to `burst` and refills at `rate` a second. Only a correction draws it below 0."""
-
-    __slots__ = ("burst", "level", "rate", "updated")
 
     def __init__(self, rate: float, burst: float, now: float) -> None:
         self.rate, self.burst, self.level, self.updated = rate, burst, burst, now
@@ -1007,33 +918,33 @@ class Bucket:
 class MemoryLimiter:
     """Remembers the clients seen last; one it has forgotten has full buckets again."""
 
-    def __init__(self, limits: Limits, clock: Callable[[], float], clients: int = 50_000) -> None:
+    def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
         self.limits, self.clock = limits, clock
-        self.buckets: cachetools.LRUCache[str, tuple[Bucket, Bucket]] = cachetools.LRUCache(clients)
+        self.buckets: cachetools.LRUCache[str, tuple[Bucket, Bucket]] = cachetools.LRUCache(50_000)
 
     def of(self, client: str) -> tuple[Bucket, Bucket]:
+        """The client's requests and its tokens."""
         limits, now = self.limits, self.clock()
-        if (pair := self.buckets.get(client)) is None:
-            tokens = limits.tokens_per_minute
-            requests = Bucket(limits.requests_per_minute / 60, limits.burst, now)
-            pair = self.buckets[client] = requests, Bucket(tokens / 60, tokens, now)
+        requests = Bucket(limits.requests_per_minute / 60, limits.burst, now)
+        tokens = Bucket(limits.tokens_per_minute / 60, limits.tokens_per_minute, now)
+        pair = self.buckets.setdefault(client, (requests, tokens))
         for bucket in pair:
             bucket.refill(now)
         return pair
 
     async def take(self, client: str, requests: int, tokens: int) -> Taken:
-        pair = self.of(client)
-        levels = pair[0].level, pair[1].level
-        for kind, bucket, wanted in zip(
-            ("requests", "tokens"), pair, (requests, tokens), strict=True
-        ):
+        """Take from both of the client's buckets, or from neither."""
+        first, second = self.of(client)
+        for kind, bucket, wanted in (("requests", first, requests), ("tokens", second, tokens)):
             if bucket.level < wanted:
-                return Taken(*levels, kind, (wanted - bucket.level) / bucket.rate)
-        pair[0].level -= requests
-        pair[1].level -= tokens
-        return Taken(pair[0].level, pair[1].level)
+                wait = (wanted - bucket.level) / bucket.rate
+                return Taken(first.level, second.level, kind, wait)
+        first.level -= requests
+        second.level -= tokens
+        return Taken(first.level, second.level)
 
     async def give_back(self, client: str, tokens: int) -> None:
+        """Correct an estimate: put `tokens` back, or take more of them when negative."""
         self.of(client)[1].level += tokens
 
 
@@ -1074,14 +985,13 @@ class Cache(Protocol):
 
 class MemoryCache:
     def __init__(self, table: CacheTable, clock: Callable[[], float]) -> None:
-        self.decoder = msgspec.msgpack.Decoder(Answer)
         self.entries: cachetools.TTLCache[str, bytes] = cachetools.TTLCache(
             table.size, table.ttl, timer=clock, getsizeof=lambda entry: len(entry) + 200
         )
 
     async def get(self, key: str) -> Answer | None:
         entry = self.entries.get(key)
-        return self.decoder.decode(entry) if entry else None
+        return msgspec.msgpack.decode(entry, type=Answer) if entry else None
 
     async def put(self, key: str, answer: Answer) -> None:
         with contextlib.suppress(ValueError):  # larger than the whole cache
@@ -1093,14 +1003,12 @@ class Flight:
     them leaves, and not before; `landed` is told when it has arrived whole."""
 
     def __init__(
-        self,
-        source: AsyncGenerator[Batch, None],
-        account: Account,
+        self, source: AsyncGenerator[Batch, None], account: Account,
         landed: Callable[[Flight], Awaitable[None]],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.account, self.landed = account, landed
         self.batches: list[Batch] = []
-        self.error: ProxyError | None = None
+        self.error: Exception | None = None
         self.finished = self.abandoned = False
         self.readers = 0
         self.changed = asyncio.Event()
@@ -1113,15 +1021,10 @@ class Flight:
                     self.batches.append(batch)
                     if batch and isinstance(batch[-1], Finish):
                         await self.landed(self)
-                        self.finished = True
-                        break
+                        self.finished = True  # for its readers; the connection may take longer
                     self.wake()
-                self.wake()
-        except ProxyError as error:
+        except Exception as error:  # for its readers
             self.error = error
-        except Exception:
-            LOG.exception("an upstream call failed unexpectedly")
-            self.error = ProxyError(500, "internal_error", "internal error")
         finally:
             self.finished = True
             self.wake()
@@ -1157,16 +1060,14 @@ class SSE:
     LIMIT = 32 * 2**20  # of one event: more than any vendor sends, and an end to garbage
 
     def __init__(self) -> None:
-        self.rest = b""
-        self.after_cr = False
+        self.rest, self.after_cr = b"", False
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
         """The data of each event that `chunk` completes."""
         if self.after_cr:  # its LF, if that is what comes, is not another line's end
             chunk = chunk.removeprefix(b"\n")
-        self.after_cr = chunk.endswith(b"\r") if chunk else False
-        if b"\r" in chunk:
-            chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        self.after_cr = chunk.endswith(b"\r")
+        chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         *blocks, self.rest = (self.rest + chunk).split(b"\n\n")
         if len(self.rest) > self.LIMIT:
             raise UpstreamError(502, "an event of the vendor's stream is too large")
@@ -1182,53 +1083,65 @@ class SSE:
 # the answer. No I/O. A vendor that speaks a known dialect is a config block; a new dialect is one
 # class here and one line in ADAPTERS.
 
-# What models reject, so that a parameter is dropped and reported instead of a 400. The first
-# pattern that matches counts; a family's last one is for models yet unknown. Anthropic's: `one` of
-# temperature and top_p, or `unsampled`; thinking by `budget` or `adaptive`; no `unforced` tools, no
-# `unfilled` last turn; system text `mid` conversation. OpenAI's: reasons `always`, or unless told
-# not to (`on`), or when told to (`off`); tools `elsewhere` than in Chat.
-CAPABILITIES = {
-    "claude-3*": "one",
-    "claude-*-4-[015]*": "one budget",
-    "claude-*-4-20*": "one budget",
-    "claude-*-4-6*": "adaptive unfilled",
-    "claude-opus-4-7*": "unsampled adaptive unfilled",
-    "claude-mythos-preview*": "unsampled adaptive unfilled",
-    "claude-opus-4-8*": "unsampled adaptive unfilled mid",
-    "claude-haiku-5-5*": "unsampled adaptive unfilled mid",
-    "claude-*-5-[15]*": "unsampled adaptive unfilled mid unforced",
-    "claude-*-5": "unsampled adaptive unfilled mid",
-    "claude-*-5-20*": "unsampled adaptive unfilled mid",
-    "claude-*": "unsampled adaptive unfilled unforced",
-    "gpt-6-astra*": "always elsewhere",
-    "gpt-6.1-sol*": "always elsewhere",
-    "gpt-6-rosalind*": "always",
-    "gpt-6*": "on",
-    "gpt-5*-chat*": "always",
-    "gpt-5*-pro*": "always",
-    "gpt-5*-cyber*": "always",
-    "gpt-5.[12]-codex*": "always",
-    "gpt-5.[1-9]*": "off",
-    "gpt-5*": "always",
-    "gpt-[34]*": "",
-    "o[1-9]*": "always",
-    "chat-latest": "always",
-    "*daybreak*": "always",
-    "*": "budget",
-}
+# What models reject, so that a parameter is dropped and reported instead of a 400. The first line
+# with a pattern that matches counts. Anthropic's: `one` of temperature and top_p, or `unsampled`;
+# thinking by `budget` or `adaptive`; no `unforced` tools, no `unfilled` last turn; system text
+# `mid` conversation. OpenAI's: reasons `always`, or unless told not to (`on`), or when told to
+# (`off`), or not at all (`plain`); tools `elsewhere` than in Chat.
+CAPABILITIES = """
+one: claude-3*
+one budget: claude-*-4-[015]* claude-*-4-20*
+adaptive unfilled: claude-*-4-6*
+unsampled adaptive unfilled: claude-opus-4-7* claude-mythos-preview*
+unsampled adaptive unfilled mid: claude-opus-4-8* claude-haiku-5-5*
+unsampled adaptive unfilled mid unforced: claude-*-5-[15]*
+unsampled adaptive unfilled mid: claude-*-5 claude-*-5-20*
+unsampled adaptive unfilled unforced: claude-*
+always elsewhere: gpt-6-astra* gpt-6.1-sol*
+always: gpt-6-rosalind* gpt-5*-chat* gpt-5*-pro* gpt-5*-cyber* gpt-5.[12]-codex*
+on: gpt-6*
+off: gpt-5.[1-9]*
+always: gpt-5* o[1-9]* chat-latest *daybreak*
+plain: gpt-[34]*
+budget: *
+"""
+# What the vendors call an end that is not a plain stop, except OpenAI's of tool calls.
+REASONS: dict[Any, str] = {
+    "max_tokens": "length", "max_output_tokens": "length", "length": "length",
+    "model_context_window_exceeded": "length", "refusal": "content_filter",
+    "content_filter": "content_filter", "tool_use": "tool_calls",
+}  # fmt: skip
 
 
 @functools.lru_cache(1000)
 def capability(model: str) -> frozenset[str]:
-    found = next(word for glob, word in CAPABILITIES.items() if fnmatch.fnmatchcase(model, glob))
-    return frozenset(found.split())
+    for line in CAPABILITIES.strip().splitlines():
+        words, _, patterns = line.partition(": ")
+        if any(fnmatch.fnmatchcase(model, pattern) for pattern in patterns.split()):
+            return frozenset(words.split())
+    return frozenset()
 
 
-def number(table: Any, *path: str) -> int:
+def number(table: Any, path: str) -> int:
     """An integer deep in a vendor's JSON; 0 where any of it is missing or something else."""
-    for key in path:
+    for key in path.split("."):
         table = table.get(key) if isinstance(table, dict) else None
     return max(0, table) if isinstance(table, int) else 0
+
+
+def filled(**fields: Any) -> dict[str, Any]:
+    """JSON without the keys that have nothing to say."""
+    return {key: value for key, value in fields.items() if value not in (None, "", [], {})}
+
+
+def image_url(image: Image) -> str:
+    return image.url or f"data:{image.media_type};base64,{image.data}"
+
+
+def function_call(call: ToolUse) -> dict[str, Any]:
+    """As OpenAI Chat has it, and the browser's contract too."""
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 class Adapter:
@@ -1238,11 +1151,15 @@ class Adapter:
     vendor's terminal event has arrived."""
 
     path: ClassVar[str]
+    figures: ClassVar[dict[str, str]]  # of Usage, and where the vendor's has them: the sum of all
+    unknown: ClassVar[tuple[str, ...]]  # parameters that the dialect does not have
 
     def __init__(self, provider: Provider, model: str) -> None:
         self.base_url, self.model = provider.base_url.rstrip("/"), model
         self.can = capability(model)
+        self.reasons = not self.can.isdisjoint(("always", "on", "off"))
         self.sse, self.usage = SSE(), Usage()
+        self.counts: dict[str, Any] = {}
         self.calls: dict[Any, ToolUse] = {}
         self.dropped: list[str] = []
         self.cut: list[str] = []
@@ -1256,6 +1173,20 @@ class Adapter:
         return {"authorization": f"Bearer {key}"} if key else {}
 
     def encode(self, request: Request) -> dict[str, Any]:
+        """The body to send. Raises BadRequest where the model cannot be asked."""
+        names = [*self.unknown, *self.rejects(request)]
+        names = [name for name in names if getattr(request, name) is not None]
+        self.dropped += ["enable_thinking" if name == "thinking" else name for name in names]
+        request = replace(request, **dict.fromkeys(names))
+        body = {"model": self.model, "temperature": request.temperature, "top_p": request.top_p}
+        return filled(**body | self.body(request), stream=True)
+
+    def rejects(self, request: Request) -> Iterable[str]:
+        """The parameters that this model would not take beside the others."""
+        raise NotImplementedError
+
+    def body(self, request: Request) -> dict[str, Any]:
+        """What encode() sends beside that; what is empty is left out."""
         raise NotImplementedError
 
     def decode(self, event: dict[str, Any]) -> Iterable[Event]:
@@ -1270,20 +1201,27 @@ class Adapter:
                 break
             try:
                 done = data.strip() == b"[DONE]"
-                event = {"type": "[DONE]"} if done else msgspec.json.decode(data or b"null")
+                batch += self.decode({"type": "[DONE]"} if done else msgspec.json.decode(data))
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                self.complete = True
-                error = UpstreamError(502, "the vendor's stream holds something that is not JSON")
-                batch.append(Failure(error))
-            else:  # an event of a shape that no pattern expects is skipped as an unknown one
-                with contextlib.suppress(TypeError):
-                    batch.extend(self.decode(event) if isinstance(event, dict) else ())
+                batch.append(self.fail("the vendor's stream holds something that is not JSON"))
+            except (AttributeError, LookupError, TypeError):  # of a shape nobody expects: skipped
+                continue
         return batch
+
+    def count(self, usage: Any) -> None:
+        """Later figures replace the earlier ones, but may lack some of them."""
+        if isinstance(usage, dict):
+            self.counts |= {key: value for key, value in usage.items() if value is not None}
+            paths = {name: where.split() for name, where in self.figures.items()}
+            figures = {n: sum(number(self.counts, p) for p in w) for n, w in paths.items()}
+            known = isinstance(self.counts.get(self.figures["output_tokens"]), int)
+            self.usage = Usage(**figures, known=known)
 
     def finish(self) -> Iterator[Event]:
         """The complete calls, then the Finish. Arguments that are not JSON were cut off: that call
         is not reported, and the answer counts as truncated."""
-        self.complete, reason = True, self.reason
+        self.complete = True
+        reason = "tool_calls" if self.calls and self.reason == "stop" else self.reason
         for call in self.calls.values():
             arguments = call.arguments.strip() or ("" if reason == "length" else "{}")
             try:
@@ -1293,262 +1231,194 @@ class Adapter:
                 reason = "length" if reason != "content_filter" else reason
         yield Finish(reason)
 
-    def fail(self, error: Any) -> Iterator[Event]:
+    def fail(self, error: Any) -> Failure:
         """A vendor's error object, as the error the caller is shown."""
-        error = error if isinstance(error, dict) else {"message": str(error or "")}
         self.complete = True
+        error = error if isinstance(error, dict) else {"message": str(error or "")}
         names = [str(error[key]) for key in ("code", "type") if error.get(key)]
         status = number(error, "status_code") or number(error, "code")
         status = status or next(filter(None, map(UPSTREAM_TYPES.get, names)), 502)
         message = str(error.get("message") or "the vendor reported an error")
-        yield Failure(UpstreamError(status, message, names))
+        return Failure(UpstreamError(status, message, names))
 
-    def sampling(self, request: Request, allowed: bool) -> dict[str, float]:
-        given = {"temperature": request.temperature, "top_p": request.top_p}
-        wanted = {name: value for name, value in given.items() if value is not None}
-        if wanted and not allowed:
-            self.dropped.extend(wanted)
-        return wanted if allowed else {}
 
-    def drop(self, request: Request, *names: str) -> None:
-        self.dropped.extend(name for name in names if getattr(request, name) is not None)
+# Another vendor's id may hold characters that Anthropic's pattern forbids.
+own_id = functools.partial(re.sub, r"[^a-zA-Z0-9_-]", "_")
 
 
 class Messages(Adapter):
     """Anthropic Messages. Source: docs.anthropic.com/en/api/messages, version 2023-06-01."""
 
-    path = "/v1/messages"
-    reasons: ClassVar = {
-        "max_tokens": "length", "model_context_window_exceeded": "length",
-        "tool_use": "tool_calls", "refusal": "content_filter",
+    path, unknown = "/v1/messages", ("seed",)
+    figures: ClassVar = {
+        "input_tokens": "input_tokens cache_read_input_tokens cache_creation_input_tokens",
+        "output_tokens": "output_tokens", "cache_read_tokens": "cache_read_input_tokens",
+        "cache_write_tokens": "cache_creation_input_tokens",
+        "cache_write_1h_tokens": "cache_creation.ephemeral_1h_input_tokens",
+        "reasoning_tokens": "output_tokens_details.thinking_tokens",
+        "web_searches": "server_tool_use.web_search_requests",
     }  # fmt: skip
 
-    def __init__(self, provider: Provider, model: str) -> None:
-        super().__init__(provider, model)
-        self.base_url = self.base_url.removesuffix("/v1")
-        self.counts: dict[str, Any] = {}
+    def url(self) -> str:
+        return self.base_url.removesuffix("/v1") + self.path
 
     def headers(self, key: str) -> dict[str, str]:
         return {"anthropic-version": "2023-06-01"} | ({"x-api-key": key} if key else {})
 
-    def encode(self, request: Request) -> dict[str, Any]:
-        body: dict[str, Any] = {"model": self.model, "max_tokens": request.max_tokens}
-        if request.system:
-            body["system"] = request.system
-        body["messages"] = self.messages(request)
-        if body["messages"][-1]["role"] == "assistant" and "unfilled" in self.can:
-            raise BadRequest(f"messages: {self.model} needs the last message to be the user's")
-        if request.tools:
-            body["tools"] = [
-                {
-                    "name": tool.name,
-                    "description": tool.description,
-                    "input_schema": tool.parameters,
-                }
-                for tool in request.tools
-            ]
-        thinking, choice = self.thinking(request), request.tool_choice
-        if choice == "required" or isinstance(choice, ToolName):
-            if "unforced" in self.can:
-                self.dropped.append("tool_choice")
-                choice = None
-            elif thinking:  # the vendor takes one or the other
-                self.dropped.append("enable_thinking")
-                thinking = None
-        match choice:
-            case ToolName(name):
-                body["tool_choice"] = {"type": "tool", "name": name}
-            case str():
-                body["tool_choice"] = {"type": "any" if choice == "required" else choice}
-        if thinking:
-            body["thinking"] = thinking
-        sampled = "unsampled" not in self.can and not thinking
-        body |= self.sampling(request, sampled)
-        if "one" in self.can and "temperature" in body and body.pop("top_p", None) is not None:
-            self.dropped.append("top_p")
-        if body.get("temperature", 0) > 1:  # OpenAI's scale ends at 2
-            body["temperature"] = 1.0
-            self.dropped.append("temperature")
-        if sampled and request.top_k is not None:
-            body["top_k"] = request.top_k
-        self.drop(request, "seed", *(() if sampled else ("top_k",)))
-        if stops := [stop for stop in request.stop if stop.strip()]:
-            body["stop_sequences"] = stops
-        self.cut = [stop for stop in request.stop if not stop.strip()]
-        return body | {"stream": True}
+    def rejects(self, request: Request) -> Iterator[str]:
+        forced = request.tool_choice not in (None, "auto", "none")
+        if forced and "unforced" in self.can:
+            yield "tool_choice"
+            forced = False
+        # forced tools and thinking exclude each other, as do thinking and sampling
+        thinks = request.thinking and not forced and self.thinks(request)
+        if request.thinking and not thinks:
+            yield "thinking"
+        if thinks or "unsampled" in self.can:
+            yield from ("temperature", "top_p", "top_k")
+        elif "one" in self.can and request.temperature is not None:
+            yield "top_p"
 
-    def thinking(self, request: Request) -> dict[str, Any] | None:
-        if not request.thinking:
-            return None
-        if "adaptive" in self.can:
-            return {"type": "adaptive", "display": "summarized"}
-        # A budget is at least 1,024 and below max_tokens. In the middle of a tool call the vendor
-        # wants its own thinking back, which a browser does not keep.
+    def thinks(self, request: Request) -> bool:
+        """A budget is at least 1,024 and below max_tokens. In the middle of a tool call the vendor
+        wants its own thinking back, which a browser does not keep."""
         after = itertools.takewhile(lambda m: m.role != "assistant", reversed(request.messages))
         parts = [part for message in after for part in message.content]
         begun = not parts or any(isinstance(part, ToolResult) for part in parts)
-        if "budget" not in self.can or request.max_tokens <= 1024 or begun:
-            self.dropped.append("enable_thinking")
-            return None
-        return {"type": "enabled", "budget_tokens": max(1024, request.max_tokens // 2)}
+        budget = "budget" in self.can and request.max_tokens > 1024 and not begun
+        return budget or "adaptive" in self.can
 
-    def messages(self, request: Request) -> list[dict[str, Any]]:
-        turns: list[dict[str, Any]] = []
-        if (
-            request.messages[0].role == "assistant"
-        ):  # a greeting; the vendor wants a user's turn first
-            turns.append({"role": "user", "content": [{"type": "text", "text": "(hello)"}]})
-        following = [message.role for message in request.messages[1:]] + ["assistant"]
-        for message, after in zip(request.messages, following, strict=True):
-            content = [self.block(part) for part in message.content]
-            role = message.role
-            if role == "system":  # between a user's turn and an answer, or folded into the former
-                between = turns and turns[-1]["role"] == "user" and after == "assistant"
-                role = "system" if "mid" in self.can and between else "user"
-            if turns and turns[-1]["role"] == role:
-                turns[-1]["content"].extend(content)
-                turns[-1]["content"].sort(key=lambda block: block["type"] != "tool_result")
-            else:
-                turns.append({"role": role, "content": content})
-        last = turns[-1]["content"][-1]
-        if turns[-1]["role"] == "assistant" and last["type"] == "text":
-            last["text"] = last["text"].rstrip()  # the vendor rejects white space at the end
-        return turns
+    def body(self, request: Request) -> dict[str, Any]:
+        self.cut = [stop for stop in request.stop if not stop.strip()]
+        budget = {"type": "enabled", "budget_tokens": max(1024, request.max_tokens // 2)}
+        adaptive = {"type": "adaptive", "display": "summarized"}
+        thinking = adaptive if "adaptive" in self.can else budget
+        choice, name = request.tool_choice, getattr(request.tool_choice, "name", None)
+        kind = "tool" if name else "any" if choice == "required" else choice
+        if (request.temperature or 0) > 1:  # OpenAI's scale ends at 2
+            self.dropped.append("temperature")
+        return {
+            "max_tokens": request.max_tokens,
+            "system": request.system,
+            "messages": self.turns(request),
+            "tools": [
+                {"name": t.name, "description": t.description, "input_schema": t.parameters}
+                for t in request.tools
+            ],
+            "tool_choice": filled(type=kind, name=name),
+            "thinking": thinking if request.thinking else None,
+            "temperature": request.temperature and min(1.0, request.temperature),
+            "top_k": request.top_k,
+            "stop_sequences": [stop for stop in request.stop if stop.strip()],
+        }
+
+    def turns(self, request: Request) -> list[dict[str, Any]]:
+        """System text stands between a user's turn and an answer, or else in a user's turn."""
+        hello = [Message("user", [Text("(hello)")])]  # the vendor wants a user's turn first
+        turns = hello if request.messages[0].role == "assistant" else []
+        roles = [message.role for message in request.messages]
+        for i, message in enumerate(request.messages):
+            between = roles[i - 1 : i] == ["user"] and roles[i + 1 : i + 2] != ["user"]
+            folded = message.role == "system" and not ("mid" in self.can and between)
+            turns.append(Message("user" if folded else message.role, message.content))
+        _, turns = join_messages(turns)
+        if turns[-1].role == "assistant" and "unfilled" in self.can:
+            raise BadRequest(f"messages: {self.model} needs the last message to be the user's")
+        match turns[-1]:
+            case Message("assistant", [*_, Text(text)]):  # which must not end in white space
+                turns[-1].content[-1] = Text(text.rstrip())
+        return [{"role": t.role, "content": [*map(self.block, t.content)]} for t in turns]
 
     def block(self, part: Part) -> dict[str, Any]:
         match part:
             case Text(text):
                 return {"type": "text", "text": text}
             case Image(kind, data, url):
-                base64_source = {"type": "base64", "media_type": kind, "data": data}
-                return {
-                    "type": "image",
-                    "source": {"type": "url", "url": url} if url else base64_source,
-                }
+                source = {"type": "url" if url else "base64", "url": url}
+                return {"type": "image", "source": filled(**source, media_type=kind, data=data)}
             case ToolUse(call, name, arguments):
                 given = msgspec.Raw(arguments.encode())
-                return {"type": "tool_use", "id": self.own(call), "name": name, "input": given}
+                return {"type": "tool_use", "id": own_id(call), "name": name, "input": given}
             case ToolResult(call, content, is_error):
-                block = {"type": "tool_result", "tool_use_id": self.own(call), "content": content}
-                return block | ({"is_error": True} if is_error else {})
-
-    @staticmethod
-    def own(call: str) -> str:
-        """Another vendor's id may hold characters that this one's pattern forbids."""
-        return re.sub(r"[^a-zA-Z0-9_-]", "_", call)
+                block = {"type": "tool_result", "tool_use_id": own_id(call), "content": content}
+                return block | filled(is_error=is_error or None)
 
     def decode(self, event: dict[str, Any]) -> Iterator[Event]:
-        self.heard = self.heard or event.get("type") != "ping"
-        match event:
-            case {"type": "content_block_delta", "delta": {"text": str(text)}} if text:
+        kind, index = event.get("type"), event.get("index")
+        self.heard = self.heard or kind != "ping"
+        match kind, event.get("content_block", event.get("delta")):
+            case "content_block_delta" | "content_block_start", {"text": str(text)} if text:
                 yield Text(text)
-            case {"type": "content_block_delta", "delta": {"thinking": str(text)}} if text:
+            case "content_block_delta", {"thinking": str(text)} if text:
                 yield Thinking(text)
-            case {"type": "content_block_delta", "index": i, "delta": {"partial_json": str(text)}}:
-                if i in self.calls:  # else a tool of the vendor's own
-                    self.calls[i].arguments += text
-            case {"type": "content_block_start", "content_block": {"text": str(text)}} if text:
-                yield Text(text)
-            case {"type": "content_block_start", "index": i, "content_block": {"type": "tool_use"}}:
+            case "content_block_delta", {"partial_json": str(text)}:
+                if index in self.calls:  # else a tool of the vendor's own
+                    self.calls[index].arguments += text
+            case "content_block_start", {"type": "tool_use"}:
                 block = event["content_block"]
                 given = msgspec.json.encode(block["input"]).decode() if block.get("input") else ""
-                self.calls[i] = ToolUse(str(block.get("id") or ""), str(block.get("name")), given)
-            case {"type": "message_start", "message": {"usage": dict(usage)}}:
-                self.count(usage)
-            case {"type": "message_delta", "delta": dict(delta)}:
-                if reason := delta.get("stop_reason"):
-                    self.reason = self.reasons.get(reason, "stop")
-                self.count(event.get("usage"))
-                self.usage.known = isinstance(self.counts.get("output_tokens"), int)
-            case {"type": "message_stop"}:
+                call, name = str(block.get("id") or ""), str(block.get("name"))
+                self.calls[index] = ToolUse(call, name, given)
+            case "message_start", _:
+                self.count(event["message"]["usage"])
+                self.usage.known = False
+            case "message_delta", dict(delta):
+                self.reason = REASONS.get(delta.get("stop_reason"), self.reason)
+                self.count(event.get("usage") or self.counts)
+            case "message_stop", _:
                 yield from self.finish()
-            case {"type": "error"}:
-                yield from self.fail(event.get("error"))
-
-    def count(self, usage: dict[str, Any] | None) -> None:
-        """message_delta's figures replace message_start's, but lack its cache_creation split."""
-        counts = self.counts
-        counts.update((key, value) for key, value in (usage or {}).items() if value is not None)
-        read = number(counts, "cache_read_input_tokens")
-        written = number(counts, "cache_creation_input_tokens")
-        self.usage = Usage(
-            input_tokens=number(counts, "input_tokens") + read + written,
-            output_tokens=number(counts, "output_tokens"),
-            cache_read_tokens=read,
-            cache_write_tokens=written,
-            cache_write_1h_tokens=number(counts, "cache_creation", "ephemeral_1h_input_tokens"),
-            reasoning_tokens=number(counts, "output_tokens_details", "thinking_tokens"),
-            web_searches=number(counts, "server_tool_use", "web_search_requests"),
-        )
+            case "error", _:
+                yield self.fail(event.get("error"))
 
 
 class OpenAI(Adapter):
     """What OpenAI's two dialects have in common."""
 
+    def thinks(self) -> bool:
+        return self.reasons
+
     def effort(self, request: Request) -> str | None:
         """The reasoning effort for enable_thinking; None leaves it to the model."""
-        if request.thinking and self.can & {"always", "on", "off"} and "-pro" not in self.model:
-            return "medium"
+        if request.thinking:
+            return None if self.reasons and "-pro" in self.model else "medium"
         return "none" if request.thinking is False and "on" in self.can else None
 
-    def sampled(self, effort: str | None) -> bool:
-        """A reasoning model takes sampling parameters only while it does not reason."""
-        idle = effort == "none" if effort else "on" not in self.can
-        return "always" not in self.can and idle
-
-    def choice(self, request: Request, named: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
-        choice = request.tool_choice
-        if choice is None:
-            return {}
-        given = (
-            {"type": "function"} | named(choice.name) if isinstance(choice, ToolName) else choice
-        )
-        return {"tool_choice": given}
-
-    def count(self, usage: Any) -> None:
-        if isinstance(usage, dict) and usage.keys() & {"prompt_tokens", "input_tokens"}:
-            into, out = (
-                ("prompt", "completion") if "prompt_tokens" in usage else ("input", "output")
-            )
-            self.usage = Usage(
-                input_tokens=number(usage, f"{into}_tokens"),
-                output_tokens=number(usage, f"{out}_tokens"),
-                cache_read_tokens=number(usage, f"{into}_tokens_details", "cached_tokens"),
-                cache_write_tokens=number(usage, f"{into}_tokens_details", "cache_write_tokens"),
-                reasoning_tokens=number(usage, f"{out}_tokens_details", "reasoning_tokens"),
-                known=isinstance(usage.get(f"{out}_tokens"), int),
-            )
+    def rejects(self, request: Request) -> Iterator[str]:
+        effort = self.effort(request)
+        idle = effort == "none" or (effort is None and "off" in self.can)
+        if self.reasons and not idle:  # nothing is sampled while a model reasons
+            yield from ("temperature", "top_p")
+        if request.thinking and not self.thinks():
+            yield "thinking"
 
 
 class Responses(OpenAI):
     """OpenAI Responses. Source: platform.openai.com/docs/api-reference/responses-streaming."""
 
-    path = "/responses"
+    path, unknown = "/responses", ("seed", "top_k")
+    figures: ClassVar = {
+        "input_tokens": "input_tokens", "output_tokens": "output_tokens",
+        "cache_read_tokens": "input_tokens_details.cached_tokens",
+        "cache_write_tokens": "input_tokens_details.cache_write_tokens",
+        "reasoning_tokens": "output_tokens_details.reasoning_tokens",
+    }  # fmt: skip
 
-    def encode(self, request: Request) -> dict[str, Any]:
+    def body(self, request: Request) -> dict[str, Any]:
+        self.cut = request.stop
         tokens = max(16, request.max_tokens)  # the least the vendor takes
-        body: dict[str, Any] = {"model": self.model, "max_output_tokens": tokens, "store": False}
         if tokens > request.max_tokens:
             self.dropped.append("max_tokens")
-        if request.system:
-            body["instructions"] = request.system
-        body["input"] = [item for message in request.messages for item in self.items(message)]
-        if request.tools:
-            body["tools"] = [
-                {"type": "function", "strict": False} | asdict(t) for t in request.tools
-            ]
-        body |= self.choice(request, lambda name: {"name": name})
-        effort = self.effort(request)
-        if request.thinking and not self.can & {"always", "on", "off"}:
-            self.dropped.append("enable_thinking")
-        elif request.thinking:
-            body["reasoning"] = {"summary": "auto"} | ({"effort": effort} if effort else {})
-        elif effort:
-            body["reasoning"] = {"effort": effort}
-        body |= self.sampling(request, self.sampled(effort))
-        self.drop(request, "seed", "top_k")
-        self.cut = request.stop
-        return body | {"stream": True}
+        effort, name = self.effort(request), getattr(request.tool_choice, "name", None)
+        summary = "auto" if request.thinking else None
+        return {
+            "max_output_tokens": tokens,
+            "store": False,
+            "instructions": request.system,
+            "input": [item for message in request.messages for item in self.items(message)],
+            "tools": [{"type": "function", "strict": False} | asdict(t) for t in request.tools],
+            "tool_choice": {"type": "function", "name": name} if name else request.tool_choice,
+            "reasoning": filled(effort=effort, summary=summary),
+        }
 
     def items(self, message: Message) -> Iterator[dict[str, Any]]:
         role = "developer" if message.role == "system" else message.role
@@ -1559,9 +1429,8 @@ class Responses(OpenAI):
                     yield {"role": role, "content": text}
                 case Text(text):
                     content.append({"type": "input_text", "text": text})
-                case Image(kind, data, url):
-                    url = url or f"data:{kind};base64,{data}"
-                    content.append({"type": "input_image", "image_url": url})
+                case Image():
+                    content.append({"type": "input_image", "image_url": image_url(part)})
                 case ToolUse(call, name, arguments):
                     item = {"type": "function_call", "call_id": call, "name": name}
                     yield item | {"arguments": arguments}
@@ -1572,81 +1441,74 @@ class Responses(OpenAI):
 
     def decode(self, event: dict[str, Any]) -> Iterator[Event]:
         self.heard = True
-        match event:
-            case {"type": "response.output_text.delta", "delta": str(text)} if text:
+        kind, item = str(event.get("type")).removeprefix("response."), event.get("item_id")
+        match kind, event.get("delta"):
+            case "output_text.delta", str(text) if text:
                 yield Text(text)
-            case {"type": "response.refusal.delta", "delta": str(text)} if text:
+            case "refusal.delta", str(text) if text:
                 self.reason = "content_filter"
                 yield Text(text)
-            case {
-                "type": "response.reasoning_summary_text.delta" | "response.reasoning_text.delta",
-                "delta": str(text),
-            } if text:
+            case "reasoning_summary_text.delta" | "reasoning_text.delta", str(text) if text:
                 yield Thinking(text)
-            case {
-                "type": "response.output_item.added" | "response.output_item.done",
-                "item": {"type": "function_call", "call_id": str(call), "name": str(name)} as item,
-            }:
-                self.calls[item.get("id")] = ToolUse(call, name, item.get("arguments") or "")
-            case {"type": "response.function_call_arguments.delta", "delta": str(text)}:
-                if event.get("item_id") in self.calls:
-                    self.calls[event["item_id"]].arguments += text
-            case {"type": "response.function_call_arguments.done", "arguments": str(text)}:
-                if event.get("item_id") in self.calls:
-                    self.calls[event["item_id"]].arguments = text
-            case {"type": "response.completed" | "response.incomplete", "response": dict(response)}:
+            case "function_call_arguments.delta", str(text) if item in self.calls:
+                self.calls[item].arguments += text
+            case "function_call_arguments.done", _ if item in self.calls:
+                self.calls[item].arguments = str(event["arguments"])
+            case "output_item.added" | "output_item.done", _:
+                match event["item"]:
+                    case {"type": "function_call", "call_id": str(call), "name": str(name)} as item:
+                        arguments = str(item.get("arguments") or "")
+                        self.calls[item.get("id")] = ToolUse(call, name, arguments)
+            case "completed" | "incomplete", _:
+                response = event["response"]
+                details = response.get("incomplete_details") or {}
+                default = "length" if kind == "incomplete" else self.reason
+                self.reason = REASONS.get(details.get("reason"), default)
                 self.count(response.get("usage"))
-                match response.get("incomplete_details"):
-                    case {"reason": "content_filter"}:
-                        self.reason = "content_filter"
-                    case _ if event["type"] == "response.incomplete":
-                        self.reason = "length"
-                    case _ if self.calls and self.reason == "stop":
-                        self.reason = "tool_calls"
                 yield from self.finish()
-            case {"type": "response.failed", "response": dict(response)}:
-                self.count(response.get("usage"))
-                yield from self.fail(response.get("error"))
-            case {"type": "error"}:  # nested, as recorded, or flat, as the SDK has it
-                yield from self.fail(event.get("error") or event | {"type": None})
+            case "failed", _:
+                self.count(event["response"].get("usage"))
+                yield self.fail(event["response"].get("error"))
+            case "error", _:  # nested, as recorded, or flat, as the SDK has it
+                yield self.fail(event.get("error") or event | {"type": None})
 
 
 class Chat(OpenAI):
     """OpenAI Chat Completions, as OpenAI and the compatible vendors speak it.
     Source: platform.openai.com/docs/api-reference/chat-streaming."""
 
-    path = "/chat/completions"
+    path, unknown = "/chat/completions", ("top_k",)
+    figures: ClassVar = {
+        name: where.replace("input", "prompt").replace("output", "completion")
+        for name, where in Responses.figures.items()
+    }
 
-    def encode(self, request: Request) -> dict[str, Any]:
+    def thinks(self) -> bool:
+        """What others than OpenAI serve may."""
+        return self.reasons or not (self.own() or "plain" in self.can)
+
+    def own(self) -> bool:
+        return "api.openai.com" in self.base_url
+
+    def body(self, request: Request) -> dict[str, Any]:
         if request.tools and "elsewhere" in self.can:
             raise BadRequest(f"tools: {self.model} takes them only over the responses adapter")
-        reasons = bool(self.can & {"always", "on", "off"})
-        own = "api.openai.com" in self.base_url
-        limit = "max_completion_tokens" if own or reasons else "max_tokens"
-        body: dict[str, Any] = {"model": self.model, limit: request.max_tokens}
-        system = [Message("system", [Text(request.system)])] if request.system else []
-        turns = (self.turns(message) for message in (*system, *request.messages))
-        body["messages"] = list(itertools.chain.from_iterable(turns))
-        if request.tools:
-            body["tools"] = [{"type": "function", "function": asdict(t)} for t in request.tools]
-        body |= self.choice(request, lambda name: {"function": {"name": name}})
-        effort = self.effort(request)
-        if request.thinking and not reasons:
-            if own or not self.can:  # a model of OpenAI's that does not reason
-                self.dropped.append("enable_thinking")
-            else:  # what others serve may
-                effort = "medium"
-        if effort:
-            body["reasoning_effort"] = effort
-        body |= self.sampling(request, self.sampled(effort) or not reasons)
-        if request.seed is not None:
-            body["seed"] = request.seed
-        self.drop(request, "top_k")
-        if reasons or len(request.stop) > 4:
-            self.cut = request.stop
-        elif request.stop:
-            body["stop"] = request.stop
-        return body | {"stream": True, "stream_options": {"include_usage": True}}
+        self.cut = request.stop if self.reasons or len(request.stop) > 4 else []
+        name = getattr(request.tool_choice, "name", None)
+        named = {"type": "function", "function": {"name": name}}
+        limit = "max_completion_tokens" if self.own() or self.reasons else "max_tokens"
+        system = [{"role": "system", "content": request.system}] if request.system else []
+        turns = [turn for message in request.messages for turn in self.turns(message)]
+        return {
+            limit: request.max_tokens,
+            "messages": system + turns,
+            "tools": [{"type": "function", "function": asdict(t)} for t in request.tools],
+            "tool_choice": named if name else request.tool_choice,
+            "reasoning_effort": self.effort(request),
+            "seed": request.seed,
+            "stop": [] if self.cut else request.stop,
+            "stream_options": {"include_usage": True},
+        }
 
     def turns(self, message: Message) -> Iterator[dict[str, Any]]:
         content: list[dict[str, Any]] = []
@@ -1655,45 +1517,38 @@ class Chat(OpenAI):
             match part:
                 case Text(text):
                     content.append({"type": "text", "text": text})
-                case Image(kind, data, url):
-                    url = url or f"data:{kind};base64,{data}"
-                    content.append({"type": "image_url", "image_url": {"url": url}})
-                case ToolUse(call, name, arguments):
-                    function = {"name": name, "arguments": arguments}
-                    calls.append({"id": call, "type": "function", "function": function})
+                case Image():
+                    content.append({"type": "image_url", "image_url": {"url": image_url(part)}})
+                case ToolUse():
+                    calls.append(function_call(part))
                 case ToolResult(call, output):
                     yield {"role": "tool", "tool_call_id": call, "content": output}
         texts = [block["text"] for block in content if "text" in block]
         # a string wherever that is enough: not every compatible server reads a list
         plain = "\n\n".join(texts) if len(texts) == len(content) else content
-        if calls:
-            yield {"role": message.role, "content": plain or None, "tool_calls": calls}
-        elif plain:
-            yield {"role": message.role, "content": plain}
+        if plain or calls:
+            turn = {"role": message.role, "content": plain or None}
+            yield turn | filled(tool_calls=calls)
 
     def decode(self, event: dict[str, Any]) -> Iterator[Event]:
         self.heard = True
         self.count(event.get("usage"))
-        if event.get("type") == "[DONE]":
-            self.reason = "tool_calls" if self.calls and self.reason == "stop" else self.reason
-            yield from self.finish()
-        elif error := event.get("error"):
-            yield from self.fail(error)
-            return
-        match event.get("choices"):
-            case [{"delta": dict(delta)} as choice, *_]:
-                for key in ("reasoning_content", "reasoning"):
-                    if isinstance(thought := delta.get(key), str) and thought:
-                        yield Thinking(thought)
-                        break
-                if isinstance(text := delta.get("content") or delta.get("refusal"), str) and text:
+        match event:
+            case {"error": error} if error:
+                yield self.fail(error)
+            case {"choices": [{"delta": dict(delta)} as choice, *_]}:
+                thought = delta.get("reasoning_content") or delta.get("reasoning")
+                if thought and isinstance(thought, str):
+                    yield Thinking(thought)
+                text = delta.get("content") or delta.get("refusal")
+                if text and isinstance(text, str):
                     yield Text(text)
                 for call in delta.get("tool_calls") or ():
                     self.add_call(call)
-                if delta.get("refusal") or choice.get("finish_reason") == "content_filter":
-                    self.reason = "content_filter"
-                elif choice.get("finish_reason") == "length":
-                    self.reason = "length"
+                reason = "refusal" if delta.get("refusal") else choice.get("finish_reason")
+                self.reason = REASONS.get(reason, self.reason)
+            case {"type": "[DONE]"}:
+                yield from self.finish()
 
     def add_call(self, delta: Any) -> None:
         """The id and the name come only with the first piece of a call."""
@@ -1701,9 +1556,9 @@ class Chat(OpenAI):
             case {"function": dict(function)}:
                 last = next(reversed(self.calls), None)
                 key = delta.get("index", delta.get("id", last))  # not every vendor counts them
-                new = ToolUse(str(delta.get("id") or ""), str(function.get("name") or ""), "")
-                call = self.calls.setdefault(key, new)
-                call.id, call.name = call.id or new.id, call.name or new.name
+                call = self.calls.setdefault(key, ToolUse("", "", ""))
+                call.id = call.id or str(delta.get("id") or "")
+                call.name = call.name or str(function.get("name") or "")
                 call.arguments += function.get("arguments") or ""
 
 
@@ -1720,21 +1575,21 @@ class StopCutter:
     def cut(self, batch: Batch) -> Batch:
         result: Batch = []
         for event in batch:
-            if not isinstance(event, Text):
-                if self.held and not isinstance(event, Thinking):
-                    result.append(Text(self.held))
-                    self.held = ""
+            if isinstance(event, Text):
+                text = self.held + event.text
+                found = [(at + len(s), at) for s in self.stops if (at := text.find(s)) >= 0]
+                starts = (stop[:n] for stop in self.stops for n in range(len(stop)))
+                keep = max((len(start) for start in starts if text.endswith(start)), default=0)
+                end = min(found)[1] if found else len(text) - keep  # of the first that is whole
+                result += [Text(text[:end])] if end else []
+                if found:
+                    return [*result, Finish("stop")]
+                self.held = text[end:]
+            elif isinstance(event, Thinking) or not self.held:
                 result.append(event)
-                continue
-            text = self.held + event.text
-            found = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
-            if found:  # the one that was complete first
-                begin = min(found)[1]
-                return [*result, *([Text(text[:begin])] if begin else []), Finish("stop")]
-            beginnings = (stop[:n] for stop in self.stops for n in range(len(stop)))
-            keep = max((len(b) for b in beginnings if text.endswith(b)), default=0)
-            text, self.held = text[: len(text) - keep], text[len(text) - keep :]
-            result += [Text(text)] if text else []
+            else:
+                result += [Text(self.held), event]
+                self.held = ""
         return result
 
 
@@ -1750,7 +1605,8 @@ class Writer:
     early: ClassVar[bool]
 
     def __init__(self, thinking: bool) -> None:
-        self.show_thinking, self.thinking = thinking, False
+        self.show_thinking, self.thinking, self.count = thinking, False, 0
+        self.texts: list[str] = []
         self.calls: list[dict[str, Any]] = []
 
     def tokens(self, batch: Batch) -> Iterator[str]:
@@ -1767,9 +1623,8 @@ class Writer:
                         self.thinking = True
                         yield "<think>"
                     yield text
-                case ToolUse(call, name, arguments):
-                    function = {"name": name, "arguments": arguments}
-                    self.calls.append({"id": call, "type": "function", "function": function})
+                case ToolUse():
+                    self.calls.append(function_call(event))
 
     def write(self, batch: Batch, ttfb: float) -> bytes:
         """The bytes of one network read; none when there is nothing to say yet."""
@@ -1787,7 +1642,6 @@ class FrameWriter(Writer):
     """The SDK's stream: one `data:` line a token, the last one with `isLast`, then [DONE]."""
 
     media_type, filler, early = "text/event-stream; charset=utf-8", b": ping\n\n", True
-    count = 0
 
     def write(self, batch: Batch, ttfb: float) -> bytes:
         frames = []
@@ -1814,10 +1668,6 @@ class JsonWriter(Writer):
 
     media_type, filler, early = "application/json", b" ", False
 
-    def __init__(self, thinking: bool) -> None:
-        super().__init__(thinking)
-        self.texts: list[str] = []
-
     def write(self, batch: Batch, ttfb: float) -> bytes:
         self.texts += self.tokens(batch)
         return b""
@@ -1825,70 +1675,50 @@ class JsonWriter(Writer):
     def end(self, finish: str, report: dict[str, Any]) -> bytes:
         content = "".join(self.texts) or ("" if self.calls else " ")  # the SDK rejects an empty one
         said = {"content": content} | ({"tool_calls": self.calls} if self.calls else {})
-        ends = {"finish_reason": finish}
-        choice = {"index": 0, "message": {"role": "assistant"} | said} | ends
-        return msgspec.json.encode(said | ends | {"choices": [choice]} | report)
+        choice = {"index": 0, "message": {"role": "assistant"} | said, "finish_reason": finish}
+        body = said | {"finish_reason": finish, "choices": [choice]}
+        return msgspec.json.encode(body | report)
 
 
 # ---- Prices ------------------------------------------------------------------------------------
 # USD per million tokens. What is not known costs None, never nothing.
 
 # Models: input, output, cache read, cache write 5m and 1h. After "above N": how many times as much
-# input (and cache) and output cost for the whole request when its input is larger than N tokens.
-# A date behind a name (-20250929, -2025-08-07) is the same model at the same price.
+# input (and cache) and output cost for the whole request when its input is larger than N tokens;
+# "long" is OpenAI's 272000 2 1.5. A date behind a name (-20250929, -2025-08-07) is the same model
+# at the same price.
 BUILT_IN_PRICES = """
 claude-fable-5 claude-mythos-5: 10 50 1 12.5 20
 claude-fable-5-1 claude-mythos-5-1: 10 50 .25 12.5 20
-claude-haiku-4-5: 1 5 .1 1.25 2
-claude-haiku-5-5: .1 .5 .01 .125 .2 above 100000 5 5
+claude-haiku-4-5: 1 5 .1 1.25 2; claude-haiku-5-5: .1 .5 .01 .125 .2 above 100000 5 5
 claude-opus-4-5 claude-opus-4-6 claude-opus-4-7 claude-opus-4-8 claude-opus-5: 5 25 .5 6.25 10
-claude-opus-5-5: 4 20 .2 5 8
-claude-sonnet-4-5 claude-sonnet-4-6: 3 15 .3 3.75 6
-claude-sonnet-5: 2 10 .2 2.5 4
-claude-sonnet-5-5: 2 10 .1 2.5 4
-gpt-4o: 2.5 10 1.25
-gpt-4o-2024-05-13: 5 15
-gpt-4o-mini: .15 .6 .075
-gpt-4.1 o3: 2 8 .5
-gpt-4.1-mini: .4 1.6 .1
-gpt-5 gpt-5.1: 1.25 10 .125
-gpt-5-mini: .25 2 .025
-gpt-5-nano: .05 .4 .005
-gpt-5-pro: 15 120
-gpt-5.2 gpt-5.3-codex: 1.75 14 .175
-gpt-5.2-pro: 21 168
-gpt-5.4: 2.5 15 .25 above 272000 2 1.5
-gpt-5.4-mini: .75 4.5 .075
-gpt-5.4-nano: .2 1.25 .02
-gpt-5.4-pro gpt-5.5-pro: 30 180 above 272000 2 1.5
-gpt-5.5: 5 30 .5 above 272000 2 1.5
-gpt-5.6 gpt-5.6-sol: 4 20 .4 5 above 272000 2 1.5
-gpt-5.6-luna: .2 1.2 .02 .25 above 272000 2 1.5
-gpt-5.6-terra: 2 12 .2 2.5 above 272000 2 1.5
-gpt-6-astra: 10 50 1 12.5 above 272000 2 1.5
-gpt-6-luna: .1 .5 .01 .125 above 272000 2 1.5
-gpt-6-sol: 2 10 .2 2.5 above 272000 2 1.5
-gpt-6.1-sol: 2 10 .1 2.5 above 272000 2 1.5
-gpt-6.1-terra: 1 5 .05 1.25 above 272000 2 1.5
-chat-latest: 5 30 .5
-o3-pro: 20 80
+claude-opus-5-5: 4 20 .2 5 8; claude-sonnet-4-5 claude-sonnet-4-6: 3 15 .3 3.75 6
+claude-sonnet-5: 2 10 .2 2.5 4; claude-sonnet-5-5: 2 10 .1 2.5 4
+gpt-4o: 2.5 10 1.25; gpt-4o-2024-05-13: 5 15; gpt-4o-mini: .15 .6 .075; gpt-4.1 o3: 2 8 .5
+gpt-4.1-mini: .4 1.6 .1; gpt-5 gpt-5.1: 1.25 10 .125; gpt-5-mini: .25 2 .025
+gpt-5-nano: .05 .4 .005; gpt-5-pro: 15 120; gpt-5.2 gpt-5.3-codex: 1.75 14 .175; gpt-5.2-pro: 21 168
+gpt-5.4: 2.5 15 .25 long; gpt-5.4-mini: .75 4.5 .075; gpt-5.4-nano: .2 1.25 .02
+gpt-5.4-pro gpt-5.5-pro: 30 180 long; gpt-5.5: 5 30 .5 long; gpt-5.6 gpt-5.6-sol: 4 20 .4 5 long
+gpt-5.6-luna: .2 1.2 .02 .25 long; gpt-5.6-terra: 2 12 .2 2.5 long; gpt-6-astra: 10 50 1 12.5 long
+gpt-6-luna: .1 .5 .01 .125 long; gpt-6-sol: 2 10 .2 2.5 long; gpt-6.1-sol: 2 10 .1 2.5 long
+gpt-6.1-terra: 1 5 .05 1.25 long; chat-latest: 5 30 .5; o3-pro: 20 80
 """
 DATED = re.compile(r"-20\d\d-?\d\d-?\d\d$")
-PRICED = ("input", "output", "cache_read", "cache_write_5m", "cache_write_1h")
 
 
 @functools.cache
 def built_in_prices() -> dict[str, Price]:
     prices: dict[str, Price] = {}
-    for line in BUILT_IN_PRICES.strip().splitlines():
-        models, _, rest = line.partition(": ")
+    table = BUILT_IN_PRICES.strip().replace("long", "above 272000 2 1.5").replace("\n", "; ")
+    for entry in table.split("; "):
+        models, _, rest = entry.partition(": ")
         figures, _, above = rest.partition(" above ")
-        usd = dict(zip(PRICED, map(Decimal, figures.split()), strict=False))
-        price = Price(**usd)  # type: ignore[arg-type]
+        usd = dict(zip(Price.__struct_fields__, map(Decimal, figures.split()), strict=False))
+        price = msgspec.convert(usd, Price)
         if above:
             tokens, inputs, outputs = map(Decimal, above.split())
-            usd = {k: v * (outputs if k == "output" else inputs) for k, v in usd.items()}
-            price = replace(price, above=Price(**usd, tokens=int(tokens)))  # type: ignore[arg-type]
+            more = {name: n * (outputs if name == "output" else inputs) for name, n in usd.items()}
+            price = replace(price, above=msgspec.convert(more | {"tokens": int(tokens)}, Price))
         prices |= dict.fromkeys(models.split(), price)
     return prices
 
@@ -1911,17 +1741,13 @@ def cost(usage: Usage, price: Price | None) -> Decimal | None:
         return Decimal(0) if price else None
     if price.above and usage.input_tokens > price.above.tokens:
         price = price.above
-
-    def or_input(figure: Decimal | None) -> Decimal:
-        return price.input if figure is None else figure
-
-    hour = usage.cache_write_1h_tokens
-    written, read = usage.cache_write_tokens, usage.cache_read_tokens
-    write_5m = or_input(price.cache_write_5m)
-    plain = max(0, usage.input_tokens - read - written)
-    total = plain * price.input + read * or_input(price.cache_read)
-    total += (written - hour) * write_5m + usage.output_tokens * price.output
-    total += hour * (write_5m if price.cache_write_1h is None else price.cache_write_1h)
+    read = price.input if price.cache_read is None else price.cache_read
+    write = price.input if price.cache_write_5m is None else price.cache_write_5m
+    write_1h = write if price.cache_write_1h is None else price.cache_write_1h
+    cached = usage.cache_read_tokens + usage.cache_write_tokens
+    total = max(0, usage.input_tokens - cached) * price.input + usage.output_tokens * price.output
+    total += usage.cache_read_tokens * read + usage.cache_write_1h_tokens * write_1h
+    total += (usage.cache_write_tokens - usage.cache_write_1h_tokens) * write
     return total / 1_000_000
 
 
@@ -1937,8 +1763,8 @@ def input_bound(body: bytes, request: Request) -> int:
 
 
 # ---- Ledger ------------------------------------------------------------------------------------
-# One row per request: what it cost and how it ended. A thread of its own writes to SQLite in group
-# commits; a request's last byte is sent after its row is on disk.
+# One row per request: what it cost and how it ended. A thread of its own, which no slow DNS lookup
+# shares, writes to SQLite in group commits; a request's last byte is sent after its row is on disk.
 
 OUTCOMES = {"stop": "ok", "tool_calls": "ok", "length": "truncated", "content_filter": "refused"}
 
@@ -2001,77 +1827,61 @@ class Totals(Struct):
 def read_totals(path: Path, since: float, by: str, client: str = "") -> list[Totals]:
     query = f"""
         SELECT {GROUPS[by]} AS name, count(*), sum(outcome IN ('error', 'rejected')),
-               sum(input_tokens), sum(output_tokens), group_concat(cost, ' '),
+               sum(input_tokens), sum(output_tokens), coalesce(group_concat(cost, ' '), ''),
                sum(cost IS NULL AND attempts > 0)
         FROM entries WHERE time >= ? AND ? IN ('', client) GROUP BY name ORDER BY name
     """
     with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
         rows = database.execute(query, (since, client)).fetchall()
-    return [Totals(*row[:5], total(row[5]), row[6]) for row in rows]  # type: ignore[call-arg]
-
-
-def total(costs: str | None) -> Decimal:
-    """Money is added up here, because SQLite would do it in floats."""
-    return sum(map(Decimal, (costs or "").split()), Decimal(0))
+    # money is added up here, because SQLite would do it in floats
+    sums = (sum(map(Decimal, row[5].split()), Decimal(0)) for row in rows)
+    return [Totals(*row[:5], usd, row[6]) for row, usd in zip(rows, sums, strict=True)]  # type: ignore[call-arg]
 
 
 class Ledger:
     def __init__(self, path: Path, keep: float, clock: Callable[[], float]) -> None:
         self.path, self.keep, self.clock = path, keep, clock
-        self.loop = asyncio.get_running_loop()
-        self.jobs: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
-        self.healthy, self.prune_at = True, 0.0
+        self.healthy = True
+        self.rows: list[tuple[Any, ...]] = []
+        self.thread, self.turn = ThreadPoolExecutor(1), asyncio.Lock()
         try:
-            self.database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            self.database = sqlite3.connect(path, check_same_thread=False)
             self.database.executescript(SCHEMA)
         except sqlite3.Error as error:
             raise ConfigError(f"ledger.path: {path} cannot be written ({error})") from None
-        self.thread = threading.Thread(target=self.run, name="ledger", daemon=True)
-        self.thread.start()
 
     def record(self, entry: Entry) -> Awaitable[None]:
         """Done when the row is on disk. Never raises: a full disk must not end an answer."""
-        written = self.loop.create_future()
-        self.jobs.put((astuple(entry), written))
-        return written
+        if not self.rows:
+            self.group = asyncio.create_task(self.write())
+        self.rows.append(astuple(entry))
+        return asyncio.shield(self.group)
 
-    def close(self) -> None:
-        self.jobs.put((None, None))
-        self.thread.join(timeout=5)
-        self.database.close()
-
-    def run(self) -> None:
-        open_ = True
-        while open_:
-            batch = [self.jobs.get()]
-            time.sleep(0.002)  # so that rows that end together are one commit
-            with contextlib.suppress(queue.Empty):
-                while len(batch) < 1000:
-                    batch.append(self.jobs.get_nowait())
-            open_ = all(row for row, _ in batch)
-            try:
-                self.commit([row for row, _ in batch if row])
-                self.healthy = True
-            except sqlite3.Error as error:
-                self.healthy = False
-                LOG.error("the ledger cannot be written: %s", error)
-            with contextlib.suppress(RuntimeError):  # the loop has gone
-                self.loop.call_soon_threadsafe(self.tell, [done for _, done in batch if done])
+    async def write(self) -> None:
+        await asyncio.sleep(0.002)  # so that rows that end together are one commit
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(RuntimeError):  # after close(), which writes what is left
+            async with self.turn:
+                written = loop.run_in_executor(self.thread, self.commit, self.rows)
+                self.rows = []
+                await written
 
     def commit(self, rows: list[tuple[Any, ...]]) -> None:
-        with self.database:  # commits, or rolls back when it fails
-            self.database.execute("BEGIN")
-            places = ", ".join("?" * len(COLUMNS))
-            self.database.executemany(f"INSERT OR IGNORE INTO entries VALUES ({places})", rows)
-            if self.clock() > self.prune_at:
-                self.prune_at = self.clock() + 86400
+        insert = f"INSERT OR IGNORE INTO entries VALUES ({', '.join('?' * len(COLUMNS))})"
+        try:
+            with self.database:  # commits, or rolls back when it fails
+                self.database.executemany(insert, rows)
                 old = self.clock() - self.keep
                 self.database.execute("DELETE FROM entries WHERE time < ?", (old,))
+            self.healthy = True
+        except sqlite3.Error as error:
+            self.healthy = False
+            LOG.error("the ledger cannot be written: %s", error)
 
-    def tell(self, written: list[asyncio.Future[None]]) -> None:
-        for future in written:
-            if not future.done():
-                future.set_result(None)
+    def close(self) -> None:
+        self.thread.shutdown()
+        self.commit(self.rows)
+        self.database.close()
 
 
 # ---- Metrics and logs --------------------------------------------------------------------------
@@ -2091,9 +1901,7 @@ class Metrics:
         gauge = make(prometheus_client.Gauge, registry=self.registry)
         histogram = make(prometheus_client.Histogram, registry=self.registry, buckets=SECONDS)
         served = ("provider", "model")
-        self.requests = counter(
-            "proxy_requests", "By how they ended", (*served, "outcome", "status")
-        )
+        self.requests = counter("proxy_requests", "By end", (*served, "outcome", "status"))
         self.duration = histogram("proxy_duration_seconds", "Whole requests", served)
         self.first_token = histogram("proxy_first_token_seconds", "Until the first token", served)
         self.upstream = histogram("proxy_upstream_seconds", "At the vendor", served)
@@ -2156,12 +1964,7 @@ class LogFormat(logging.Formatter):
 # ---- Proxy -------------------------------------------------------------------------------------
 # The story of a request: one funnel, in one order, for every endpoint that can reach a vendor.
 
-
-class Target(Struct, frozen=True):
-    """A model at a provider: where an attempt goes."""
-
-    provider: str
-    model: str
+Target = tuple[str, str]  # a provider and a model of it: where an attempt goes
 
 
 class Call:
@@ -2171,60 +1974,46 @@ class Call:
     request: Request
     writer: Writer
     timer: asyncio.TimerHandle
+    filling: asyncio.Task[None]
 
     def __init__(self, scope: Scope, clock: Callable[[], float]) -> None:
         state = scope["state"]
         # the server's own send: what wraps it on the way here would cost each token
         self.send, self.headers, self.added = state["send"], state["headers"], state["added"]
-        self.now = time.monotonic
-        self.started = self.wrote = self.now()
         self.entry = Entry(clock(), state["id"], state["request_id"])
-        self.public_id = state["request_id"] or state["id"]
-        self.begun = self.writing = self.settled = False
-        self.client = Client("")
-        self.account, self.pays = Account(), True
+        self.started = self.wrote = time.monotonic()
+        self.placed = self.begun = self.writing = self.stopped = self.settled = False
+        self.client, self.account = Client(""), Account()
         self.dropped: list[str] = []
         self.rates: dict[str, str] = {}
-        self.estimate = 0
+        self.estimate, self.finish = 0, ""
         self.leads: Flight | None = None
-        self.finish = ""
         self.failure: ProxyError | None = None
         self.task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
 
     def stop(self, error: ProxyError | None) -> None:
         """End the work from outside: with an error for the caller, or None where it has left."""
-        if not self.settled:
-            self.failure = self.failure or error
+        if not (self.stopped or self.settled):
+            self.stopped, self.failure = True, error
             self.task.cancel()
 
     async def begin(self, status: int, media_type: str, more: Map[str, str]) -> None:
         self.begun = True
-        headers = {
-            "content-type": media_type,
-            "cache-control": "no-store",
-            "x-accel-buffering": "no",
-        }
-        headers |= self.rates | {"x-cache": self.entry.cache}
+        headers = {"content-type": media_type, "x-cache": self.entry.cache}
+        headers |= {"cache-control": "no-store", "x-accel-buffering": "no"} | self.rates
         if dropped := dict.fromkeys(self.dropped + self.account.dropped):
             headers["x-dropped-params"] = ", ".join(dropped)
-        items = (headers | dict(more)).items()
-        raw = [(k.lower().encode(), v.encode("latin-1", "replace")) for k, v in items]
-        raw += self.added
+        raw = raw_headers(headers | dict(more) | self.added)
         await self.send({"type": "http.response.start", "status": status, "headers": raw})
 
     async def write(self, data: bytes, last: bool = False) -> None:
-        self.wrote, self.writing = self.now(), True
+        self.wrote, self.writing = time.monotonic(), True
         await self.send({"type": "http.response.body", "body": data, "more_body": not last})
-        self.wrote, self.writing = self.now(), False
-
-    async def reply(self, status: int, data: bytes, more: Map[str, str]) -> None:
-        """A whole JSON reply."""
-        await self.begin(status, "application/json", {"content-length": str(len(data)), **more})
-        await self.write(data, last=True)
+        self.wrote, self.writing = time.monotonic(), False
 
     async def deliver(self, batch: Batch) -> None:
         if batch:
-            self.entry.ttfb = self.entry.ttfb or round(self.now() - self.started, 4)
+            self.entry.ttfb = self.entry.ttfb or round(time.monotonic() - self.started, 4)
             self.finish = getattr(batch[-1], "reason", "")
         data = self.writer.write(batch, self.entry.ttfb or 0)
         if self.writer.early and not self.begun:
@@ -2237,53 +2026,83 @@ class Call:
             await self.begin(200, self.writer.media_type, {})
         await self.write(self.writer.filler)
 
-    def error_body(self, error: ProxyError) -> bytes:
-        body = {"error": error.message, "type": error.type, "code": error.code}
-        return msgspec.json.encode(body | {"requestId": self.public_id})
+    async def end(self) -> None:
+        """The end of the reply: the rest of the answer, or the error."""
+        entry, failure, account = self.entry, self.failure, self.account
+        report: dict[str, Any] = {"requestId": entry.request_id or entry.id}
+        if failure and self.begun:
+            if line := self.writer.error(failure):  # else the missing end of the body says it
+                await self.write(line, last=True)
+            return
+        if failure:
+            data, more = error_body(failure, report["requestId"]), failure.headers
+        elif self.finish:
+            usd = None if entry.cost is None else float(entry.cost)
+            report |= {"model": account.model or entry.model, "costUsd": usd}
+            data = self.writer.end(self.finish, report | {"usage": spell(account.usage)})
+            more = {"x-cost-usd": entry.cost} if entry.cost else {}
+        else:
+            return
+        if not self.begun:
+            more = {"content-length": str(len(data)), **more}
+            await self.begin(entry.status, "application/json", more)
+        await self.write(data, last=True)
 
 
-parse_url = functools.lru_cache(100)(httpx.URL)
+def raw_headers(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(k.lower().encode(), v.encode("latin-1", "replace")) for k, v in headers.items()]
+
+
+def error_body(error: ProxyError, request_id: str) -> bytes:
+    body = {"error": error.message, "type": error.type, "code": error.code}
+    return msgspec.json.encode(body | {"requestId": request_id})
+
+
+def spell(usage: Usage) -> dict[str, int]:
+    """Usage in both of the spellings that clients read."""
+    counts = {"prompt": usage.input_tokens, "completion": usage.output_tokens}
+    counts["total"] = sum(counts.values())
+    both = {name + end: n for name, n in counts.items() for end in ("Tokens", "_tokens")}
+    cached = {"cacheReadTokens": usage.cache_read_tokens, "reasoningTokens": usage.reasoning_tokens}
+    return both | cached
 
 
 class Attempt:
     """One try at one target: sends the request, reads the answer, and closes the connection or,
     where the answer was complete, hands it back for the next one."""
 
-    def __init__(self, proxy: Proxy, target: Target, request: Request, deadline: float) -> None:
-        self.proxy, self.times, self.deadline = proxy, proxy.config.upstream, deadline
-        provider = proxy.config.providers[target.provider]
-        self.adapter = ADAPTERS[provider.adapter](provider, target.model)
-        self.body = msgspec.json.encode(self.adapter.encode(request))
+    response: httpx.Response | None = None
+    waiting_since: float | None = None
+    silent = False
+
+    def __init__(self, proxy: Proxy, provider: str, model: str, call: Call) -> None:
+        self.transport, self.times = proxy.transport, proxy.config.upstream
+        self.deadline, self.key = call.started + self.times.total, proxy.keys[provider]
+        settings = proxy.config.providers[provider]
+        self.adapter = ADAPTERS[settings.adapter](settings, model)
+        self.body = msgspec.json.encode(self.adapter.encode(call.request))
         self.cutter = StopCutter(self.adapter.cut) if self.adapter.cut else None
-        self.key = proxy.keys[target.provider]
-        self.response: httpx.Response | None = None
 
     async def open(self) -> Batch:
-        """Send the request and wait for the vendor's first event. Raises UpstreamError."""
+        """Send the request and wait for the vendor's first event."""
         headers = {"content-type": "application/json", "accept": "text/event-stream"}
         headers |= {"accept-encoding": "identity", "user-agent": f"proxy.py/{__version__}"}
         headers |= self.adapter.headers(self.key)
-        timeouts = {"timeout": {"connect": self.times.connect, "pool": self.times.connect}}
-        url = parse_url(self.adapter.url())
-        request = httpx.Request(
-            "POST", url, headers=headers, content=self.body, extensions=timeouts
-        )
-        try:
-            response = await self.proxy.transport.handle_async_request(request)
-            self.response, self.body = response, b""  # sent: a long stream need not keep it
-            if response.status_code != 200:
-                raise await read_refusal(response)
-            encoded = response.headers.get("content-encoding", "identity") != "identity"
-            stream: Any = response.aiter_bytes() if encoded else response.stream
-            self.chunks = aiter(stream)
-            while True:
-                batch = await self.next()
-                if batch and isinstance(batch[0], Failure):
-                    raise batch[0].error
-                if batch or self.adapter.heard:
-                    return batch
-        except (httpx.HTTPError, aiohttp.ClientError, OSError) as error:
-            raise classify(error) from error
+        limits = {"timeout": {"connect": self.times.connect, "pool": self.times.connect}}
+        url, body, self.body = self.adapter.url(), self.body, b""  # a long stream need not keep it
+        request = httpx.Request("POST", url, headers=headers, content=body, extensions=limits)
+        self.response = response = await self.transport.handle_async_request(request)
+        if response.status_code != 200:
+            raise await read_refusal(response)
+        encoded = response.headers.get("content-encoding", "identity") != "identity"
+        stream: Any = response.aiter_bytes() if encoded else response.stream
+        self.chunks = aiter(stream)
+        batch: Batch = []
+        while not (batch or self.adapter.heard):
+            batch = await self.next()
+        if batch and isinstance(batch[0], Failure):
+            raise batch[0].error
+        return batch
 
     async def next(self) -> Batch:
         try:
@@ -2294,8 +2113,9 @@ class Attempt:
         return self.cutter.cut(batch) if self.cutter else batch
 
     async def rest(self, batch: Batch) -> AsyncGenerator[Batch, None]:
-        """The answer from its first batch to its end. Raises UpstreamError."""
-        silence = Silence(self.times.idle, self.deadline)
+        """The answer from its first batch to its end."""
+        task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
+        self.watch(task)
         try:
             while True:
                 last = batch[-1] if batch else None
@@ -2305,18 +2125,28 @@ class Attempt:
                 yield batch
                 if isinstance(last, Finish):
                     return
-                silence.waiting_since = time.monotonic()
+                self.waiting_since = time.monotonic()
                 batch = await self.next()
-                silence.waiting_since = None
+                self.waiting_since = None
         except asyncio.CancelledError:
-            if not silence.passed:
+            if not self.silent:
                 raise
-            silence.task.uncancel()
+            task.uncancel()
             raise UpstreamError(504, "the vendor stopped in the middle of its answer") from None
-        except (httpx.HTTPError, aiohttp.ClientError, OSError) as error:
-            raise classify(error) from error
         finally:
-            silence.timer.cancel()
+            self.timer.cancel()
+
+    def watch(self, task: asyncio.Task[Any]) -> None:
+        """Cancel the reader of a vendor that has been silent for too long. A timeout around every
+        read would do the same at a tenth of the cost of a token."""
+        now = time.monotonic()
+        since = now if self.waiting_since is None else self.waiting_since
+        due = min(since + self.times.idle, max(self.deadline, since + 0.05))
+        if due <= now:
+            self.silent = True
+            task.cancel()
+        else:
+            self.timer = task.get_loop().call_later(due - now, self.watch, task)
 
     async def close(self) -> None:
         """The end of the HTTP message may come after the last event: only when it has been read
@@ -2330,53 +2160,24 @@ class Attempt:
             await self.response.stream.aclose()  # type: ignore[union-attr]
 
 
-class Silence:
-    """Cancels the task that made it when the vendor has been waited for too long. A timeout around
-    every read would do the same at a tenth of the cost of a token."""
-
-    def __init__(self, idle: float, deadline: float) -> None:
-        self.idle, self.deadline = idle, deadline
-        self.waiting_since: float | None = None
-        self.passed = False
-        task = asyncio.current_task()
-        assert task
-        self.task, self.loop = task, task.get_loop()
-        self.check()
-
-    def check(self) -> None:
-        now = time.monotonic()
-        since = now if self.waiting_since is None else self.waiting_since
-        due = min(since + self.idle, max(self.deadline, since + 0.05))
-        if due <= now:
-            self.passed = True
-            self.task.cancel()
-        self.timer = self.loop.call_later(due - now, self.check)
-
-
 async def read_refusal(response: httpx.Response) -> UpstreamError:
-    body = b""
+    body, error, deep = b"", dict[str, Any](), None
     async for chunk in response.aiter_bytes():
         if len(body := body + chunk) > 65536:
             break
-    error: dict[str, Any] = {}
     with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         match msgspec.json.decode(body):
-            case {"error": dict(error)}:
-                pass
+            case {"error": dict(found)} | [{"error": dict(found)}, *_]:
+                error = found
             case {"error": str(message)} | {"message": str(message)} | {"detail": str(message)}:
                 error = {"message": message}
-            case [{"error": dict(error)}, *_]:
-                pass
-    details = error.get("details")
-    deep = details.get("error_code") if isinstance(details, dict) else None
-    return UpstreamError(
-        response.status_code,
-        str(error.get("message") or f"the vendor answered {response.status_code}"),
-        [str(error.get("type")), str(error.get("code")), str(deep)],
-        wait=read_retry_after(response.headers),
-        advice=response.headers.get("x-should-retry", ""),
-        sent=False,  # an answer of 400 or above is not billed
-    )
+    if isinstance(details := error.get("details"), dict):
+        deep = details.get("error_code")
+    message = str(error.get("message") or f"the vendor answered {response.status_code}")
+    names = [str(name) for name in (error.get("type"), error.get("code"), deep)]
+    wait, advice = read_retry_after(response.headers), response.headers.get("x-should-retry", "")
+    # an answer of 400 or above is not billed
+    return UpstreamError(response.status_code, message, names, wait=wait, advice=advice, sent=False)
 
 
 def read_retry_after(headers: Map[str, str]) -> float | None:
@@ -2392,11 +2193,12 @@ def read_retry_after(headers: Map[str, str]) -> float | None:
 
 def classify(error: BaseException) -> UpstreamError:
     """The transport's exceptions mislead: what they were raised from tells what happened."""
-    cause = error.__cause__ if isinstance(error, httpx.HTTPError) and error.__cause__ else error
     gone = "upstream_unreachable"
-    match cause:
+    match (isinstance(error, httpx.HTTPError) and error.__cause__) or error:
         case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError():
             return UpstreamError(502, "the vendor cannot be reached", code=gone, sent=False)
+        case TimeoutError():
+            return UpstreamError(504, "the vendor did not answer in time")
         case aiohttp.ServerDisconnectedError() | aiohttp.ClientPayloadError() | OSError():
             return UpstreamError(502, "the connection to the vendor broke", code=gone)
     return UpstreamError(502, "the vendor's answer is not HTTP")
@@ -2407,6 +2209,8 @@ class Proxy:
     being answered. create_app builds it, `running` opens and closes it."""
 
     transport: httpx.AsyncBaseTransport
+    ledger: Ledger | None = None
+    draining = False
 
     def __init__(
         self, config: Config, environ: Map[str, str], public: bool, clock: Callable[[], float]
@@ -2416,18 +2220,12 @@ class Proxy:
         self.warnings = examine(config, environ, public)
         self.secrets = (*self.keys.values(), config.server.admin_token)
         self.clients = Clients(config, environ, public)
-        self.prices = Prices(config.prices)
+        self.prices, self.metrics = Prices(config.prices), Metrics()
         self.limiter = MemoryLimiter(config.limits, time.monotonic)
-        cached = config.cache.enabled
-        self.cache: Cache | None = MemoryCache(config.cache, time.monotonic) if cached else None
-        self.metrics = Metrics()
-        self.ledger: Ledger | None = None
+        self.cache = MemoryCache(config.cache, time.monotonic) if config.cache.enabled else None
         self.flights: dict[str, Flight] = {}
         self.live: set[Call] = set()
-        self.inflight: Counter[str] = Counter()
-        self.tasks: set[asyncio.Task[None]] = set()
         self.rejected_rows = Bucket(1, 1000, time.monotonic())
-        self.draining = False
 
     @contextlib.asynccontextmanager
     async def running(self, transport: httpx.AsyncBaseTransport) -> AsyncIterator[None]:
@@ -2440,39 +2238,42 @@ class Proxy:
             yield
         finally:
             self.stop_calls()
-            if tasks := [*(call.task for call in self.live), *self.tasks]:
+            if tasks := [call.task for call in self.live]:
                 await asyncio.wait(tasks, timeout=5)
             await transport.aclose()
             if self.ledger:
                 await asyncio.to_thread(self.ledger.close)
 
-    def spawn(self, work: Any) -> None:
-        task = asyncio.create_task(work)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-
     def stop_calls(self) -> None:
-        for call in list(self.live):
+        for call in self.live:
             call.stop(ProxyError(503, "server_stopping", "the server is stopping", after=5))
 
     async def serve(self, provider: str, scope: Scope, receive: Receive, send: Send) -> None:
         """The story of a request."""
         call = Call(scope, self.clock)
+        self.live.add(call)
         try:
             self.check_open(call, provider)
             call.client = self.clients.identify(scope, call.headers)
             call.entry.client = call.client.id
-            with self.place(call.client.id):
-                body = await read_body(receive, call.headers, self.config.limits)
-                targets = await self.admit(call, provider, body)
-                await self.supervise(call, targets, receive)
-        except ClientGone:
-            await self.settle(call, None)
+            self.check_places(call)
+            body = await read_body(receive, call.headers, self.config.limits)
+            try:
+                targets = self.read(call, provider, body)
+            finally:  # a body that is refused counts as a request too
+                await self.take(call)
+            await self.work(call, targets, receive)
         except ProxyError as error:
-            await self.settle(call, error)
+            call.failure = error
+        except (ClientGone, asyncio.CancelledError):  # by call.stop, which has set the failure
+            call.task.uncancel()
         except Exception:
             LOG.exception("a request failed unexpectedly")
-            await self.settle(call, ProxyError(500, "internal_error", "internal error"))
+            call.failure = ProxyError(500, "internal_error", "internal error")
+        try:
+            await self.settle(call)
+        finally:
+            self.live.discard(call)
 
     def check_open(self, call: Call, provider: str) -> None:
         if self.config.server.paused:
@@ -2484,49 +2285,44 @@ class Proxy:
             message = f"provider {redact(provider)!r} is not configured; there is {known}"
             raise ProxyError(404, "not_found", message)
         call.entry.provider = provider
-        if (
-            call.headers.get("content-type", "").partition(";")[0].strip().lower()
-            != "application/json"
-        ):
+        media_type = call.headers.get("content-type", "").partition(";")[0]
+        if media_type.strip().lower() != "application/json":
             raise ProxyError(415, "not_json", "Content-Type: must be application/json")
 
-    @contextlib.contextmanager
-    def place(self, client: str) -> Iterator[None]:
+    def check_places(self, call: Call) -> None:
         """One of the client's and of the server's places, from before the body to the end."""
-        limits = self.config.limits
-        if len(self.live) >= limits.concurrent_total:
+        limits, taken = self.config.limits, self.places()
+        if len(taken) >= limits.concurrent_total:
             raise ProxyError(503, "busy", "the server is at its limit; try again", after=1)
-        if self.inflight[client] >= limits.concurrent:
+        if taken.count(call.client.id) >= limits.concurrent:
             message = f"{limits.concurrent} requests at a time are allowed; let one end"
             raise ProxyError(429, "too_many_streams", message, after=1)
-        self.inflight[client] += 1
-        try:
-            yield
-        finally:
-            self.inflight[client] -= 1
-            if not self.inflight[client]:
-                del self.inflight[client]
+        call.placed = True
 
-    async def admit(self, call: Call, provider: str, body: bytes) -> list[Target]:
-        """Read the body, find the model, and take what it needs from the client's buckets. A body
-        that is refused counts as a request too."""
-        limits, failure, targets = self.config.limits, None, []
-        try:
-            parsed = parse_body(body, limits, self.config.providers[provider].default_model)
-            call.request, call.dropped = parsed.request, parsed.dropped
-            call.writer = (FrameWriter if parsed.stream else JsonWriter)(
-                bool(parsed.request.thinking)
-            )
-            targets = self.resolve(provider, parsed.request.model, call.client)
-            call.entry.provider, call.entry.model = targets[0].provider, targets[0].model
-            images = sum(isinstance(part, Image) for part in parsed.request.parts())
-            text = parsed.request.characters() // 4
-            call.estimate = text + 1000 * images + parsed.request.max_tokens
-            if call.estimate > limits.tokens_per_minute:
-                allowed = f"{limits.tokens_per_minute} a minute are allowed; send less"
-                raise BadRequest(f"max_tokens: about {call.estimate} tokens are needed, {allowed}")
-        except ProxyError as error:
-            failure, call.estimate = error, 0
+    def places(self) -> list[str]:
+        """The client of each request that has a place."""
+        return [call.client.id for call in self.live if call.placed]
+
+    def read(self, call: Call, provider: str, body: bytes) -> list[Target]:
+        """Read the body, find the model, and estimate the tokens."""
+        limits = self.config.limits
+        parsed = parse_body(body, limits, self.config.providers[provider].default_model)
+        request, call.dropped = parsed.request, parsed.dropped
+        call.request = request
+        call.writer = (FrameWriter if parsed.stream else JsonWriter)(bool(request.thinking))
+        targets = self.resolve(provider, request.model, call.client)
+        call.entry.provider, call.entry.model = targets[0]
+        images = sum(isinstance(part, Image) for part in request.parts())
+        estimate = request.characters() // 4 + 1000 * images + request.max_tokens
+        if estimate > limits.tokens_per_minute:
+            allowed = f"{limits.tokens_per_minute} a minute are allowed; send less"
+            raise BadRequest(f"max_tokens: about {estimate} tokens are needed, {allowed}")
+        call.estimate = estimate
+        return targets
+
+    async def take(self, call: Call) -> None:
+        """Take a request and its tokens from the client's buckets. Raises 429."""
+        limits = self.config.limits
         taken = await self.limiter.take(call.client.id, 1, call.estimate)
         for kind, level, full, rate in (
             ("requests", taken.requests, limits.burst, limits.requests_per_minute),
@@ -2539,9 +2335,6 @@ class Proxy:
             call.estimate = 0
             message = f"too many {taken.refused}; try again in {taken.wait:.0f} s"
             raise ProxyError(429, "rate_limited", message, after=taken.wait)
-        if failure:
-            raise failure
-        return targets
 
     def resolve(self, provider: str, name: str, client: Client) -> list[Target]:
         """The targets of a model name or alias, first choice first. Raises 403."""
@@ -2550,67 +2343,46 @@ class Proxy:
             raise ProxyError(403, "model_not_allowed", f"model: {allowed}, not {redact(name)!r}")
         if alias := self.config.models.get(name):
             pairs = [target.partition("/") for target in (alias.target, *alias.fallback)]
-            if targets := [Target(p, model) for p, _, model in pairs if p in self.keys]:
+            if targets := [(p, model) for p, _, model in pairs if p in self.keys]:
                 return targets
         prefix, _, rest = name.partition("/")
-        if matches(name, self.config.providers[provider].models):
-            return [Target(provider, name)]
-        if prefix in self.keys and rest and matches(rest, self.config.providers[prefix].models):
-            return [Target(prefix, rest)]
-        others = [p for p in self.keys if matches(name, self.config.providers[p].models)]
-        hint = f"; send it to /api/{others[0]}" if others else ""
-        offer = f"{provider} offers {', '.join(self.config.providers[provider].models)}"
-        raise ProxyError(403, "model_not_allowed", f"model: {offer}, not {redact(name)!r}{hint}")
+        offers = {p: self.config.providers[p].models for p in self.keys}
+        if matches(name, offers[provider]):
+            return [(provider, name)]
+        if rest and matches(rest, offers.get(prefix, ())):
+            return [(prefix, rest)]
+        other = next((f"; send it to /api/{p}" for p in offers if matches(name, offers[p])), "")
+        offer = f"{provider} offers {', '.join(offers[provider])}"
+        raise ProxyError(403, "model_not_allowed", f"model: {offer}, not {redact(name)!r}{other}")
 
-    async def supervise(self, call: Call, targets: list[Target], receive: Receive) -> None:
-        """Work in this task; cancel it when the caller leaves, which shows only to a second one."""
-        gone = asyncio.create_task(departure(receive))
-        gone.add_done_callback(lambda _: call.stop(None))
-        self.live.add(call)
+    async def work(self, call: Call, targets: list[Target], receive: Receive) -> None:
+        """Fetch and deliver the answer. That the caller leaves shows only to a second task."""
+        gone = asyncio.create_task(departure(call, receive))
         self.watch(call)
-        try:
-            await self.work(call, targets)
-        finally:
-            call.timer.cancel()
-            gone.cancel()
-            self.live.discard(call)
-
-    def watch(self, call: Call) -> None:
-        """Keep a silent reply alive, and end one that the caller takes nothing more of."""
-        times, now = self.config, call.now()
-        # an answer in one piece waits a little longer before it gives up its status
-        silence = times.server.ping + (0 if call.begun or call.writer.early else 5)
-        silence = times.upstream.idle if call.writing else silence
-        if call.wrote + silence <= now:
-            if call.writing:
-                call.stop(None)
-            elif call.begun or not call.writer.early:
-                self.spawn(call.fill())
-            call.wrote = now  # else there is no reply yet to keep alive
-        due = max(0.01, call.wrote + silence - now)
-        call.timer = asyncio.get_running_loop().call_later(due, self.watch, call)
-
-    async def work(self, call: Call, targets: list[Target]) -> None:
-        """Fetch and deliver the answer, then settle it, however it ends."""
-        failure: ProxyError | None = None
         try:
             async with aclosing(await self.source(call, targets)) as batches:
                 async for batch in batches:
                     await call.deliver(batch)
                     if call.finish:  # the caller need not wait for the vendor's connection
-                        return await self.settle(call, None)
-        except ProxyError as error:
-            failure = error
-        except asyncio.CancelledError:
-            failure = call.failure  # None where the caller has left
-            call.task.uncancel()
-        except Exception:
-            LOG.exception("an answer failed unexpectedly")
-            failure = ProxyError(500, "internal_error", "internal error")
-        if call.leads:  # the one that leads pays, also when it leaves while others stay
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait((call.leads.task,))
-        await self.settle(call, failure)
+                        return await self.settle(call)
+        finally:
+            call.timer.cancel()
+            gone.cancel()
+
+    def watch(self, call: Call) -> None:
+        """Keep a silent reply alive, and end one that the caller takes nothing more of."""
+        now = time.monotonic()
+        # an answer in one piece waits a little longer before it gives up its status
+        silence = self.config.server.ping + (0 if call.begun or call.writer.early else 5)
+        silence = self.config.upstream.idle if call.writing else silence
+        if call.wrote + silence <= now:
+            if call.writing:
+                call.stop(None)
+            elif call.begun or not call.writer.early:
+                call.filling = asyncio.create_task(call.fill())
+            call.wrote = now  # else there is no reply yet to keep alive
+        due = max(0.01, call.wrote + silence - now)
+        call.timer = asyncio.get_running_loop().call_later(due, self.watch, call)
 
     async def source(self, call: Call, targets: list[Target]) -> AsyncGenerator[Batch, None]:
         """Where the answer comes from: the cache, another request's flight, or the vendor."""
@@ -2619,12 +2391,12 @@ class Proxy:
         scope = "" if self.config.cache.shared else call.client.id
         key = sha256(repr((scope, targets, call.request)))
         if answer := await self.cache.get(key):
-            call.entry.cache, call.pays = "hit", False
+            call.entry.cache = "hit"
             call.account.usage, call.account.dropped = answer.usage, answer.dropped
             return replay(answer)
         flight = self.flights.get(key)
         if flight and not flight.abandoned:
-            call.entry.cache, call.pays, call.account = "coalesced", False, flight.account
+            call.entry.cache, call.account = "coalesced", flight.account
         else:
             call.entry.cache = "miss"
             landed = functools.partial(self.keep, key)
@@ -2640,11 +2412,11 @@ class Proxy:
 
     async def upstream(self, call: Call, targets: list[Target]) -> AsyncGenerator[Batch, None]:
         """The vendor's answer: retries and fallbacks until the first event, then that stream."""
-        times, account, now = self.config.upstream, call.account, call.now
+        times, account, now = self.config.upstream, call.account, time.monotonic
         deadline = call.started + times.first_byte
         error: UpstreamError | None = None
         refusal: BadRequest | None = None
-        for position, target in enumerate(targets):
+        for position, (provider, model) in enumerate(targets):
             # while other targets are left, this one gets its share of the time
             limit = now() + (deadline - now()) / (len(targets) - position)
             for retry in range(times.attempts):
@@ -2654,79 +2426,73 @@ class Proxy:
                         break
                     await asyncio.sleep(wait)
                 try:
-                    attempt = Attempt(self, target, call.request, call.started + times.total)
+                    attempt = Attempt(self, provider, model, call)
                 except BadRequest as failed:  # this model cannot be asked, another may be
                     refusal = failed
                     break
                 if error:
-                    self.note_retry(call, target, error)
-                self.open_account(account, target, attempt, call.request)
-                begun, began, before = False, now(), account.seconds
+                    self.metrics.retries.labels(provider, error.code).inc()
+                    fields = {"id": call.entry.id, "provider": provider, "model": model}
+                    fields |= {"after": error.code, "message": error.message}
+                    LOG.info("retry", extra={"fields": fields})
+                account.attempts += 1
+                account.provider, account.model = provider, model
+                account.dropped = attempt.adapter.dropped
+                account.bound = input_bound(attempt.body, call.request)
+                account.hidden = bool(attempt.adapter.can & {"always", "on", "off"})
                 account.billed = True  # until it is known better; also where the caller leaves
+                begun, began = False, now() - account.seconds
                 try:
                     async with asyncio.timeout(limit - now()):
                         first = await attempt.open()
                     begun = True
                     async with aclosing(attempt.rest(first)) as batches:
                         async for batch in batches:
-                            account.seconds = before + now() - began
+                            account.seconds = now() - began
                             account.usage = attempt.adapter.usage
                             texts = [e.text for e in batch if isinstance(e, Text | Thinking)]
                             account.produced += sum(len(text.encode()) for text in texts)
                             yield batch
                     return
-                except TimeoutError:
-                    error = UpstreamError(504, "the vendor did not answer in time")
                 except UpstreamError as failed:
                     error = failed
+                except (httpx.HTTPError, aiohttp.ClientError, OSError) as failed:
+                    error = classify(failed)
                 finally:
-                    account.seconds = before + now() - began
+                    account.seconds = now() - began
                     await attempt.close()
                 error.message = redact(error.message, self.secrets)
                 if error.status == 504:
-                    self.metrics.timeouts.labels(target.provider).inc()
+                    self.metrics.timeouts.labels(provider).inc()
                 if begun:
                     raise error
                 account.billed = False
                 if error.sent:  # it may have been billed for what it could have cost
                     tokens = call.request.max_tokens if error.status == 504 or account.hidden else 0
-                    lost = cost(Usage(account.bound, tokens), self.prices.of(target.model))
+                    lost = cost(Usage(account.bound, tokens), self.prices.of(model))
                     account.lost += lost or 0
             if error and not error.worth_fallback:
                 break
         raise error or refusal or UpstreamError(504, "the vendor did not answer in time")
 
-    def open_account(
-        self, account: Account, target: Target, attempt: Attempt, request: Request
-    ) -> None:
-        account.attempts += 1
-        account.provider, account.model = target.provider, target.model
-        account.dropped = attempt.adapter.dropped
-        account.bound = input_bound(attempt.body, request)
-        account.hidden = bool(attempt.adapter.can & {"always", "on", "off"})
-
-    def note_retry(self, call: Call, target: Target, error: UpstreamError) -> None:
-        self.metrics.retries.labels(target.provider, error.code).inc()
-        fields = {"id": call.entry.id, "provider": target.provider, "model": target.model}
-        fields |= {"after": error.code, "message": error.message}
-        LOG.info("retry", extra={"fields": fields})
-
-    async def settle(self, call: Call, failure: ProxyError | None) -> None:
+    async def settle(self, call: Call) -> None:
         """Account for a request, once, and then end its reply."""
+        if call.leads and not call.finish:  # it pays, also when it leaves while others stay
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait((call.leads.task,))
         if call.settled:
             return
-        call.settled = True
-        entry, account = call.entry, call.account
-        entry.duration = round(call.now() - call.started, 4)
+        call.settled, written = True, None
+        entry, account, failure = call.entry, call.account, call.failure
+        entry.duration = round(time.monotonic() - call.started, 4)
         if failure:
             ours = not account.attempts and failure.status != 500
-            entry.outcome, entry.status = "rejected" if ours else "error", failure.status
-            entry.code = failure.code
+            entry.outcome, entry.code = "rejected" if ours else "error", failure.code
+            entry.status = failure.status
         elif call.finish:
             entry.outcome, entry.status = OUTCOMES[call.finish], 200
         else:
             entry.outcome, entry.status, entry.code = "cancelled", 499, "client_left"
-        written = None
         try:
             self.charge(call)
             self.metrics.count(entry, account)
@@ -2734,27 +2500,26 @@ class Proxy:
         except Exception:  # a figure gone wrong must not take the answer with it
             LOG.exception("a request could not be accounted for")
         if call.estimate:
-            used = entry.input_tokens + entry.output_tokens
-            await self.limiter.give_back(call.client.id, call.estimate - used)
+            unused = call.estimate - entry.input_tokens - entry.output_tokens
+            await self.limiter.give_back(call.client.id, unused)
         if written:
             await written
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(5):
-                await self.end_reply(call, failure)
+                await call.end()
 
     def charge(self, call: Call) -> None:
         """The row's usage and cost: by the vendor's figures, or else by the most it can be: the
         input at its bytes, the output at those delivered, or all of it where some is hidden."""
-        entry, account = call.entry, call.account
-        if not call.pays or not account.attempts:
+        entry, account, usage = call.entry, call.account, call.account.usage
+        if entry.cache in ("hit", "coalesced") or not account.attempts:
             entry.cost = "0"
             return
-        usage = account.usage
         if account.billed and not usage.known:
             entry.estimated, most = True, call.request.max_tokens
+            inputs = max(usage.input_tokens, account.bound)
             output = most if account.hidden else min(most, account.produced)
             output = max(usage.output_tokens, output)
-            inputs = max(usage.input_tokens, account.bound)
             usage = replace(usage, input_tokens=inputs, output_tokens=output)
         for name in Usage.__struct_fields__[:-1]:
             setattr(entry, name, getattr(usage, name))
@@ -2775,36 +2540,9 @@ class Proxy:
             self.rejected_rows.level -= 1
         return self.ledger.record(entry) if self.ledger else None
 
-    async def end_reply(self, call: Call, failure: ProxyError | None) -> None:
-        entry = call.entry
-        if failure and not call.begun:
-            await call.reply(failure.status, call.error_body(failure), failure.headers)
-        elif failure:
-            if line := call.writer.error(failure):  # else the missing end of the body says it
-                await call.write(line, last=True)
-        elif entry.outcome != "cancelled":
-            usd = None if entry.cost is None else float(entry.cost)
-            usage, model = call.account.usage, call.account.model or entry.model
-            report = {"usage": spell(usage), "costUsd": usd, "model": model}
-            data = call.writer.end(call.finish, report | {"requestId": call.public_id})
-            if call.begun:
-                await call.write(data, last=True)
-            else:
-                await call.reply(200, data, {"x-cost-usd": entry.cost} if entry.cost else {})
-
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def spell(usage: Usage) -> dict[str, int]:
-    """Usage in both of the spellings that clients read."""
-    prompt, completion = usage.input_tokens, usage.output_tokens
-    camel = {"promptTokens": prompt, "completionTokens": completion}
-    snake = {"prompt_tokens": prompt, "completion_tokens": completion}
-    total = {"totalTokens": prompt + completion, "total_tokens": prompt + completion}
-    cached = {"cacheReadTokens": usage.cache_read_tokens, "reasoningTokens": usage.reasoning_tokens}
-    return camel | snake | total | cached
 
 
 class ClientGone(Exception):
@@ -2812,29 +2550,30 @@ class ClientGone(Exception):
 
 
 async def read_body(receive: Receive, headers: Headers, limits: Limits) -> bytes:
-    body, declared = bytearray(), headers.get("content-length", "")
+    body, more, declared = bytearray(), True, headers.get("content-length", "")
     too_large = ProxyError(413, "body_too_large", f"body: larger than {limits.max_body} bytes")
     if declared.isdecimal() and int(declared[:20]) > limits.max_body:
         raise too_large
     try:
         async with asyncio.timeout(limits.body_timeout):
-            while True:
+            while more:
                 message: Any = await receive()
                 if message["type"] == "http.disconnect":
                     raise ClientGone
                 body += message.get("body", b"")
                 if len(body) > limits.max_body:
                     raise too_large
-                if not message.get("more_body"):
-                    return bytes(body)
+                more = message.get("more_body", False)
     except TimeoutError:
         text = f"body: not complete after {limits.body_timeout:g} s"
         raise ProxyError(408, "body_timeout", text) from None
+    return bytes(body)
 
 
-async def departure(receive: Receive) -> None:
+async def departure(call: Call, receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+    call.stop(None)
 
 
 async def replay(answer: Answer) -> AsyncGenerator[Batch, None]:
@@ -2847,20 +2586,18 @@ def open_session() -> aiohttp.ClientSession:
     tls = httpx.create_ssl_context(trust_env=False)
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30, ssl=tls),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        max_line_size=65536,
-        max_field_size=65536,
+        cookie_jar=aiohttp.DummyCookieJar(), max_line_size=65536, max_field_size=65536,
         skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-    )
+    )  # fmt: skip
 
 
 # ---- HTTP --------------------------------------------------------------------------------------
 # The edge that every request passes, the routes, and the app that holds them.
 
 EXPOSED = (
-    b"X-Request-ID, X-Cache, X-Cost-USD, X-Dropped-Params, X-Demo, Retry-After, x-should-retry, "
-    b"x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, "
-    b"x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens"
+    "X-Request-ID, X-Cache, X-Cost-USD, X-Dropped-Params, X-Demo, Retry-After, x-should-retry, "
+    "x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, "
+    "x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens"
 )
 
 
@@ -2873,33 +2610,32 @@ class App(litestar.Litestar):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return await super().__call__(scope, receive, send)
-        headers, config = read_headers(scope), self.proxy.config
+        headers, proxy, demo = read_headers(scope), self.proxy, self.proxy.config.demo
         given = headers.get("x-request-id", "").partition(",")[0].strip()
         given = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else ""
-        # a state of our own: where we are mounted, the host's is not ours to write in
-        state = {"id": secrets.token_hex(12), "request_id": given, "headers": headers, "send": send}
-        scope = {**scope, "state": state}
-        added = [(b"x-request-id", (given or str(state["id"])).encode()), (b"vary", b"Origin")]
-        added.append((b"x-content-type-options", b"nosniff"))
-        added += [(b"x-demo", b"true")] if config.demo else []
-        origin, host, clients = headers.get("origin"), headers.get("host", ""), self.proxy.clients
-        allowed = origin is None or clients.origin_allowed(origin, host)
+        number, origin = secrets.token_hex(12), headers.get("origin")
+        allowed = origin is None or proxy.clients.origin_allowed(origin, headers.get("host", ""))
+        added = {"x-request-id": given or number, "vary": "Origin"}
+        added |= {"x-content-type-options": "nosniff"} | ({"x-demo": "true"} if demo else {})
         if origin and allowed:
-            added.append((b"access-control-allow-origin", origin.encode("latin-1")))
-            added.append((b"access-control-expose-headers", EXPOSED))
-        state["added"] = added
+            added["access-control-allow-origin"] = origin
+            added["access-control-expose-headers"] = EXPOSED
+        # a state of our own: where we are mounted, the host's is not ours to write in
+        state = {"id": number, "request_id": given, "headers": headers, "send": send}
+        scope = {**scope, "state": state | {"added": added}}
 
         async def send_with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), *added]
+                message["headers"] = [*message.get("headers", ()), *raw_headers(added)]
             await send(message)
 
         if not allowed:
             fix = "its owner can add it to server.cors_origins"
             message = f"origin {redact(str(origin))} may not call this proxy; {fix}"
-            call = Call(scope, self.proxy.clock)
-            call.entry.client = f"ip:{clients.address(scope, headers)}"
-            await self.proxy.settle(call, ProxyError(403, "origin_not_allowed", message))
+            call = Call(scope, proxy.clock)
+            call.entry.client = f"ip:{proxy.clients.address(scope, headers)}"
+            call.failure = ProxyError(403, "origin_not_allowed", message)
+            await proxy.settle(call)
         elif scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
             await preflight(headers, send_with_headers)
         else:
@@ -2908,10 +2644,11 @@ class App(litestar.Litestar):
 
 async def preflight(headers: Headers, send: Send) -> None:
     """Allow the headers that were asked for: SDKs send a dozen of their own."""
-    raw = [(b"access-control-allow-methods", b"GET, POST"), (b"access-control-max-age", b"600")]
+    allowed = {"access-control-allow-methods": "GET, POST", "access-control-max-age": "600"}
     asked = headers.get("access-control-request-headers", "")
     if re.fullmatch(r"[\w!#$%&'*+.^`|~, -]{1,2000}", asked, re.ASCII):
-        raw.append((b"access-control-allow-headers", asked.encode()))
+        allowed["access-control-allow-headers"] = asked
+    raw = raw_headers(allowed)
     await send({"type": "http.response.start", "status": 204, "headers": raw})
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -2925,20 +2662,16 @@ def error_response(request: litestar.Request[Any, Any, Any], error: Exception) -
         LOG.error("a route failed unexpectedly", exc_info=error)
         error = ProxyError(500, "internal_error", "internal error")
     state = request.scope["state"]
-    body = {"error": error.message, "type": error.type, "code": error.code}
-    body["requestId"] = state["request_id"] or state["id"]
-    return litestar.Response(body, status_code=error.status, headers=error.headers)
+    body = error_body(error, state["request_id"] or state["id"])
+    more: dict[str, Any] = {"headers": error.headers, "media_type": "application/json"}
+    return litestar.Response(body, status_code=error.status, **more)
 
 
 def create_app(
-    config: Config,
-    environ: Map[str, str] = os.environ,
-    *,
-    public: bool = True,
-    standalone: bool = False,
-    transport: httpx.AsyncBaseTransport | None = None,
+    config: Config, environ: Map[str, str] = os.environ, *, public: bool = True,
+    standalone: bool = False, transport: httpx.AsyncBaseTransport | None = None,
     clock: Callable[[], float] = time.time,
-) -> App:
+) -> App:  # fmt: skip
     """The application; opens nothing. Raises ConfigError.
 
     `public` is False only where nobody but this machine can connect. `standalone` lets it end the
@@ -2956,46 +2689,44 @@ def create_app(
         return {"status": "ok", "version": __version__, "demo": config.demo}
 
     @litestar.route(["/ready", "/readyz"], http_method=["GET", "HEAD"])
-    async def ready() -> litestar.Response[dict[str, Any]]:
-        checks = {"draining": proxy.draining, "ledger": not proxy.ledger or proxy.ledger.healthy}
-        good = checks["ledger"] and not proxy.draining
-        body = {"status": "ready" if good else "not ready"} | checks
+    async def ready() -> litestar.Response[Any]:
+        written = not proxy.ledger or proxy.ledger.healthy
+        good = written and not proxy.draining
+        checks = {"draining": proxy.draining, "ledger": written}
+        body = {"status": "ready" if good else "not ready", **checks}
         return litestar.Response(body, status_code=200 if good else 503)
 
     @litestar.get("/metrics")
-    async def metrics(request: litestar.Request[Any, Any, Any]) -> litestar.Response[bytes]:
-        headers, token = request.scope["state"]["headers"], config.server.admin_token
+    async def metrics(scope: Scope) -> litestar.Response[bytes]:
+        headers, token = scope["state"]["headers"], config.server.admin_token
         presented = headers.get("authorization", "").removeprefix("Bearer ")
         known = bool(token) and hmac.compare_digest(sha256(presented), sha256(token))
-        if not known and not proxy.clients.trusted(request.scope, headers):
+        if not known and not proxy.clients.trusted(scope, headers):
             message = "metrics need server.admin_token as `Authorization: Bearer TOKEN`"
             raise ProxyError(401, "invalid_key", message, retry=False)
-        proxy.metrics.streams.set(len(proxy.live))
-        proxy.metrics.clients.set(len(proxy.inflight))
+        proxy.metrics.streams.set(len(places := proxy.places()))
+        proxy.metrics.clients.set(len(set(places)))
         text = prometheus_client.generate_latest(proxy.metrics.registry)
         return litestar.Response(text, media_type="text/plain; version=0.0.4")
 
     @litestar.get("/usage")
-    async def usage(request: litestar.Request[Any, Any, Any]) -> dict[str, Any]:
-        client = proxy.clients.identify(request.scope, request.scope["state"]["headers"])
-        midnight, rows = proxy.clock() // 86400 * 86400, [Totals()]
+    async def usage(scope: Scope) -> dict[str, Any]:
+        client = proxy.clients.identify(scope, scope["state"]["headers"]).id
+        midnight, rows = proxy.clock() // 86400 * 86400, []
         if proxy.ledger:
-            ask = asyncio.to_thread(read_totals, proxy.ledger.path, midnight, "day", client.id)
-            rows = await ask or rows
-        today: dict[str, float] = {
-            "requests": rows[0].requests,
-            "inputTokens": rows[0].input_tokens,
-        }
-        today |= {"outputTokens": rows[0].output_tokens, "costUsd": float(rows[0].cost)}
-        taken, limits = await proxy.limiter.take(client.id, 0, 0), config.limits
-        left: dict[str, float] = {"requests": int(taken.requests), "tokens": int(taken.tokens)}
-        left |= {"requestsPerMinute": limits.requests_per_minute}
-        left |= {"tokensPerMinute": limits.tokens_per_minute}
-        return {"client": client.id, "today": today, "left": left}
+            rows = await asyncio.to_thread(read_totals, proxy.ledger.path, midnight, "day", client)
+        spent, limits = rows[0] if rows else Totals(), config.limits
+        today = {"requests": spent.requests, "costUsd": float(spent.cost)}
+        today |= {"inputTokens": spent.input_tokens, "outputTokens": spent.output_tokens}
+        taken = await proxy.limiter.take(client, 0, 0)
+        left = {"requests": int(taken.requests), "tokens": int(taken.tokens)}
+        rates = {"requestsPerMinute": limits.requests_per_minute}
+        rates |= {"tokensPerMinute": limits.tokens_per_minute}
+        return {"client": client, "today": today, "left": left | rates}
 
     @litestar.get("/")
-    async def page(request: litestar.Request[Any, Any, Any]) -> litestar.Response[str]:
-        local = proxy.clients.trusted(request.scope, request.scope["state"]["headers"])
+    async def page(scope: Scope) -> litestar.Response[str]:
+        local = proxy.clients.trusted(scope, scope["state"]["headers"])
         if not (local or config.server.page):
             raise ProxyError(404, "not_found", "the page is off: server.page = true serves it")
         csp = {"content-security-policy": PAGE_CSP}
@@ -3006,27 +2737,24 @@ def create_app(
         demo = DemoTransport() if config.demo else None
         chosen = transport or demo or httpx_aiohttp.AiohttpTransport(client=open_session)
         async with proxy.running(chosen):
-            with stop_on_signals(proxy) if standalone else contextlib.nullcontext():
-                yield
+            if standalone:
+                stop_on_signals(proxy)
+            yield
 
-    routes = [api, health, ready, metrics, usage, page]
     app = App(
-        routes,
-        exception_handlers={Exception: error_response},
-        lifespan=[lifespan],
-        openapi_config=None,
-        logging_config=None,
-    )
+        [api, health, ready, metrics, usage, page], exception_handlers={Exception: error_response},
+        lifespan=[lifespan], openapi_config=None, logging_config=None,
+    )  # fmt: skip
     app.proxy = proxy
     return app
 
 
-@contextlib.contextmanager
-def stop_on_signals(proxy: Proxy) -> Iterator[None]:
+def stop_on_signals(proxy: Proxy) -> None:
     """On SIGTERM the server lets what runs finish, without an end to its patience. So after `drain`
     what still runs is ended with its error line, and 3 s later the process leaves, whatever a
     half-sent request or a reader that does not read would hold it with."""
     loop, drain = asyncio.get_running_loop(), proxy.config.server.drain
+    servers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def leave() -> None:
         if proxy.ledger:
@@ -3034,49 +2762,52 @@ def stop_on_signals(proxy: Proxy) -> Iterator[None]:
         os._exit(0)
 
     def begin() -> None:
-        if not proxy.draining:
-            proxy.draining = True
-            loop.call_later(drain, proxy.stop_calls)
-            loop.call_later(drain + 3, leave)
+        proxy.draining = True
+        loop.call_later(drain, proxy.stop_calls)
+        loop.call_later(drain + 3, leave)
 
-    def chain(previous: Any) -> Callable[[int, Any], None]:
-        def handle(number: int, frame: Any) -> None:
-            loop.call_soon_threadsafe(begin)
-            if callable(previous):
-                previous(number, frame)
-
-        return handle
+    def handle(number: int, frame: Any) -> None:
+        loop.call_soon_threadsafe(begin)
+        if callable(handler := servers[signal.Signals(number)]):
+            handler(number, frame)
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, chain(signal.getsignal(number)))
-    yield
+        for number in servers:
+            signal.signal(number, handle)
 
 
 # ---- Page --------------------------------------------------------------------------------------
 # A small page to try the proxy with. Model text reaches it only through textContent.
 
 PAGE_SCRIPT = """
-const $ = id => document.getElementById(id);
+const $ = id => document.getElementById(id), provider = $("provider");
 let controller;
 $("stop").onclick = () => controller?.abort();
-const choose = () => $("model").value = $("provider").selectedOptions[0].dataset.model;
-$("provider").onchange = choose;
-choose();
+provider.onchange = () => $("model").value = provider.selectedOptions[0].dataset.model;
+provider.onchange();
 $("form").onsubmit = async event => {
   event.preventDefault();
   controller?.abort();
   controller = new AbortController();
+  $("answer").textContent = $("facts").textContent = "";
   const started = performance.now(), headers = {"Content-Type": "application/json"};
   if ($("key").value) headers.Authorization = "Bearer " + $("key").value;
-  $("answer").textContent = $("facts").textContent = "";
+  const body = JSON.stringify({model: $("model").value, enable_thinking: $("think").checked,
+    messages: [{role: "user", content: $("prompt").value}]});
   let first, rest = "";
+  const show = chunk => {
+    first ??= Math.round(performance.now() - started);
+    $("answer").textContent += chunk.token;
+    if (!chunk.isLast) return;
+    for (const {function: tool} of chunk.toolCalls ?? [])
+      $("answer").textContent += `\\n→ ${tool.name}(${tool.arguments})`;
+    const cost = chunk.costUsd === null ? "unknown" : "$" + chunk.costUsd;
+    $("facts").textContent = [`first token ${first} ms`, `${chunk.usage.totalTokens} tokens`,
+      `cost ${cost}`, chunk.finishReason].join(" · ");
+  };
   try {
-    const reply = await fetch("api/" + $("provider").value, {
-      method: "POST", headers, signal: controller.signal,
-      body: JSON.stringify({model: $("model").value, enable_thinking: $("think").checked,
-        messages: [{role: "user", content: $("prompt").value}]}),
-    });
+    const reply = await fetch("api/" + provider.value,
+      {method: "POST", headers, body, signal: controller.signal});
     if (!reply.ok) throw new Error((await reply.json()).error);
     const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
     for (let part; !(part = await reader.read()).done;) {
@@ -3084,16 +2815,7 @@ $("form").onsubmit = async event => {
       rest = lines.pop();
       for (const line of lines) {
         if (line.startsWith("error: ")) throw new Error(JSON.parse(line.slice(7)).message);
-        if (!line.startsWith("data: {")) continue;
-        const chunk = JSON.parse(line.slice(6));
-        first ??= performance.now() - started;
-        $("answer").textContent += chunk.token;
-        if (!chunk.isLast) continue;
-        for (const call of chunk.toolCalls ?? [])
-          $("answer").textContent += `\\n→ ${call.function.name}(${call.function.arguments})`;
-        $("facts").textContent = `first token ${Math.round(first)} ms · ` +
-          `${chunk.usage.totalTokens} tokens · cost ` +
-          (chunk.costUsd === null ? "unknown" : "$" + chunk.costUsd) + " · " + chunk.finishReason;
+        if (line.startsWith("data: {")) show(JSON.parse(line.slice(6)));
       }
     }
   } catch (error) {
@@ -3105,22 +2827,6 @@ PAGE_STYLE = """
 body { font: 16px system-ui; max-width: 44rem; margin: 2rem auto; padding: 0 1rem }
 textarea, pre { width: 100%; box-sizing: border-box; font: inherit; white-space: pre-wrap }
 """
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>proxy.py</title>
-<meta name="viewport" content="width=device-width"><style>%(style)s</style>
-<h1>proxy.py</h1><p>%(hint)s</p><form id="form">
-<label>Provider <select id="provider">%(providers)s</select></label>
-<label>Model <input id="model" list="models"></label>
-<datalist id="models">%(models)s</datalist>
-<label><input type="checkbox" id="think"> show thinking</label>
-<label>Key <input id="key" type="password" placeholder="where one is needed"></label>
-<p><textarea id="prompt" rows="4" required autofocus>Say hello.</textarea></p>
-<button id="send">Send</button> <button id="stop" type="button">Stop</button>
-</form><pre id="answer"></pre><p id="facts" role="status"></p><script>%(script)s</script></html>
-"""
-DEMO_HINT = (
-    "Demo: no vendor is called. Begin the prompt with /tool, /think, /long, /error or /cut to see "
-    "that kind of answer."
-)
 
 
 def csp_hash(text: str) -> str:
@@ -3134,66 +2840,66 @@ PAGE_CSP = (
 
 
 def render_page(proxy: Proxy) -> str:
-    names, providers, models = built_in_prices(), [], [*proxy.config.models]
-    for provider in proxy.keys:
-        settings = proxy.config.providers[provider]
-        offered = [name for name in names if matches(name, settings.models)]
-        first = html.escape(settings.default_model or next(iter(offered), ""))
-        providers.append(f'<option data-model="{first}">{html.escape(provider)}</option>')
+    providers, models = "", [*proxy.config.models]
+    for name in proxy.keys:
+        settings = proxy.config.providers[name]
+        offered = [model for model in built_in_prices() if matches(model, settings.models)]
         models += offered
-    return PAGE % {
-        "style": PAGE_STYLE,
-        "script": PAGE_SCRIPT,
-        "hint": DEMO_HINT if proxy.config.demo else "Send a prompt to a configured model.",
-        "providers": "".join(providers),
-        "models": "".join(f"<option>{html.escape(name)}</option>" for name in models),
-    }
+        first = html.escape(settings.default_model or next(iter(offered), ""))
+        providers += f'<option data-model="{first}">{name}</option>'
+    options = "".join(f"<option>{html.escape(model)}</option>" for model in models)
+    hint = DEMO_HINT if proxy.config.demo else "Send a prompt to a configured model."
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>proxy.py</title>
+<meta name="viewport" content="width=device-width"><style>{PAGE_STYLE}</style>
+<h1>proxy.py</h1><p>{hint}</p><form id="form">
+<label>Provider <select id="provider">{providers}</select></label>
+<label>Model <input id="model" list="models"></label><datalist id="models">{options}</datalist>
+<label><input type="checkbox" id="think"> show thinking</label>
+<label>Key <input id="key" type="password" placeholder="where one is needed"></label>
+<p><textarea id="prompt" rows="4" required autofocus>Say hello.</textarea></p>
+<button id="send">Send</button> <button id="stop" type="button">Stop</button>
+</form><pre id="answer"></pre><p id="facts" role="status"></p><script>{PAGE_SCRIPT}</script></html>
+"""
 
 
 # ---- Demo --------------------------------------------------------------------------------------
 # A vendor inside the process: it answers the real request of an adapter with the bytes that vendor
 # would send, at a believable pace. Only the network is missing.
 
-DEMO_TEXT = (
-    "Hello! This answer comes from the demo provider inside proxy.py: no vendor was called and "
-    "nothing was spent. Everything else is real, from the request your page sent to the tokens "
-    "you are reading. "
-)
+DEMO_HINT = """Demo: no vendor is called. Begin the prompt with /tool, /think, /long, /error or /cut
+to see that kind of answer."""
+DEMO_TEXT = """Hello! This answer comes from the demo provider inside proxy.py: no vendor was called
+and nothing was spent. Everything else is real, from the request your page sent to the tokens you
+are reading. """
+DEMO_THOUGHT = "The person wants to see thinking. I think a little, then I answer. "
 
-# The vendors' events, by dialect and by the kind of thing said; %s is filled in with JSON.
-DEMO_EVENTS: dict[str, dict[str, str]] = {
-    "messages": {
-        "start": '{"type":"message_start","message":{"usage":{"input_tokens":25}}}',
-        "Text": '{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":%s}}',
-        "Thinking": '{"type":"content_block_delta","index":0,'
-        '"delta":{"type":"thinking_delta","thinking":%s}}',
-        "ToolUse": '{"type":"content_block_start","index":1,"content_block":'
-        '{"type":"tool_use","id":"toolu_demo","name":%s,"input":{"city":"Paris"}}}',
-        "tool_calls": '{"type":"message_delta","delta":{"stop_reason":"tool_use"},'
-        '"usage":{"output_tokens":%s}}\n\ndata: {"type":"message_stop"}',
-        "stop": '{"type":"message_delta","delta":{"stop_reason":"end_turn"},'
-        '"usage":{"output_tokens":%s}}\n\ndata: {"type":"message_stop"}',
-    },
-    "responses": {
-        "start": '{"type":"response.created","response":{}}',
-        "Text": '{"type":"response.output_text.delta","delta":%s}',
-        "Thinking": '{"type":"response.reasoning_summary_text.delta","delta":%s}',
-        "ToolUse": '{"type":"response.output_item.added","item":{"type":"function_call",'
-        '"id":"fc_demo","call_id":"call_demo","name":%s}}\n\ndata: {"type":'
-        '"response.function_call_arguments.done","item_id":"fc_demo",'
-        '"arguments":"{\\"city\\":\\"Paris\\"}"}',
-        "stop": '{"type":"response.completed","response":{"usage":'
-        '{"input_tokens":25,"output_tokens":%s}}}',
-    },
-    "chat": {
-        "start": '{"choices":[{"delta":{"role":"assistant"}}]}',
-        "Text": '{"choices":[{"delta":{"content":%s}}]}',
-        "Thinking": '{"choices":[{"delta":{"reasoning_content":%s}}]}',
-        "ToolUse": '{"choices":[{"delta":{"tool_calls":[{"index":0,"id":"call_demo","function":'
-        '{"name":%s,"arguments":"{\\"city\\":\\"Paris\\"}"}}]}}]}',
-        "stop": '{"choices":[],"usage":{"prompt_tokens":25,"completion_tokens":%s}}'
-        "\n\ndata: [DONE]",
-    },
+# What a vendor sends, by dialect and by the kind of thing said: one event a line.
+DEMO_EVENTS = {
+    "messages": """
+start {"type":"message_start","message":{"usage":{"input_tokens":25}}}
+text {"type":"content_block_delta","delta":{"type":"text_delta","text":%s}}
+think {"type":"content_block_delta","delta":{"type":"thinking_delta","thinking":%s}}
+tool {"type":"content_block_start","index":1,"content_block":{"type":"tool_use","id":"1","name":%s}}
+args {"type":"content_block_delta","index":1,"delta":{"type":"input_json_delta","partial_json":%s}}
+args {"type":"message_delta","delta":{"stop_reason":"tool_use"}}
+end {"type":"message_delta","delta":{},"usage":{"output_tokens":%s}}
+end {"type":"message_stop"}""",
+    "responses": """
+start {"type":"response.created","response":{}}
+text {"type":"response.output_text.delta","delta":%s}
+think {"type":"response.reasoning_summary_text.delta","delta":%s}
+tool {"type":"response.output_item.added",\
+"item":{"type":"function_call","id":"fc_1","call_id":"call_1","name":%s}}
+args {"type":"response.function_call_arguments.done","item_id":"fc_1","arguments":%s}
+end {"type":"response.completed","response":{"usage":{"input_tokens":25,"output_tokens":%s}}}""",
+    "chat": """
+start {"choices":[{"delta":{"role":"assistant"}}]}
+text {"choices":[{"delta":{"content":%s}}]}
+think {"choices":[{"delta":{"reasoning_content":%s}}]}
+tool {"choices":[{"delta":{"tool_calls":[{"index":0,"id":"1","function":{"name":%s}}]}}]}
+args {"choices":[{"delta":{"tool_calls":[{"index":0,"function":{"arguments":%s}}]}}]}
+end {"choices":[],"usage":{"prompt_tokens":25,"completion_tokens":%s}}
+end [DONE]""",
 }
 
 
@@ -3209,35 +2915,26 @@ class DemoTransport(httpx.AsyncBaseTransport):
         dialect = next(name for name, a in ADAPTERS.items() if request.url.path.endswith(a.path))
         tool = (body.get("tools") or [{"name": "get_weather"}])[0]
         name = tool.get("name") or tool["function"]["name"]
-        return httpx.Response(200, stream=DemoStream(DEMO_EVENTS[dialect], prompt, name))
+        return httpx.Response(200, content=demo_answer(dialect, prompt, name))
 
 
-class DemoStream(httpx.AsyncByteStream):
-    def __init__(self, events: dict[str, str], prompt: str, tool: str) -> None:
-        self.events = events
-        self.said = [("Text", word) for word in re.findall(r"\S+\s*", DEMO_TEXT)]
-        end = "stop"
-        if prompt.startswith("/long"):
-            self.said *= 20
-        elif prompt.startswith("/cut"):
-            del self.said[12:]
-            end = ""
-        elif prompt.startswith("/think"):
-            thoughts = "The person wants to see thinking. I think a little, then I answer. "
-            self.said[:0] = [("Thinking", word) for word in re.findall(r"\S+\s*", thoughts)]
-        elif prompt.startswith("/tool"):
-            self.said, end = [("Text", "Let me look that up. "), ("ToolUse", tool)], "tool_calls"
-        self.end = events.get(end, events["stop"] if end else "")
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        yield b"data: %b\n\n" % self.events["start"].encode()
-        for kind, text in self.said:
-            await asyncio.sleep(0.03)
-            yield (
-                b"data: %b\n\n" % (self.events[kind] % msgspec.json.encode(text).decode()).encode()
-            )
-        if self.end:
-            yield b"data: %b\n\n" % (self.end % len(self.said)).encode()
+async def demo_answer(dialect: str, prompt: str, tool: str) -> AsyncIterator[bytes]:
+    said: list[tuple[str, Any]] = [("text", word) for word in re.findall(r"\S+\s*", DEMO_TEXT)]
+    match prompt.split()[:1]:
+        case ["/long"]:
+            said *= 20
+        case ["/think"]:
+            said[:0] = [("think", word) for word in re.findall(r"\S+\s*", DEMO_THOUGHT)]
+        case ["/tool"]:
+            said = [("text", "Let me see. "), ("tool", tool), ("args", '{"city":"Paris"}')]
+    said = [("start", ""), *said, ("end", len(said))]
+    for kind, value in said[:12] if prompt.startswith("/cut") else said:
+        for line in DEMO_EVENTS[dialect].splitlines():
+            name, _, event = line.partition(" ")
+            if name == kind:
+                event = event.replace("%s", msgspec.json.encode(value).decode())
+                yield b"data: %b\n\n" % event.encode()
+        await asyncio.sleep(0.03)
 
 
 # ---- Command line ------------------------------------------------------------------------------
@@ -3254,7 +2951,6 @@ def __getattr__(name: str) -> Any:
 
 def load_app(config: Config, public: bool) -> App:
     """What a Granian worker runs; at module level, so that a spawned process finds it."""
-    set_up_logging(config.server.log_level)
     app = create_app(config, public=public, standalone=True)
     set_up_logging(config.server.log_level, app.proxy.secrets)
     return app
@@ -3263,9 +2959,8 @@ def load_app(config: Config, public: bool) -> App:
 def set_up_logging(level: str, known: Iterable[str] = ()) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LogFormat(sys.stderr.isatty(), known))
-    LOG.handlers[:] = [handler]
+    LOG.handlers, LOG.propagate = [handler], False
     LOG.setLevel(level.upper())
-    LOG.propagate = False
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -3280,10 +2975,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--demo", action="store_true", help="answer from a built-in model instead of the vendors")
     add("--version", action="version", version=f"{name} {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="")
-    usage = commands.add_parser("usage", help="print what was used, from the ledger")
-    usage.add_argument("--since", default="7d", help="how far back, like 12h (%(default)s)")
-    usage.add_argument("--by", choices=GROUPS, default="day", help="one row each (%(default)s)")
-    usage.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add = commands.add_parser("usage", help="print what was used, from the ledger").add_argument
+    add("--since", default="7d", help="how far back, like 12h (%(default)s)")
+    add("--by", choices=GROUPS, default="day", help="one row each (%(default)s)")
+    add("--json", action="store_true", help="print JSON instead of a table")
     return parser.parse_args(arguments)
 
 
@@ -3293,24 +2988,22 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = configure(options, os.environ)
         set_up_logging(config.server.log_level)
+        public = not is_loopback(config.server.host)
         if options.command == "usage":
             print(show_usage(config, options))
-            return 0
-        public = not is_loopback(config.server.host)
-        if options.check:
+        elif options.check:
             return print_check(config, os.environ, public)
-        create_app(config, public=public)  # whatever is wrong is said once, not by each worker
-        address = check_port(config.server.host, config.server.port)
+        else:
+            serve(config, public)
     except ConfigError as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         return 2
-    serve(config, address, public)
     return 0
 
 
 def configure(options: argparse.Namespace, environ: Map[str, str]) -> Config:
-    given = {f"server.{name}": getattr(options, name) for name in ("host", "port", "workers")}
-    given = {key: value for key, value in given.items() if value is not None}
+    names = ("host", "port", "workers")
+    given = {f"server.{n}": v for n in names if (v := getattr(options, n)) is not None}
     if options.demo:
         given = {"demo": True, "server.host": "127.0.0.1"} | given
     elif environ.get("PORT"):
@@ -3337,26 +3030,21 @@ def check_port(host: str, port: int) -> str:
     return str(place[0])
 
 
-def serve(config: Config, address: str, public: bool) -> None:
+def serve(config: Config, public: bool) -> None:
     from granian import Granian
     from granian.constants import HTTPModes, Interfaces, Loops
 
+    create_app(config, public=public)  # whatever is wrong is said once, not by each worker
     server, places = config.server, max(1024, 2 * config.limits.concurrent_total)
+    address = check_port(server.host, server.port)
     LOG.info("serving http://%s:%s", server.host, server.port)
-    Granian(
-        "proxy",
-        address=address,
-        port=server.port,
-        interface=Interfaces.ASGI,
-        loop=Loops.asyncio if sys.platform == "win32" else Loops.uvloop,
-        http=HTTPModes.http1,
-        websockets=False,
-        backlog=places,
-        backpressure=places,  # counts connections, idle ones too; beyond it the next client hangs
-        log_enabled=False,
-        respawn_failed_workers=True,
-        workers_kill_timeout=int(server.drain) + 5,
-    ).serve(target_loader=functools.partial(load_app, config, public), wrap_loader=False)
+    granian = Granian(
+        "proxy", address=address, port=server.port, interface=Interfaces.ASGI, websockets=False,
+        loop=Loops.asyncio if sys.platform == "win32" else Loops.uvloop, http=HTTPModes.http1,
+        backlog=places, backpressure=places,  # of connections; beyond it the next client hangs
+        log_enabled=False, respawn_failed_workers=True, workers_kill_timeout=int(server.drain) + 5,
+    )  # fmt: skip
+    granian.serve(target_loader=functools.partial(load_app, config, public), wrap_loader=False)
 
 
 def print_check(config: Config, environ: Map[str, str], public: bool) -> int:
@@ -3370,9 +3058,9 @@ def print_check(config: Config, environ: Map[str, str], public: bool) -> int:
     for name, model in config.models.items():
         lines.append(("model", f"{name}: {', then '.join((model.target, *model.fallback))}"))
     origins = [*server.cors_origins, *(() if public else ("this machine's",))]
+    rates = f"{limits.requests_per_minute:g} requests and {limits.tokens_per_minute:,} tokens"
     lines.append(("origins", ", ".join(origins) or "none"))
     lines.append(("clients", ", ".join(config.clients) or "no keys: each address is a client"))
-    rates = f"{limits.requests_per_minute:g} requests and {limits.tokens_per_minute:,} tokens"
     lines.append(("limits", f"{rates} a minute, {limits.concurrent} at a time, per client"))
     lines.append(("ledger", config.ledger.path or "none"))
     lines.append(("cache", "on" if config.cache.enabled else "off"))
@@ -3396,13 +3084,10 @@ def show_usage(config: Config, options: argparse.Namespace) -> str:
     rows = read_totals(path, since, options.by)
     if options.json:
         return msgspec.json.encode(rows).decode()
-    lines: list[tuple[str, ...]] = [
-        (options.by, "requests", "errors", "input", "output", "USD", "unpriced")
-    ]
-    lines += [tuple(map(str, astuple(row))) for row in rows]
+    lines = [f"{options.by} requests errors input output USD unpriced".split()]
+    lines += [[str(cell) for cell in astuple(row)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = ([cell.rjust(w) for cell, w in zip(line, widths, strict=True)] for line in lines)
-    return "\n".join("  ".join(line) for line in padded)
+    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
 
 
 if __name__ == "__main__":
