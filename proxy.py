@@ -915,6 +915,14 @@ class Bucket:
         return self.level
 
 
+class Limiter(Protocol):
+    async def take(self, client: str, requests: int, tokens: int) -> Taken:
+        """Take from both of the client's buckets, or from neither."""
+
+    async def give_back(self, client: str, tokens: int) -> None:
+        """Correct an estimate: put `tokens` back, or take more of them when negative."""
+
+
 class MemoryLimiter:
     """Remembers the clients seen last; one it has forgotten has full buckets again."""
 
@@ -933,7 +941,6 @@ class MemoryLimiter:
         return pair
 
     async def take(self, client: str, requests: int, tokens: int) -> Taken:
-        """Take from both of the client's buckets, or from neither."""
         first, second = self.of(client)
         for kind, bucket, wanted in (("requests", first, requests), ("tokens", second, tokens)):
             if bucket.level < wanted:
@@ -944,7 +951,6 @@ class MemoryLimiter:
         return Taken(first.level, second.level)
 
     async def give_back(self, client: str, tokens: int) -> None:
-        """Correct an estimate: put `tokens` back, or take more of them when negative."""
         self.of(client)[1].level += tokens
 
 
@@ -2067,6 +2073,9 @@ def spell(usage: Usage) -> dict[str, int]:
     return both | cached
 
 
+parse_url = functools.lru_cache(100)(httpx.URL)
+
+
 class Attempt:
     """One try at one target: sends the request, reads the answer, and closes the connection or,
     where the answer was complete, hands it back for the next one."""
@@ -2089,7 +2098,8 @@ class Attempt:
         headers |= {"accept-encoding": "identity", "user-agent": f"proxy.py/{__version__}"}
         headers |= self.adapter.headers(self.key)
         limits = {"timeout": {"connect": self.times.connect, "pool": self.times.connect}}
-        url, body, self.body = self.adapter.url(), self.body, b""  # a long stream need not keep it
+        body, self.body = self.body, b""  # a long stream need not keep it
+        url = parse_url(self.adapter.url())
         request = httpx.Request("POST", url, headers=headers, content=body, extensions=limits)
         self.response = response = await self.transport.handle_async_request(request)
         if response.status_code != 200:
@@ -2152,12 +2162,14 @@ class Attempt:
         """The end of the HTTP message may come after the last event: only when it has been read
         can the connection serve again."""
         if self.response:
-            with contextlib.suppress(Exception):
+            try:
                 if self.adapter.complete:
-                    async with asyncio.timeout(1):
-                        async for _ in self.chunks:
-                            pass
-            await self.response.stream.aclose()  # type: ignore[union-attr]
+                    with contextlib.suppress(Exception):
+                        async with asyncio.timeout(1):
+                            async for _ in self.chunks:
+                                pass
+            finally:
+                await self.response.stream.aclose()  # type: ignore[union-attr]
 
 
 async def read_refusal(response: httpx.Response) -> UpstreamError:
@@ -2221,7 +2233,7 @@ class Proxy:
         self.secrets = (*self.keys.values(), config.server.admin_token)
         self.clients = Clients(config, environ, public)
         self.prices, self.metrics = Prices(config.prices), Metrics()
-        self.limiter = MemoryLimiter(config.limits, time.monotonic)
+        self.limiter: Limiter = MemoryLimiter(config.limits, time.monotonic)
         self.cache = MemoryCache(config.cache, time.monotonic) if config.cache.enabled else None
         self.flights: dict[str, Flight] = {}
         self.live: set[Call] = set()
@@ -2482,7 +2494,7 @@ class Proxy:
                 await asyncio.wait((call.leads.task,))
         if call.settled:
             return
-        call.settled, written = True, None
+        call.settled, call.placed, written = True, False, None
         entry, account, failure = call.entry, call.account, call.failure
         entry.duration = round(time.monotonic() - call.started, 4)
         if failure:
@@ -2561,9 +2573,9 @@ async def read_body(receive: Receive, headers: Headers, limits: Limits) -> bytes
                 if message["type"] == "http.disconnect":
                     raise ClientGone
                 body += message.get("body", b"")
-                if len(body) > limits.max_body:
-                    raise too_large
                 more = message.get("more_body", False)
+                if len(body) > limits.max_body * (2 if more else 1):
+                    raise too_large  # not at the first byte too many: who still sends hears nothing
     except TimeoutError:
         text = f"body: not complete after {limits.body_timeout:g} s"
         raise ProxyError(408, "body_timeout", text) from None
