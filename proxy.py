@@ -2852,12 +2852,13 @@ PAGE_CSP = (
 
 
 def render_page(proxy: Proxy) -> str:
-    providers, models = "", [*proxy.config.models]
+    prices, providers, models = built_in_prices(), "", [*proxy.config.models]
     for name in proxy.keys:
         settings = proxy.config.providers[name]
-        offered = [model for model in built_in_prices() if matches(model, settings.models)]
+        offered = [model for model in prices if matches(model, settings.models)]
         models += offered
-        first = html.escape(settings.default_model or next(iter(offered), ""))
+        cheapest = min(offered, key=lambda model: prices[model].output, default="")
+        first = html.escape(settings.default_model or cheapest)
         providers += f'<option data-model="{first}">{name}</option>'
     options = "".join(f"<option>{html.escape(model)}</option>" for model in models)
     hint = DEMO_HINT if proxy.config.demo else "Send a prompt to a configured model."
@@ -2888,9 +2889,11 @@ DEMO_THOUGHT = "The person wants to see thinking. I think a little, then I answe
 # What a vendor sends, by dialect and by the kind of thing said: one event a line.
 DEMO_EVENTS = {
     "messages": """
-start {"type":"message_start","message":{"usage":{"input_tokens":25}}}
-text {"type":"content_block_delta","delta":{"type":"text_delta","text":%s}}
-think {"type":"content_block_delta","delta":{"type":"thinking_delta","thinking":%s}}
+start {"type":"message_start","message":{"role":"assistant","usage":{"input_tokens":25}}}
+start {"type":"content_block_start","index":0,"content_block":{"type":"text","text":""}}
+start {"type":"ping"}
+text {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":%s}}
+think {"type":"content_block_delta","index":0,"delta":{"type":"thinking_delta","thinking":%s}}
 tool {"type":"content_block_start","index":1,"content_block":{"type":"tool_use","id":"1","name":%s}}
 args {"type":"content_block_delta","index":1,"delta":{"type":"input_json_delta","partial_json":%s}}
 args {"type":"message_delta","delta":{"stop_reason":"tool_use"}}
@@ -2931,12 +2934,12 @@ class DemoTransport(httpx.AsyncBaseTransport):
 
 
 async def demo_answer(dialect: str, prompt: str, tool: str) -> AsyncIterator[bytes]:
-    said: list[tuple[str, Any]] = [("text", word) for word in re.findall(r"\S+\s*", DEMO_TEXT)]
+    said: list[tuple[str, Any]] = [("text", f"{word} ") for word in DEMO_TEXT.split()]
     match prompt.split()[:1]:
         case ["/long"]:
             said *= 20
         case ["/think"]:
-            said[:0] = [("think", word) for word in re.findall(r"\S+\s*", DEMO_THOUGHT)]
+            said[:0] = [("think", f"{word} ") for word in DEMO_THOUGHT.split()]
         case ["/tool"]:
             said = [("text", "Let me see. "), ("tool", tool), ("args", '{"city":"Paris"}')]
     said = [("start", ""), *said, ("end", len(said))]
@@ -2945,6 +2948,8 @@ async def demo_answer(dialect: str, prompt: str, tool: str) -> AsyncIterator[byt
             name, _, event = line.partition(" ")
             if name == kind:
                 event = event.replace("%s", msgspec.json.encode(value).decode())
+                named = re.match(r'{"type":"([\w.]+)"', event)
+                yield (f"event: {named[1]}\n" if named else "").encode()
                 yield b"data: %b\n\n" % event.encode()
         await asyncio.sleep(0.03)
 
