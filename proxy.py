@@ -136,7 +136,7 @@ class Limits(Table, frozen=True):
     burst: Count = 10
     tokens_per_minute: Count = 100_000
     concurrent: Count = 4
-    concurrent_total: Count = 1000
+    concurrent_total: Annotated[int, Meta(ge=1, le=100_000)] = 1000
     max_tokens: Count = 4096
     max_body: Size = Size(8 * 2**20)
     body_timeout: Duration = Duration(15)
@@ -548,7 +548,7 @@ class Request(Sampling, kw_only=True):
 
     def characters(self) -> int:
         """Of text and tools, not of images."""
-        fields = ("text", "name", "arguments", "content")
+        fields = ("text", "id", "name", "arguments", "content", "url")
         text = sum(len(getattr(part, name, "")) for part in self.parts() for name in fields)
         return len(self.system) + text + len(msgspec.json.encode(self.tools))
 
@@ -586,14 +586,14 @@ class Failure(Struct, tag=True):
 Event = Text | Thinking | ToolUse | Finish | Failure
 Batch = list[Event]  # the events of one network read
 
-StopText = Annotated[str, Meta(max_length=1000)]
+StopText = Annotated[str, Meta(max_length=100)]  # each is looked for at every token
 StopTexts = Annotated[list[StopText], Meta(max_length=16)]
 
 
 class Body(Sampling):
     """A request body of either family. What is not named here is dropped and reported."""
 
-    model: str | None = None
+    model: Annotated[str, Meta(max_length=200, pattern="^[ -~]*$")] | None = None
     messages: list[Any] | None = None
     input: str | list[Any] | None = None
     system: str | list[Any] | None = None
@@ -764,6 +764,7 @@ def read_tool(tool: Any, where: str) -> Tool:
     match tool:
         case {"definition": dict(inner)} | {"function": dict(inner)} | dict(inner):
             if (kind := tool.get("type", "function")) not in ("function", "custom"):
+                kind = redact(str(kind), length=50)
                 raise BadRequest(f"{where}.type: {kind!r} runs at the vendor and is not allowed")
             schema = inner.get("parameters") or inner.get("input_schema") or {"properties": {}}
             if isinstance(name := inner.get("name"), str) and name and isinstance(schema, dict):
@@ -1844,17 +1845,22 @@ def read_totals(path: Path, since: float, by: str, client: str = "") -> list[Tot
     return [Totals(*row[:5], usd, row[6]) for row, usd in zip(rows, sums, strict=True)]  # type: ignore[call-arg]
 
 
+def open_ledger(path: Path) -> sqlite3.Connection:
+    try:
+        database = sqlite3.connect(path, check_same_thread=False)
+        database.executescript(SCHEMA)
+    except sqlite3.Error as error:
+        raise ConfigError(f"ledger.path: {path} cannot be written ({error})") from None
+    return database
+
+
 class Ledger:
     def __init__(self, path: Path, keep: float, clock: Callable[[], float]) -> None:
         self.path, self.keep, self.clock = path, keep, clock
         self.healthy = True
         self.rows: list[tuple[Any, ...]] = []
         self.thread, self.turn = ThreadPoolExecutor(1), asyncio.Lock()
-        try:
-            self.database = sqlite3.connect(path, check_same_thread=False)
-            self.database.executescript(SCHEMA)
-        except sqlite3.Error as error:
-            raise ConfigError(f"ledger.path: {path} cannot be written ({error})") from None
+        self.database = open_ledger(path)
 
     def record(self, entry: Entry) -> Awaitable[None]:
         """Done when the row is on disk. Never raises: a full disk must not end an answer."""
@@ -1962,7 +1968,8 @@ class LogFormat(logging.Formatter):
         level, event = record.levelname.lower(), record.getMessage()
         if self.terminal:
             clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-            return " ".join((clock, level, event, *(f"{k}={v}" for k, v in fields.items())))
+            shown = (f"{name}={redact(str(value), length=4000)}" for name, value in fields.items())
+            return " ".join((clock, level, event, *shown))
         line = {"time": round(record.created, 3), "level": level, "event": event}
         return msgspec.json.encode(line | fields).decode()
 
@@ -2269,8 +2276,8 @@ class Proxy:
             call.client = self.clients.identify(scope, call.headers)
             call.entry.client = call.client.id
             self.check_places(call)
-            body = await read_body(receive, call.headers, self.config.limits)
             try:
+                body = await read_body(receive, call.headers, self.config.limits)
                 targets = self.read(call, provider, body)
             finally:  # a body that is refused counts as a request too
                 await self.take(call)
@@ -2401,7 +2408,10 @@ class Proxy:
         if self.cache is None or "no-cache" in call.headers.get("cache-control", ""):
             return self.upstream(call, targets)
         scope = "" if self.config.cache.shared else call.client.id
-        key = sha256(repr((scope, targets, call.request)))
+        try:
+            key = sha256(repr((scope, targets, call.request)))
+        except RecursionError:
+            raise BadRequest("tools: are nested too deeply") from None
         if answer := await self.cache.get(key):
             call.entry.cache = "hit"
             call.account.usage, call.account.dropped = answer.usage, answer.dropped
@@ -2414,8 +2424,12 @@ class Proxy:
             landed = functools.partial(self.keep, key)
             call.leads = flight = Flight(self.upstream(call, targets), call.account, landed)
             self.flights[key] = flight
-            flight.task.add_done_callback(lambda _: self.flights.pop(key, None))
+            flight.task.add_done_callback(lambda _: self.forget(key, flight))
         return flight.read()
+
+    def forget(self, key: str, flight: Flight) -> None:
+        if self.flights.get(key) is flight:  # else a later one has taken its place
+            del self.flights[key]
 
     async def keep(self, key: str, flight: Flight) -> None:
         finish, account = flight.batches[-1][-1], flight.account
@@ -2451,7 +2465,9 @@ class Proxy:
                 account.provider, account.model = provider, model
                 account.dropped = attempt.adapter.dropped
                 account.bound = input_bound(attempt.body, call.request)
-                account.hidden = bool(attempt.adapter.can & {"always", "on", "off"})
+                # thinking that is not shown, or only its summary, is billed all the same
+                summarized = bool(call.request.thinking) and "adaptive" in attempt.adapter.can
+                account.hidden = attempt.adapter.reasons or summarized
                 account.billed = True  # until it is known better; also where the caller leaves
                 begun, began = False, now() - account.seconds
                 try:
@@ -2472,6 +2488,8 @@ class Proxy:
                     error = classify(failed)
                 finally:
                     account.seconds = now() - began
+                    calls = attempt.adapter.calls.values()  # the vendor has said them, we not yet
+                    account.produced += sum(len((c.name + c.arguments).encode()) for c in calls)
                     await attempt.close()
                 error.message = redact(error.message, self.secrets)
                 if error.status == 504:
@@ -2546,7 +2564,8 @@ class Proxy:
         fields = asdict(entry) | {"dropped": ", ".join(call.dropped + call.account.dropped)}
         fields |= {"time": None, "cost": entry.cost and float(entry.cost)}
         LOG.info("request", extra={"fields": {k: v for k, v in fields.items() if v}})
-        if entry.outcome == "rejected":  # these cost nothing: a flood must not fill the disk
+        # what asked nothing of a vendor costs nothing: a flood of it must not fill the disk
+        if entry.outcome == "rejected" or not entry.model:
             if self.rejected_rows.refill(time.monotonic()) < 1:
                 return None
             self.rejected_rows.level -= 1
@@ -3051,10 +3070,12 @@ def serve(config: Config, public: bool) -> None:
     from granian import Granian
     from granian.constants import HTTPModes, Interfaces, Loops
 
-    create_app(config, public=public)  # whatever is wrong is said once, not by each worker
+    create_app(config, public=public)  # whatever is wrong is said here: a worker is not heard
+    if config.ledger.path and not config.demo:
+        open_ledger(Path(__file__).parent / config.ledger.path).close()
     server, places = config.server, max(1024, 2 * config.limits.concurrent_total)
     address = check_port(server.host, server.port)
-    LOG.info("serving http://%s:%s", server.host, server.port)
+    LOG.info("serving http://%s:%s", f"[{address}]" if ":" in address else server.host, server.port)
     granian = Granian(
         "proxy", address=address, port=server.port, interface=Interfaces.ASGI, websockets=False,
         loop=Loops.asyncio if sys.platform == "win32" else Loops.uvloop, http=HTTPModes.http1,
@@ -3097,7 +3118,8 @@ def show_usage(config: Config, options: argparse.Namespace) -> str:
         raise ConfigError(f"--since: {error}") from None
     path = Path(__file__).parent / config.ledger.path
     if not path.is_file():
-        raise ConfigError(f"ledger.path: there is no ledger at {path} yet")
+        where = path if config.ledger.path else '"", so none is kept'
+        raise ConfigError(f"ledger.path: there is no ledger at {where}")
     rows = read_totals(path, since, options.by)
     if options.json:
         return msgspec.json.encode(rows).decode()

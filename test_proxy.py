@@ -5126,6 +5126,76 @@ def test_a_caller_that_leaves_closes_the_upstream(
     connection.close()
 
 
+def test_a_tool_call_that_is_left_is_charged_for_what_the_vendor_has_said(
+    plain_server: Server, upstream: Upstream
+) -> None:
+    """Its arguments become an event only at the end, but they are billed before."""
+    events = responses_events(["Hel"], tools=(("c", "f", "y" * 5000),))
+    reached = threading.Event()
+    upstream.play([*stream(*events[:-1], end=False), tell(reached), HANG])
+    number = next(IDS)
+    body = ask(model="gpt-4o", max_tokens=4000, tools=[{"name": "f"}])
+    headers = {"X-Request-ID": number}
+    connection = plain_server.connect("/api/openai", json_body=body, headers=headers)
+    assert reached.wait(5)
+    read_until(connection, b"Hel")
+    connection.close()
+    row = last_row(plain_server, number)
+    assert (row["outcome"], row["estimated"], row["output_tokens"]) == ("cancelled", 1, 4000)
+
+
+LONG_URL = {"type": "image", "source": {"url": "https://a.example/" + "a" * 500_000}}
+LONG_ID = {"type": "tool_use", "id": "a" * 500_000, "name": "n"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"model": "gpt-" + "a" * 300}, id="model too long"),
+        pytest.param({"model": "gpt-\n12:00:00 info"}, id="model with a line break"),
+        pytest.param({"stop": "x" * 101}, id="stop too long"),
+        pytest.param({"messages": [{"role": "user", "content": [LONG_URL]}]}, id="image URL"),
+        pytest.param({"messages": [{"role": "assistant", "content": [LONG_ID]}]}, id="id"),
+        pytest.param({"tools": [{"name": "a", "type": "x" * 100_000}]}, id="tool type too long"),
+    ],
+)
+def test_what_has_no_end_is_refused_in_few_words(change: dict[str, Any]) -> None:
+    with pytest.raises(proxy.BadRequest) as refused:
+        proxy.parse_body(json.dumps(ask() | change).encode(), proxy.Limits())
+    assert len(refused.value.message) < 300
+
+
+def test_a_flight_that_ends_late_leaves_its_successor_alone() -> None:
+    environ = {"ANTHROPIC_API_KEY": ANTHROPIC_KEY}
+    hub = proxy.Proxy(proxy.load_config(environ=environ), environ, False, time.time)
+    old: Any = object()
+    new: Any = object()
+    hub.flights["key"] = new
+    hub.forget("key", old)
+    assert hub.flights == {"key": new}
+    hub.forget("key", new)
+    assert hub.flights == {}
+
+
+def test_a_caller_that_leaves_with_half_a_body_pays_a_request(serve: Serve) -> None:
+    server = serve("[limits]\nburst = 2\nrequests_per_minute = 1")
+    head = "POST /api/anthropic HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
+    for _ in range(2):
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(f"{head}\r\nContent-Length: 100\r\n\r\n{{".encode())
+    wait_for(lambda: len(server.log("request")) == 2)
+    assert server.post().status_code == 429
+
+
+def test_a_ledger_that_cannot_be_written_is_said_before_anything_starts(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text('[ledger]\npath = "/nonexistent/ledger.sqlite3"')
+    environ = {"ANTHROPIC_API_KEY": ANTHROPIC_KEY}
+    done = run_proxy("--config", str(file), "--port", str(free_port()), environ=environ)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "ledger.path" in done.stderr
+
+
 def test_a_caller_that_leaves_in_a_retry_pause_ends_the_retries(
     plain_server: Server, upstream: Upstream
 ) -> None:
