@@ -684,7 +684,8 @@ def read_items(items: list[Any], key: str, dropped: list[str]) -> list[Message]:
                     role = "assistant" if user_seen else "system"
                 messages.append(Message(role, read_content(item, where, dropped)))
             case _:
-                raise BadRequest(f"{where}: must be an object with a role, or a function_call")
+                roles = "user, assistant, system, developer, or tool with its tool_call_id"
+                raise BadRequest(f"{where}: needs a role ({roles}), or must be a function_call")
     return messages
 
 
@@ -2241,7 +2242,8 @@ class Proxy:
         self.clients = Clients(config, environ, public)
         self.prices, self.metrics = Prices(config.prices), Metrics()
         self.limiter: Limiter = MemoryLimiter(config.limits, time.monotonic)
-        self.cache = MemoryCache(config.cache, time.monotonic) if config.cache.enabled else None
+        cached = config.cache.enabled
+        self.cache: Cache | None = MemoryCache(config.cache, time.monotonic) if cached else None
         self.flights: dict[str, Flight] = {}
         self.live: set[Call] = set()
         self.rejected_rows = Bucket(1, 1000, time.monotonic())
@@ -2622,6 +2624,172 @@ def open_session() -> aiohttp.ClientSession:
     )  # fmt: skip
 
 
+# ---- Demo --------------------------------------------------------------------------------------
+# A vendor inside the process: it answers the real request of an adapter with the bytes that vendor
+# would send, at a believable pace. Only the network is missing.
+
+DEMO_HINT = """Demo: no vendor is called. Begin the prompt with /tool, /think, /long, /error or /cut
+to see that kind of answer."""
+DEMO_TEXT = """Hello! This answer comes from the demo provider inside proxy.py: no vendor was called
+and nothing was spent. Everything else is real, from the request your page sent to the tokens you
+are reading. """
+DEMO_THOUGHT = "The person wants to see thinking. I think a little, then I answer. "
+
+# What a vendor sends, by dialect and by the kind of thing said: one event a line.
+DEMO_EVENTS = {
+    "messages": """
+start {"type":"message_start","message":{"role":"assistant","usage":{"input_tokens":25}}}
+start {"type":"content_block_start","index":0,"content_block":{"type":"text","text":""}}
+start {"type":"ping"}
+text {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":%s}}
+think {"type":"content_block_delta","index":0,"delta":{"type":"thinking_delta","thinking":%s}}
+tool {"type":"content_block_start","index":1,"content_block":{"type":"tool_use","id":"1","name":%s}}
+args {"type":"content_block_delta","index":1,"delta":{"type":"input_json_delta","partial_json":%s}}
+args {"type":"message_delta","delta":{"stop_reason":"tool_use"}}
+end {"type":"message_delta","delta":{},"usage":{"output_tokens":%s}}
+end {"type":"message_stop"}""",
+    "responses": """
+start {"type":"response.created","response":{}}
+text {"type":"response.output_text.delta","delta":%s}
+think {"type":"response.reasoning_summary_text.delta","delta":%s}
+tool {"type":"response.output_item.added",\
+"item":{"type":"function_call","id":"fc_1","call_id":"call_1","name":%s}}
+args {"type":"response.function_call_arguments.done","item_id":"fc_1","arguments":%s}
+end {"type":"response.completed","response":{"usage":{"input_tokens":25,"output_tokens":%s}}}""",
+    "chat": """
+start {"choices":[{"delta":{"role":"assistant"}}]}
+text {"choices":[{"delta":{"content":%s}}]}
+think {"choices":[{"delta":{"reasoning_content":%s}}]}
+tool {"choices":[{"delta":{"tool_calls":[{"index":0,"id":"1","function":{"name":%s}}]}}]}
+args {"choices":[{"delta":{"tool_calls":[{"index":0,"function":{"arguments":%s}}]}}]}
+end {"choices":[],"usage":{"prompt_tokens":25,"completion_tokens":%s}}
+end [DONE]""",
+}
+
+
+class DemoTransport(httpx.AsyncBaseTransport):
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        body = msgspec.json.decode(request.content)
+        last = (body.get("messages") or body.get("input"))[-1]
+        content = last.get("content", "") if last.get("role") == "user" else ""
+        prompt = content if isinstance(content, str) else content[0].get("text", "")
+        if prompt.startswith("/error"):
+            error = {"type": "overloaded_error", "message": "The demo model is overloaded"}
+            return httpx.Response(529, json={"type": "error", "error": error})
+        dialect = next(name for name, a in ADAPTERS.items() if request.url.path.endswith(a.path))
+        tool = (body.get("tools") or [{"name": "get_weather"}])[0]
+        name = tool.get("name") or tool["function"]["name"]
+        return httpx.Response(200, content=demo_answer(dialect, prompt, name))
+
+
+async def demo_answer(dialect: str, prompt: str, tool: str) -> AsyncIterator[bytes]:
+    said: list[tuple[str, Any]] = [("text", f"{word} ") for word in DEMO_TEXT.split()]
+    match prompt.split()[:1]:
+        case ["/long"]:
+            said *= 20
+        case ["/think"]:
+            said[:0] = [("think", f"{word} ") for word in DEMO_THOUGHT.split()]
+        case ["/tool"]:
+            said = [("text", "Let me see. "), ("tool", tool), ("args", '{"city":"Paris"}')]
+    said = [("start", ""), *said, ("end", len(said))]
+    for kind, value in said[:12] if prompt.startswith("/cut") else said:
+        for line in DEMO_EVENTS[dialect].splitlines():
+            name, _, event = line.partition(" ")
+            if name == kind:
+                event = event.replace("%s", msgspec.json.encode(value).decode())
+                named = re.match(r'{"type":"([\w.]+)"', event)
+                yield (f"event: {named[1]}\n" if named else "").encode()
+                yield b"data: %b\n\n" % event.encode()
+        await asyncio.sleep(0.03)
+
+
+# ---- Page --------------------------------------------------------------------------------------
+# A small page to try the proxy with. Model text reaches it only through textContent.
+
+PAGE_SCRIPT = """
+const $ = id => document.getElementById(id), provider = $("provider");
+let controller;
+$("stop").onclick = () => controller?.abort();
+provider.onchange = () => $("model").value = provider.selectedOptions[0].dataset.model;
+provider.onchange();
+$("form").onsubmit = async event => {
+  event.preventDefault();
+  controller?.abort();
+  controller = new AbortController();
+  $("answer").textContent = $("facts").textContent = "";
+  const started = performance.now(), headers = {"Content-Type": "application/json"};
+  if ($("key").value) headers.Authorization = "Bearer " + $("key").value;
+  const body = JSON.stringify({model: $("model").value, enable_thinking: $("think").checked,
+    messages: [{role: "user", content: $("prompt").value}]});
+  let first, rest = "";
+  const show = chunk => {
+    first ??= Math.round(performance.now() - started);
+    $("answer").textContent += chunk.token;
+    if (!chunk.isLast) return;
+    for (const {function: tool} of chunk.toolCalls ?? [])
+      $("answer").textContent += `\\n→ ${tool.name}(${tool.arguments})`;
+    const cost = chunk.costUsd === null ? "unknown" : "$" + chunk.costUsd;
+    $("facts").textContent = [`first token ${first} ms`, `${chunk.usage.totalTokens} tokens`,
+      `cost ${cost}`, chunk.finishReason].join(" · ");
+  };
+  try {
+    const reply = await fetch("api/" + provider.value,
+      {method: "POST", headers, body, signal: controller.signal});
+    if (!reply.ok) throw new Error((await reply.json()).error);
+    const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
+    for (let part; !(part = await reader.read()).done;) {
+      const lines = (rest + part.value).split("\\n");
+      rest = lines.pop();
+      for (const line of lines) {
+        if (line.startsWith("error: ")) throw new Error(JSON.parse(line.slice(7)).message);
+        if (line.startsWith("data: {")) show(JSON.parse(line.slice(6)));
+      }
+    }
+  } catch (error) {
+    $("facts").textContent = error.name === "AbortError" ? "stopped" : "Error: " + error.message;
+  }
+};
+"""
+PAGE_STYLE = """
+body { font: 16px system-ui; max-width: 44rem; margin: 2rem auto; padding: 0 1rem }
+textarea, pre { width: 100%; box-sizing: border-box; font: inherit; white-space: pre-wrap }
+"""
+
+
+def csp_hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+PAGE_CSP = (
+    f"default-src 'none'; script-src {csp_hash(PAGE_SCRIPT)}; style-src {csp_hash(PAGE_STYLE)}; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+def render_page(proxy: Proxy) -> str:
+    prices, providers, models = built_in_prices(), "", [*proxy.config.models]
+    for name in proxy.keys:
+        settings = proxy.config.providers[name]
+        offered = [model for model in prices if matches(model, settings.models)]
+        models += offered
+        cheapest = min(offered, key=lambda model: prices[model].output, default="")
+        first = html.escape(settings.default_model or cheapest)
+        providers += f'<option data-model="{first}">{name}</option>'
+    options = "".join(f"<option>{html.escape(model)}</option>" for model in models)
+    hint = DEMO_HINT if proxy.config.demo else "Send a prompt to a configured model."
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>proxy.py</title>
+<meta name="viewport" content="width=device-width"><style>{PAGE_STYLE}</style>
+<h1>proxy.py</h1><p>{hint}</p><form id="form">
+<label>Provider <select id="provider">{providers}</select></label>
+<label>Model <input id="model" list="models"></label><datalist id="models">{options}</datalist>
+<label><input type="checkbox" id="think"> show thinking</label>
+<label>Key <input id="key" type="password" placeholder="where one is needed"></label>
+<p><textarea id="prompt" rows="4" required autofocus>Say hello.</textarea></p>
+<button id="send">Send</button> <button id="stop" type="button">Stop</button>
+</form><pre id="answer"></pre><p id="facts" role="status"></p><script>{PAGE_SCRIPT}</script></html>
+"""
+
+
 # ---- HTTP --------------------------------------------------------------------------------------
 # The edge that every request passes, the routes, and the app that holds them.
 
@@ -2805,172 +2973,6 @@ def stop_on_signals(proxy: Proxy) -> None:
     if threading.current_thread() is threading.main_thread():
         for number in servers:
             signal.signal(number, handle)
-
-
-# ---- Page --------------------------------------------------------------------------------------
-# A small page to try the proxy with. Model text reaches it only through textContent.
-
-PAGE_SCRIPT = """
-const $ = id => document.getElementById(id), provider = $("provider");
-let controller;
-$("stop").onclick = () => controller?.abort();
-provider.onchange = () => $("model").value = provider.selectedOptions[0].dataset.model;
-provider.onchange();
-$("form").onsubmit = async event => {
-  event.preventDefault();
-  controller?.abort();
-  controller = new AbortController();
-  $("answer").textContent = $("facts").textContent = "";
-  const started = performance.now(), headers = {"Content-Type": "application/json"};
-  if ($("key").value) headers.Authorization = "Bearer " + $("key").value;
-  const body = JSON.stringify({model: $("model").value, enable_thinking: $("think").checked,
-    messages: [{role: "user", content: $("prompt").value}]});
-  let first, rest = "";
-  const show = chunk => {
-    first ??= Math.round(performance.now() - started);
-    $("answer").textContent += chunk.token;
-    if (!chunk.isLast) return;
-    for (const {function: tool} of chunk.toolCalls ?? [])
-      $("answer").textContent += `\\n→ ${tool.name}(${tool.arguments})`;
-    const cost = chunk.costUsd === null ? "unknown" : "$" + chunk.costUsd;
-    $("facts").textContent = [`first token ${first} ms`, `${chunk.usage.totalTokens} tokens`,
-      `cost ${cost}`, chunk.finishReason].join(" · ");
-  };
-  try {
-    const reply = await fetch("api/" + provider.value,
-      {method: "POST", headers, body, signal: controller.signal});
-    if (!reply.ok) throw new Error((await reply.json()).error);
-    const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
-    for (let part; !(part = await reader.read()).done;) {
-      const lines = (rest + part.value).split("\\n");
-      rest = lines.pop();
-      for (const line of lines) {
-        if (line.startsWith("error: ")) throw new Error(JSON.parse(line.slice(7)).message);
-        if (line.startsWith("data: {")) show(JSON.parse(line.slice(6)));
-      }
-    }
-  } catch (error) {
-    $("facts").textContent = error.name === "AbortError" ? "stopped" : "Error: " + error.message;
-  }
-};
-"""
-PAGE_STYLE = """
-body { font: 16px system-ui; max-width: 44rem; margin: 2rem auto; padding: 0 1rem }
-textarea, pre { width: 100%; box-sizing: border-box; font: inherit; white-space: pre-wrap }
-"""
-
-
-def csp_hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-PAGE_CSP = (
-    f"default-src 'none'; script-src {csp_hash(PAGE_SCRIPT)}; style-src {csp_hash(PAGE_STYLE)}; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-
-
-def render_page(proxy: Proxy) -> str:
-    prices, providers, models = built_in_prices(), "", [*proxy.config.models]
-    for name in proxy.keys:
-        settings = proxy.config.providers[name]
-        offered = [model for model in prices if matches(model, settings.models)]
-        models += offered
-        cheapest = min(offered, key=lambda model: prices[model].output, default="")
-        first = html.escape(settings.default_model or cheapest)
-        providers += f'<option data-model="{first}">{name}</option>'
-    options = "".join(f"<option>{html.escape(model)}</option>" for model in models)
-    hint = DEMO_HINT if proxy.config.demo else "Send a prompt to a configured model."
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>proxy.py</title>
-<meta name="viewport" content="width=device-width"><style>{PAGE_STYLE}</style>
-<h1>proxy.py</h1><p>{hint}</p><form id="form">
-<label>Provider <select id="provider">{providers}</select></label>
-<label>Model <input id="model" list="models"></label><datalist id="models">{options}</datalist>
-<label><input type="checkbox" id="think"> show thinking</label>
-<label>Key <input id="key" type="password" placeholder="where one is needed"></label>
-<p><textarea id="prompt" rows="4" required autofocus>Say hello.</textarea></p>
-<button id="send">Send</button> <button id="stop" type="button">Stop</button>
-</form><pre id="answer"></pre><p id="facts" role="status"></p><script>{PAGE_SCRIPT}</script></html>
-"""
-
-
-# ---- Demo --------------------------------------------------------------------------------------
-# A vendor inside the process: it answers the real request of an adapter with the bytes that vendor
-# would send, at a believable pace. Only the network is missing.
-
-DEMO_HINT = """Demo: no vendor is called. Begin the prompt with /tool, /think, /long, /error or /cut
-to see that kind of answer."""
-DEMO_TEXT = """Hello! This answer comes from the demo provider inside proxy.py: no vendor was called
-and nothing was spent. Everything else is real, from the request your page sent to the tokens you
-are reading. """
-DEMO_THOUGHT = "The person wants to see thinking. I think a little, then I answer. "
-
-# What a vendor sends, by dialect and by the kind of thing said: one event a line.
-DEMO_EVENTS = {
-    "messages": """
-start {"type":"message_start","message":{"role":"assistant","usage":{"input_tokens":25}}}
-start {"type":"content_block_start","index":0,"content_block":{"type":"text","text":""}}
-start {"type":"ping"}
-text {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":%s}}
-think {"type":"content_block_delta","index":0,"delta":{"type":"thinking_delta","thinking":%s}}
-tool {"type":"content_block_start","index":1,"content_block":{"type":"tool_use","id":"1","name":%s}}
-args {"type":"content_block_delta","index":1,"delta":{"type":"input_json_delta","partial_json":%s}}
-args {"type":"message_delta","delta":{"stop_reason":"tool_use"}}
-end {"type":"message_delta","delta":{},"usage":{"output_tokens":%s}}
-end {"type":"message_stop"}""",
-    "responses": """
-start {"type":"response.created","response":{}}
-text {"type":"response.output_text.delta","delta":%s}
-think {"type":"response.reasoning_summary_text.delta","delta":%s}
-tool {"type":"response.output_item.added",\
-"item":{"type":"function_call","id":"fc_1","call_id":"call_1","name":%s}}
-args {"type":"response.function_call_arguments.done","item_id":"fc_1","arguments":%s}
-end {"type":"response.completed","response":{"usage":{"input_tokens":25,"output_tokens":%s}}}""",
-    "chat": """
-start {"choices":[{"delta":{"role":"assistant"}}]}
-text {"choices":[{"delta":{"content":%s}}]}
-think {"choices":[{"delta":{"reasoning_content":%s}}]}
-tool {"choices":[{"delta":{"tool_calls":[{"index":0,"id":"1","function":{"name":%s}}]}}]}
-args {"choices":[{"delta":{"tool_calls":[{"index":0,"function":{"arguments":%s}}]}}]}
-end {"choices":[],"usage":{"prompt_tokens":25,"completion_tokens":%s}}
-end [DONE]""",
-}
-
-
-class DemoTransport(httpx.AsyncBaseTransport):
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        body = msgspec.json.decode(request.content)
-        last = (body.get("messages") or body.get("input"))[-1]
-        content = last.get("content", "") if last.get("role") == "user" else ""
-        prompt = content if isinstance(content, str) else content[0].get("text", "")
-        if prompt.startswith("/error"):
-            error = {"type": "overloaded_error", "message": "The demo model is overloaded"}
-            return httpx.Response(529, json={"type": "error", "error": error})
-        dialect = next(name for name, a in ADAPTERS.items() if request.url.path.endswith(a.path))
-        tool = (body.get("tools") or [{"name": "get_weather"}])[0]
-        name = tool.get("name") or tool["function"]["name"]
-        return httpx.Response(200, content=demo_answer(dialect, prompt, name))
-
-
-async def demo_answer(dialect: str, prompt: str, tool: str) -> AsyncIterator[bytes]:
-    said: list[tuple[str, Any]] = [("text", f"{word} ") for word in DEMO_TEXT.split()]
-    match prompt.split()[:1]:
-        case ["/long"]:
-            said *= 20
-        case ["/think"]:
-            said[:0] = [("think", f"{word} ") for word in DEMO_THOUGHT.split()]
-        case ["/tool"]:
-            said = [("text", "Let me see. "), ("tool", tool), ("args", '{"city":"Paris"}')]
-    said = [("start", ""), *said, ("end", len(said))]
-    for kind, value in said[:12] if prompt.startswith("/cut") else said:
-        for line in DEMO_EVENTS[dialect].splitlines():
-            name, _, event = line.partition(" ")
-            if name == kind:
-                event = event.replace("%s", msgspec.json.encode(value).decode())
-                named = re.match(r'{"type":"([\w.]+)"', event)
-                yield (f"event: {named[1]}\n" if named else "").encode()
-                yield b"data: %b\n\n" % event.encode()
-        await asyncio.sleep(0.03)
 
 
 # ---- Command line ------------------------------------------------------------------------------
