@@ -1,6 +1,6 @@
-"""Measure proxy.py beside an Express proxy and nginx, and write the table to RESULTS.md.
+"""Measure proxy.py beside three peers (see README.md), and write the table to RESULTS.md.
 
-    uv run bench/run.py             five minutes; --quick prints a rough table in one
+    uv run bench/run.py             six minutes; --quick prints a rough table in one
 
 Contestants run on one core, the load driver and the fake upstream on another, everything on
 loopback. README.md beside this file says what each figure means. Linux only: it reads /proc and the
@@ -175,6 +175,11 @@ def express_command(place: Place, port: int) -> tuple[list[str], dict[str, str]]
     )
 
 
+def floor_command(place: Place, port: int) -> tuple[list[str], dict[str, str]]:
+    program = str(HERE / "floor.py")
+    return [sys.executable, program, str(port), str(place.upstream_port)], environment()
+
+
 def nginx_command(place: Place, port: int) -> tuple[list[str], dict[str, str]]:
     nginx = find_nginx()
     if nginx is None:
@@ -196,8 +201,10 @@ Command = Callable[[Place, int], tuple[list[str], dict[str, str]]]
 CONTESTANTS: dict[str, tuple[Command, str]] = {
     "proxy.py": (proxy_command, FRAME_TOKEN),
     "Express": (express_command, FRAME_TOKEN),
+    "floor": (floor_command, VENDOR_TOKEN),
     "nginx": (nginx_command, VENDOR_TOKEN),
-}
+}  # in the order of the table's columns
+TITLES = {"floor": "bare Granian + aiohttp (floor)"}
 
 
 def find_nginx() -> str | None:
@@ -622,17 +629,14 @@ def verdict(row: Row, own: float | None, ratio: float | None) -> tuple[str, str]
 
 
 def make_table(rounds: list[dict[str, Figures]], table_rows: list[Row]) -> str:
-    header = ["", "proxy.py", "Express", "nginx", "to Express", "to nginx", "aim", "met"]
-    lines = [header, ["---"] + ["---:"] * 5 + ["---", "---"]]
+    titles = [TITLES.get(name, name) for name in CONTESTANTS]
+    header = ["", *titles, "to Express", "to floor", "to nginx", "aim", "met"]
+    lines = [header, ["---"] + ["---:"] * 7 + ["---", "---"]]
     for row in table_rows:
-        own, to_express = (
-            median_of(rounds, "proxy.py", row.key),
-            ratio_to(rounds, "Express", row.key),
-        )
-        figures = [own, *(median_of(rounds, peer, row.key) for peer in ("Express", "nginx"))]
-        ratios = [to_express, ratio_to(rounds, "nginx", row.key)]
-        aim, met = verdict(row, own, to_express)
-        lines.append([row.label, *map(show, figures + ratios), aim, met])
+        own, *others = (median_of(rounds, name, row.key) for name in CONTESTANTS)
+        ratios = [ratio_to(rounds, name, row.key) for name in CONTESTANTS if name != "proxy.py"]
+        aim, met = verdict(row, own, ratios[0])
+        lines.append([row.label, *map(show, [own, *others, *ratios]), aim, met])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
