@@ -477,16 +477,14 @@ class UpstreamError(ProxyError):
 # client sends is read into a Request; every vendor's answer is read into Events. No I/O.
 
 
-class Text(Struct, tag=True):
+class Text(Struct, tag="text"):
     text: str
 
 
-class Image(Struct, tag=True):
-    """Either base64 `data` with its media type, or a URL the vendor fetches."""
+class Image(Struct, tag="image"):
+    """`source` as Anthropic has it: base64 `data` with its media type, or a URL to fetch."""
 
-    media_type: str = ""
-    data: str = ""
-    url: str = ""
+    source: dict[str, str]
 
 
 class ToolUse(Struct, tag=True):
@@ -497,7 +495,7 @@ class ToolUse(Struct, tag=True):
     arguments: str
 
 
-class ToolResult(Struct, tag=True):
+class ToolResult(Struct, tag="tool_result", rename={"id": "tool_use_id"}, omit_defaults=True):
     id: str
     content: str
     is_error: bool = False
@@ -517,13 +515,6 @@ class Tool(Struct):
     parameters: dict[str, Any]
 
 
-class ToolName(Struct):
-    name: str
-
-
-ToolChoice = Literal["auto", "none", "required"] | ToolName
-
-
 class Sampling(Struct):
     temperature: float | None = None
     top_p: float | None = None
@@ -539,7 +530,7 @@ class Request(Sampling, kw_only=True):
     messages: list[Message] = []
     system: str = ""
     tools: list[Tool] = []
-    tool_choice: ToolChoice | None = None
+    tool_choice: str | dict[str, str] | None = None  # as OpenAI Responses has it
     stop: list[str] = []
     thinking: bool | None = None
 
@@ -548,9 +539,10 @@ class Request(Sampling, kw_only=True):
 
     def characters(self) -> int:
         """Of text and tools, not of images."""
-        fields = ("text", "id", "name", "arguments", "content", "url")
+        fields = ("text", "id", "name", "arguments", "content")
         text = sum(len(getattr(part, name, "")) for part in self.parts() for name in fields)
-        return len(self.system) + text + len(msgspec.json.encode(self.tools))
+        urls = [p.source.get("url", "") for p in self.parts() if isinstance(p, Image)]
+        return len(self.system + "".join(urls)) + text + len(msgspec.json.encode(self.tools))
 
 
 class Usage(Struct):
@@ -629,9 +621,12 @@ def parse_body(body: bytes, limits: Limits, default_model: str = "") -> Parsed:
     unknown = sorted(raw.keys() - set(Body.__struct_fields__))
     dropped = [redact(name, length=50) for name in unknown[:50]]
     stop = given.stop or given.stop_sequences or []
+    # four spellings of one setting
+    lengths = {n: value for n, value in asdict(given).items() if n.startswith("max_") and value}
+    dropped += [name for name, tokens in lengths.items() if tokens > limits.max_tokens]
     request = Request(
         model=given.model or default_model,
-        max_tokens=read_max_tokens(given, limits, dropped),
+        max_tokens=min([*lengths.values(), limits.max_tokens]),
         tools=[read_tool(tool, f"tools[{i}]") for i, tool in enumerate(given.tools or ())],
         stop=[text for text in ([stop] if isinstance(stop, str) else stop) if text],
         thinking=given.enable_thinking,
@@ -658,15 +653,6 @@ def parse_body(body: bytes, limits: Limits, default_model: str = "") -> Parsed:
     if (count := request.characters()) > limits.max_characters:
         raise BadRequest(f"{key}: {count} characters, at most {limits.max_characters} are allowed")
     return Parsed(request, given.stream is not False, list(dict.fromkeys(dropped)))
-
-
-def read_max_tokens(given: Body, limits: Limits, dropped: list[str]) -> int:
-    for name in ("max_tokens", "max_new_tokens", "max_output_tokens", "max_completion_tokens"):
-        if value := getattr(given, name):
-            if value > limits.max_tokens:
-                dropped.append(name)
-            return min(int(value), limits.max_tokens)
-    return limits.max_tokens
 
 
 def read_items(items: list[Any], key: str, dropped: list[str]) -> list[Message]:
@@ -705,26 +691,28 @@ def read_block(block: Any, where: str, dropped: list[str]) -> list[Part]:
     if isinstance(block, dict) and "cache_control" in block:
         dropped.append("cache_control")
     match block:
-        case str(text) | {"type": "text" | "input_text" | "output_text", "text": str(text)}:
-            return [Text(text)]
-        case {"type": "refusal", "refusal": str(text)}:
+        case (
+            str(text)
+            | {"type": "text" | "input_text" | "output_text", "text": str(text)}
+            | {"type": "refusal", "refusal": str(text)}
+        ):
             return [Text(text)]
         case {"type": "image", "source": given} | {"image_url": given}:
             return [read_image(given, where)]
-        case {"id": str(call), "function": {"name": str(name), "arguments": given}}:
-            return [ToolUse(call, name, read_arguments(given, where))]
-        case {"type": "function_call", "call_id": str(call), "name": str(name)}:
-            return [ToolUse(call, name, read_arguments(block.get("arguments"), where))]
-        case {"type": "tool_use", "id": str(call), "name": str(name)}:
-            given = block.get("arguments", block.get("input"))
-            return [ToolUse(call, name, read_arguments(given, where))]
-        case {"type": "tool_result", "tool_use_id": str(call)}:
-            result = read_result(block.get("result", block.get("content")))
-            return [ToolResult(call, result, bool(block.get("is_error")))]
-        case {"type": "function_call_output", "call_id": str(call)}:
-            return [ToolResult(call, read_result(block.get("output")))]
-        case {"role": "tool", "tool_call_id": str(call)}:
-            return [ToolResult(call, read_result(block.get("content")))]
+        case (
+            {"id": str(call), "function": {"name": str(name)} as given}
+            | ({"type": "function_call", "call_id": str(call), "name": str(name)} as given)
+            | ({"type": "tool_use", "id": str(call), "name": str(name)} as given)
+        ):
+            arguments = given.get("arguments", given.get("input"))
+            return [ToolUse(call, name, read_arguments(arguments, where))]
+        case (
+            {"type": "tool_result", "tool_use_id": str(call)}
+            | {"type": "function_call_output", "call_id": str(call)}
+            | {"role": "tool", "tool_call_id": str(call)}
+        ):
+            result = block.get("result", block.get("output", block.get("content")))
+            return [ToolResult(call, read_result(result), bool(block.get("is_error")))]
         case {"type": "thinking" | "redacted_thinking" | "reasoning" as kind}:
             # opaque to every vendor but the one that wrote it
             dropped.append(kind.removeprefix("redacted_"))
@@ -755,9 +743,9 @@ def read_image(given: Any, where: str) -> Image:
             return read_image(f"data:{kind};base64,{data}", where)
         case str(url) | {"url": str(url)}:
             if found := re.fullmatch(r"data:(image/[\w.+-]+);base64,([A-Za-z0-9+/=\s]+)", url):
-                return Image(found[1], found[2])
+                return Image({"type": "base64", "media_type": found[1], "data": found[2]})
             if re.match(r"https?://", url):
-                return Image(url=url)
+                return Image({"type": "url", "url": url})
     raise BadRequest(f"{where}: an image is an http(s) URL, or base64 data with a media type")
 
 
@@ -773,18 +761,13 @@ def read_tool(tool: Any, where: str) -> Tool:
     raise BadRequest(f"{where}: needs a name, and parameters that are a JSON schema")
 
 
-TOOL_MODES: dict[str, ToolChoice] = {
-    "auto": "auto", "none": "none", "required": "required", "any": "required",
-}  # fmt: skip
-
-
-def read_tool_choice(given: Any, tools: list[Tool]) -> ToolChoice:
+def read_tool_choice(given: Any, tools: list[Tool]) -> str | dict[str, str]:
     names = [tool.name for tool in tools]
     match given:
-        case str(mode) | {"type": str(mode)} if mode in TOOL_MODES:
-            return TOOL_MODES[mode]
+        case str(mode) | {"type": str(mode)} if mode in ("auto", "none", "required", "any"):
+            return "required" if mode == "any" else mode
         case str(name) | {"function": {"name": str(name)}} | {"name": str(name)} if name in names:
-            return ToolName(name)
+            return {"type": "function", "name": name}
     raise BadRequest("tool_choice: must be auto, none, required or the name of one of the tools")
 
 
@@ -1143,7 +1126,7 @@ def filled(**fields: Any) -> dict[str, Any]:
 
 
 def image_url(image: Image) -> str:
-    return image.url or f"data:{image.media_type};base64,{image.data}"
+    return image.source.get("url") or "data:{media_type};base64,{data}".format(**image.source)
 
 
 def function_call(call: ToolUse) -> dict[str, Any]:
@@ -1209,7 +1192,9 @@ class Adapter:
                 break
             try:
                 done = data.strip() == b"[DONE]"
-                batch += self.decode({"type": "[DONE]"} if done else msgspec.json.decode(data))
+                event = {"type": "[DONE]"} if done else msgspec.json.decode(data)
+                self.heard = self.heard or event.get("type") != "ping"
+                batch += self.decode(event)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 batch.append(self.fail("the vendor's stream holds something that is not JSON"))
             except (AttributeError, LookupError, TypeError):  # of a shape nobody expects: skipped
@@ -1301,8 +1286,8 @@ class Messages(Adapter):
         budget = {"type": "enabled", "budget_tokens": max(1024, request.max_tokens // 2)}
         adaptive = {"type": "adaptive", "display": "summarized"}
         thinking = adaptive if "adaptive" in self.can else budget
-        choice, name = request.tool_choice, getattr(request.tool_choice, "name", None)
-        kind = "tool" if name else "any" if choice == "required" else choice
+        choice = request.tool_choice
+        named = {"type": "tool", "name": choice["name"]} if isinstance(choice, dict) else None
         if (request.temperature or 0) > 1:  # OpenAI's scale ends at 2
             self.dropped.append("temperature")
         return {
@@ -1313,7 +1298,7 @@ class Messages(Adapter):
                 {"name": t.name, "description": t.description, "input_schema": t.parameters}
                 for t in request.tools
             ],
-            "tool_choice": filled(type=kind, name=name),
+            "tool_choice": named or filled(type="any" if choice == "required" else choice),
             "thinking": thinking if request.thinking else None,
             "temperature": request.temperature and min(1.0, request.temperature),
             "top_k": request.top_k,
@@ -1337,23 +1322,18 @@ class Messages(Adapter):
                 turns[-1].content[-1] = Text(text.rstrip())
         return [{"role": t.role, "content": [*map(self.block, t.content)]} for t in turns]
 
-    def block(self, part: Part) -> dict[str, Any]:
+    def block(self, part: Part) -> Any:
+        """Text, images and results are written as this dialect has them."""
         match part:
-            case Text(text):
-                return {"type": "text", "text": text}
-            case Image(kind, data, url):
-                source = {"type": "url" if url else "base64", "url": url}
-                return {"type": "image", "source": filled(**source, media_type=kind, data=data)}
             case ToolUse(call, name, arguments):
                 given = msgspec.Raw(arguments.encode())
                 return {"type": "tool_use", "id": own_id(call), "name": name, "input": given}
-            case ToolResult(call, content, is_error):
-                block = {"type": "tool_result", "tool_use_id": own_id(call), "content": content}
-                return block | filled(is_error=is_error or None)
+            case ToolResult():
+                return replace(part, id=own_id(part.id))
+        return part
 
     def decode(self, event: dict[str, Any]) -> Iterator[Event]:
         kind, index = event.get("type"), event.get("index")
-        self.heard = self.heard or kind != "ping"
         match kind, event.get("content_block", event.get("delta")):
             case "content_block_delta" | "content_block_start", {"text": str(text)} if text:
                 yield Text(text)
@@ -1416,7 +1396,6 @@ class Responses(OpenAI):
         tokens = max(16, request.max_tokens)  # the least the vendor takes
         if tokens > request.max_tokens:
             self.dropped.append("max_tokens")
-        effort, name = self.effort(request), getattr(request.tool_choice, "name", None)
         summary = "auto" if request.thinking else None
         return {
             "max_output_tokens": tokens,
@@ -1424,8 +1403,8 @@ class Responses(OpenAI):
             "instructions": request.system,
             "input": [item for message in request.messages for item in self.items(message)],
             "tools": [{"type": "function", "strict": False} | asdict(t) for t in request.tools],
-            "tool_choice": {"type": "function", "name": name} if name else request.tool_choice,
-            "reasoning": filled(effort=effort, summary=summary),
+            "tool_choice": request.tool_choice,
+            "reasoning": filled(effort=self.effort(request), summary=summary),
         }
 
     def items(self, message: Message) -> Iterator[dict[str, Any]]:
@@ -1448,7 +1427,6 @@ class Responses(OpenAI):
             yield {"role": role, "content": content}
 
     def decode(self, event: dict[str, Any]) -> Iterator[Event]:
-        self.heard = True
         kind, item = str(event.get("type")).removeprefix("response."), event.get("item_id")
         match kind, event.get("delta"):
             case "output_text.delta", str(text) if text:
@@ -1502,8 +1480,9 @@ class Chat(OpenAI):
         if request.tools and "elsewhere" in self.can:
             raise BadRequest(f"tools: {self.model} takes them only over the responses adapter")
         self.cut = request.stop if self.reasons or len(request.stop) > 4 else []
-        name = getattr(request.tool_choice, "name", None)
-        named = {"type": "function", "function": {"name": name}}
+        choice = request.tool_choice
+        if isinstance(choice, dict):
+            choice = {"type": "function", "function": {"name": choice["name"]}}  # type: ignore
         limit = "max_completion_tokens" if self.own() or self.reasons else "max_tokens"
         system = [{"role": "system", "content": request.system}] if request.system else []
         turns = [turn for message in request.messages for turn in self.turns(message)]
@@ -1511,7 +1490,7 @@ class Chat(OpenAI):
             limit: request.max_tokens,
             "messages": system + turns,
             "tools": [{"type": "function", "function": asdict(t)} for t in request.tools],
-            "tool_choice": named if name else request.tool_choice,
+            "tool_choice": choice,
             "reasoning_effort": self.effort(request),
             "seed": request.seed,
             "stop": [] if self.cut else request.stop,
@@ -1519,27 +1498,25 @@ class Chat(OpenAI):
         }
 
     def turns(self, message: Message) -> Iterator[dict[str, Any]]:
-        content: list[dict[str, Any]] = []
+        blocks: list[Any] = []
         calls = []
         for part in message.content:
             match part:
-                case Text(text):
-                    content.append({"type": "text", "text": text})
+                case Text():
+                    blocks.append(part)
                 case Image():
-                    content.append({"type": "image_url", "image_url": {"url": image_url(part)}})
+                    blocks.append({"type": "image_url", "image_url": {"url": image_url(part)}})
                 case ToolUse():
                     calls.append(function_call(part))
                 case ToolResult(call, output):
                     yield {"role": "tool", "tool_call_id": call, "content": output}
-        texts = [block["text"] for block in content if "text" in block]
+        texts = [part.text for part in blocks if isinstance(part, Text)]
         # a string wherever that is enough: not every compatible server reads a list
-        plain = "\n\n".join(texts) if len(texts) == len(content) else content
-        if plain or calls:
-            turn = {"role": message.role, "content": plain or None}
-            yield turn | filled(tool_calls=calls)
+        content = "\n\n".join(texts) if len(texts) == len(blocks) else blocks
+        if content or calls:
+            yield {"role": message.role, "content": content or None} | filled(tool_calls=calls)
 
     def decode(self, event: dict[str, Any]) -> Iterator[Event]:
-        self.heard = True
         self.count(event.get("usage"))
         match event:
             case {"error": error} if error:
@@ -1766,7 +1743,7 @@ TOOL_TOKENS = 1000  # what a vendor writes before the tools
 def input_bound(body: bytes, request: Request) -> int:
     """The most tokens a request can be billed for as input: a token is at least a byte."""
     images = [part for part in request.parts() if isinstance(part, Image)]
-    data = sum(len(image.data) for image in images)
+    data = sum(len(image.source.get("data", "")) for image in images)
     return len(body) - data + IMAGE_TOKENS * len(images) + (TOOL_TOKENS if request.tools else 0)
 
 
@@ -2637,34 +2614,30 @@ DEMO_THOUGHT = "The person wants to see thinking. I think a little, then I answe
 
 # What a vendor sends, by dialect and by the kind of thing said: one event a line.
 DEMO_EVENTS = {
-    "messages": """
-start {"type":"message_start","message":{"role":"assistant","usage":{"input_tokens":25}}}
-start {"type":"content_block_start","index":0,"content_block":{"type":"text","text":""}}
-start {"type":"ping"}
-text {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":%s}}
-think {"type":"content_block_delta","index":0,"delta":{"type":"thinking_delta","thinking":%s}}
-tool {"type":"content_block_start","index":1,"content_block":{"type":"tool_use","id":"1","name":%s}}
-args {"type":"content_block_delta","index":1,"delta":{"type":"input_json_delta","partial_json":%s}}
-args {"type":"message_delta","delta":{"stop_reason":"tool_use"}}
-end {"type":"message_delta","delta":{},"usage":{"output_tokens":%s}}
-end {"type":"message_stop"}""",
-    "responses": """
-start {"type":"response.created","response":{}}
-text {"type":"response.output_text.delta","delta":%s}
-think {"type":"response.reasoning_summary_text.delta","delta":%s}
-tool {"type":"response.output_item.added",\
-"item":{"type":"function_call","id":"fc_1","call_id":"call_1","name":%s}}
-args {"type":"response.function_call_arguments.done","item_id":"fc_1","arguments":%s}
-end {"type":"response.completed","response":{"usage":{"input_tokens":25,"output_tokens":%s}}}""",
-    "chat": """
-start {"choices":[{"delta":{"role":"assistant"}}]}
-text {"choices":[{"delta":{"content":%s}}]}
-think {"choices":[{"delta":{"reasoning_content":%s}}]}
-tool {"choices":[{"delta":{"tool_calls":[{"index":0,"id":"1","function":{"name":%s}}]}}]}
-args {"choices":[{"delta":{"tool_calls":[{"index":0,"function":{"arguments":%s}}]}}]}
-end {"choices":[],"usage":{"prompt_tokens":25,"completion_tokens":%s}}
-end [DONE]""",
-}
+    "messages": {
+        "text": '{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":%s}}',
+        "think": '{"type":"content_block_delta","delta":{"type":"thinking_delta","thinking":%s}}',
+        "tool": '{"type":"content_block_start","index":1,"content_block":{"type":"tool_use",'
+                '"id":"toolu_1","name":%s,"input":{"city":"Paris"}}}',
+        "end": '{"type":"message_delta","delta":{},"usage":{"input_tokens":25,"output_tokens":%s}}'
+               '\n{"type":"message_stop"}',
+    },
+    "responses": {
+        "text": '{"type":"response.output_text.delta","delta":%s}',
+        "think": '{"type":"response.reasoning_summary_text.delta","delta":%s}',
+        "tool": '{"type":"response.output_item.done","item":{"type":"function_call",'
+                '"call_id":"call_1","name":%s,"arguments":"{\\"city\\":\\"Paris\\"}"}}',
+        "end": '{"type":"response.completed",'
+               '"response":{"usage":{"input_tokens":25,"output_tokens":%s}}}',
+    },
+    "chat": {
+        "text": '{"choices":[{"delta":{"content":%s}}]}',
+        "think": '{"choices":[{"delta":{"reasoning_content":%s}}]}',
+        "tool": '{"choices":[{"delta":{"tool_calls":[{"id":"call_1","function":{"name":%s,'
+                '"arguments":"{\\"city\\":\\"Paris\\"}"}}]}}]}',
+        "end": '{"choices":[],"usage":{"prompt_tokens":25,"completion_tokens":%s}}\n[DONE]',
+    },
+}  # fmt: skip
 
 
 class DemoTransport(httpx.AsyncBaseTransport):
@@ -2679,10 +2652,10 @@ class DemoTransport(httpx.AsyncBaseTransport):
         dialect = next(name for name, a in ADAPTERS.items() if request.url.path.endswith(a.path))
         tool = (body.get("tools") or [{"name": "get_weather"}])[0]
         name = tool.get("name") or tool["function"]["name"]
-        return httpx.Response(200, content=demo_answer(dialect, prompt, name))
+        return httpx.Response(200, content=demo_answer(DEMO_EVENTS[dialect], prompt, name))
 
 
-async def demo_answer(dialect: str, prompt: str, tool: str) -> AsyncIterator[bytes]:
+async def demo_answer(events: dict[str, str], prompt: str, tool: str) -> AsyncIterator[bytes]:
     said: list[tuple[str, Any]] = [("text", f"{word} ") for word in DEMO_TEXT.split()]
     match prompt.split()[:1]:
         case ["/long"]:
@@ -2690,16 +2663,12 @@ async def demo_answer(dialect: str, prompt: str, tool: str) -> AsyncIterator[byt
         case ["/think"]:
             said[:0] = [("think", f"{word} ") for word in DEMO_THOUGHT.split()]
         case ["/tool"]:
-            said = [("text", "Let me see. "), ("tool", tool), ("args", '{"city":"Paris"}')]
-    said = [("start", ""), *said, ("end", len(said))]
+            said = [("text", "Let me see. "), ("tool", tool)]
+    said.append(("end", len(said)))
     for kind, value in said[:12] if prompt.startswith("/cut") else said:
-        for line in DEMO_EVENTS[dialect].splitlines():
-            name, _, event = line.partition(" ")
-            if name == kind:
-                event = event.replace("%s", msgspec.json.encode(value).decode())
-                named = re.match(r'{"type":"([\w.]+)"', event)
-                yield (f"event: {named[1]}\n" if named else "").encode()
-                yield b"data: %b\n\n" % event.encode()
+        for event in events[kind].splitlines():
+            data = event.replace("%s", msgspec.json.encode(value).decode())
+            yield f"data: {data}\n\n".encode()
         await asyncio.sleep(0.03)
 
 
