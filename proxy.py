@@ -539,10 +539,9 @@ class Request(Sampling, kw_only=True):
 
     def characters(self) -> int:
         """Of text and tools, not of images."""
-        fields = ("text", "id", "name", "arguments", "content")
-        text = sum(len(getattr(part, name, "")) for part in self.parts() for name in fields)
-        urls = [p.source.get("url", "") for p in self.parts() if isinstance(p, Image)]
-        return len(self.system + "".join(urls)) + text + len(msgspec.json.encode(self.tools))
+        texts = [value for p in self.parts() for value in astuple(p) if isinstance(value, str)]
+        texts += [p.source.get("url", "") for p in self.parts() if isinstance(p, Image)]
+        return sum(map(len, [self.system, *texts])) + len(msgspec.json.encode(self.tools))
 
 
 class Usage(Struct):
@@ -1109,8 +1108,8 @@ def capability(model: str) -> frozenset[str]:
     for line in CAPABILITIES.strip().splitlines():
         words, _, patterns = line.partition(": ")
         if any(fnmatch.fnmatchcase(model, pattern) for pattern in patterns.split()):
-            return frozenset(words.split())
-    return frozenset()
+            break
+    return frozenset(words.split())
 
 
 def number(table: Any, path: str) -> int:
@@ -1333,20 +1332,17 @@ class Messages(Adapter):
         return part
 
     def decode(self, event: dict[str, Any]) -> Iterator[Event]:
-        kind, index = event.get("type"), event.get("index")
-        match kind, event.get("content_block", event.get("delta")):
+        index = event.get("index")
+        match event.get("type"), event.get("content_block", event.get("delta")):
             case "content_block_delta" | "content_block_start", {"text": str(text)} if text:
                 yield Text(text)
             case "content_block_delta", {"thinking": str(text)} if text:
                 yield Thinking(text)
-            case "content_block_delta", {"partial_json": str(text)}:
-                if index in self.calls:  # else a tool of the vendor's own
-                    self.calls[index].arguments += text
-            case "content_block_start", {"type": "tool_use"}:
-                block = event["content_block"]
+            case "content_block_delta", {"partial_json": str(text)} if index in self.calls:
+                self.calls[index].arguments += text  # of no tool of the vendor's own
+            case "content_block_start", {"type": "tool_use", "id": call, "name": name, **block}:
                 given = msgspec.json.encode(block["input"]).decode() if block.get("input") else ""
-                call, name = str(block.get("id") or ""), str(block.get("name"))
-                self.calls[index] = ToolUse(call, name, given)
+                self.calls[index] = ToolUse(str(call), str(name), given)
             case "message_start", _:
                 self.count(event["message"]["usage"])
                 self.usage.known = False
@@ -1427,36 +1423,30 @@ class Responses(OpenAI):
             yield {"role": role, "content": content}
 
     def decode(self, event: dict[str, Any]) -> Iterator[Event]:
-        kind, item = str(event.get("type")).removeprefix("response."), event.get("item_id")
-        match kind, event.get("delta"):
-            case "output_text.delta", str(text) if text:
+        kind = str(event.get("type")).removeprefix("response.")
+        match kind, event:
+            case "output_text.delta", {"delta": str(text)} if text:
                 yield Text(text)
-            case "refusal.delta", str(text) if text:
+            case "refusal.delta", {"delta": str(text)} if text:
                 self.reason = "content_filter"
                 yield Text(text)
-            case "reasoning_summary_text.delta" | "reasoning_text.delta", str(text) if text:
-                yield Thinking(text)
-            case "function_call_arguments.delta", str(text) if item in self.calls:
-                self.calls[item].arguments += text
-            case "function_call_arguments.done", _ if item in self.calls:
-                self.calls[item].arguments = str(event["arguments"])
-            case "output_item.added" | "output_item.done", _:
-                match event["item"]:
-                    case {"type": "function_call", "call_id": str(call), "name": str(name)} as item:
-                        arguments = str(item.get("arguments") or "")
-                        self.calls[item.get("id")] = ToolUse(call, name, arguments)
-            case "completed" | "incomplete", _:
-                response = event["response"]
+            case "reasoning_summary_text.delta" | "reasoning_text.delta", {"delta": text} if text:
+                yield Thinking(str(text))
+            case "function_call_arguments.delta", {"item_id": key, "delta": str(text)}:
+                self.calls[key].arguments += text
+            case _, {"item": {"type": "function_call", "call_id": call, "name": name} as item}:
+                arguments = str(item.get("arguments") or "")  # all of them when it is done
+                self.calls[item.get("id")] = ToolUse(str(call), str(name), arguments)
+            case "completed" | "incomplete", {"response": response}:
                 details = response.get("incomplete_details") or {}
                 default = "length" if kind == "incomplete" else self.reason
                 self.reason = REASONS.get(details.get("reason"), default)
                 self.count(response.get("usage"))
                 yield from self.finish()
-            case "failed", _:
-                self.count(event["response"].get("usage"))
-                yield self.fail(event["response"].get("error"))
-            case "error", _:  # nested, as recorded, or flat, as the SDK has it
-                yield self.fail(event.get("error") or event | {"type": None})
+            case "failed" | "error", _:
+                told = event.get("response", event)
+                self.count(told.get("usage"))  # nested, as recorded, or flat, as the SDK has it
+                yield self.fail(told.get("error") or event | {"type": None})
 
 
 class Chat(OpenAI):
