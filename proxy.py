@@ -1103,6 +1103,22 @@ REASONS: dict[Any, str] = {
 }  # fmt: skip
 
 
+# Where the vendors' usage has the figures of ours. Of several, the largest counts.
+FIGURES = {
+    "input_tokens": ("input_tokens", "prompt_tokens"),
+    "output_tokens": ("output_tokens", "completion_tokens"),
+    "cache_read_tokens": ("cache_read_input_tokens", "input_tokens_details.cached_tokens",
+                          "prompt_tokens_details.cached_tokens"),
+    "cache_write_tokens": ("cache_creation_input_tokens", "input_tokens_details.cache_write_tokens",
+                           "prompt_tokens_details.cache_write_tokens"),
+    "cache_write_1h_tokens": ("cache_creation.ephemeral_1h_input_tokens",),
+    "reasoning_tokens": ("output_tokens_details.thinking_tokens",
+                         "output_tokens_details.reasoning_tokens",
+                         "completion_tokens_details.reasoning_tokens"),
+    "web_searches": ("server_tool_use.web_search_requests",),
+}  # fmt: skip
+
+
 @functools.lru_cache(1000)
 def capability(model: str) -> frozenset[str]:
     for line in CAPABILITIES.strip().splitlines():
@@ -1141,12 +1157,12 @@ class Adapter:
     vendor's terminal event has arrived."""
 
     path: ClassVar[str]
-    figures: ClassVar[dict[str, str]]  # of Usage, and where the vendor's has them: the sum of all
     unknown: ClassVar[tuple[str, ...]]  # parameters that the dialect does not have
+    apart: ClassVar = False  # does the vendor count cached input apart from the rest?
 
     def __init__(self, provider: Provider, model: str) -> None:
         self.base_url, self.model = provider.base_url.rstrip("/"), model
-        self.can = capability(model)
+        self.can, self.own = capability(model), "api.openai.com" in self.base_url
         self.reasons = not self.can.isdisjoint(("always", "on", "off"))
         self.sse, self.usage = SSE(), Usage()
         self.counts: dict[str, Any] = {}
@@ -1168,8 +1184,8 @@ class Adapter:
         names = [name for name in names if getattr(request, name) is not None]
         self.dropped += ["enable_thinking" if name == "thinking" else name for name in names]
         request = replace(request, **dict.fromkeys(names))
-        body = {"model": self.model, "temperature": request.temperature, "top_p": request.top_p}
-        return filled(**body | self.body(request), stream=True)
+        sampling = {name: getattr(request, name) for name in Sampling.__struct_fields__}
+        return filled(model=self.model, **sampling | self.body(request), stream=True)
 
     def rejects(self, request: Request) -> Iterable[str]:
         """The parameters that this model would not take beside the others."""
@@ -1204,9 +1220,11 @@ class Adapter:
         """Later figures replace the earlier ones, but may lack some of them."""
         if isinstance(usage, dict):
             self.counts |= {key: value for key, value in usage.items() if value is not None}
-            paths = {name: where.split() for name, where in self.figures.items()}
-            figures = {n: sum(number(self.counts, p) for p in w) for n, w in paths.items()}
-            known = isinstance(self.counts.get(self.figures["output_tokens"]), int)
+            figures = {n: max(number(self.counts, p) for p in ps) for n, ps in FIGURES.items()}
+            if self.apart:
+                figures["input_tokens"] += figures["cache_read_tokens"]
+                figures["input_tokens"] += figures["cache_write_tokens"]
+            known = any(isinstance(self.counts.get(n), int) for n in FIGURES["output_tokens"])
             self.usage = Usage(**figures, known=known)
 
     def finish(self) -> Iterator[Event]:
@@ -1241,15 +1259,7 @@ own_id = functools.partial(re.sub, r"[^a-zA-Z0-9_-]", "_")
 class Messages(Adapter):
     """Anthropic Messages. Source: docs.anthropic.com/en/api/messages, version 2023-06-01."""
 
-    path, unknown = "/v1/messages", ("seed",)
-    figures: ClassVar = {
-        "input_tokens": "input_tokens cache_read_input_tokens cache_creation_input_tokens",
-        "output_tokens": "output_tokens", "cache_read_tokens": "cache_read_input_tokens",
-        "cache_write_tokens": "cache_creation_input_tokens",
-        "cache_write_1h_tokens": "cache_creation.ephemeral_1h_input_tokens",
-        "reasoning_tokens": "output_tokens_details.thinking_tokens",
-        "web_searches": "server_tool_use.web_search_requests",
-    }  # fmt: skip
+    path, unknown, apart = "/v1/messages", ("seed",), True
 
     def url(self) -> str:
         return self.base_url.removesuffix("/v1") + self.path
@@ -1300,7 +1310,6 @@ class Messages(Adapter):
             "tool_choice": named or filled(type="any" if choice == "required" else choice),
             "thinking": thinking if request.thinking else None,
             "temperature": request.temperature and min(1.0, request.temperature),
-            "top_k": request.top_k,
             "stop_sequences": [stop for stop in request.stop if stop.strip()],
         }
 
@@ -1380,12 +1389,6 @@ class Responses(OpenAI):
     """OpenAI Responses. Source: platform.openai.com/docs/api-reference/responses-streaming."""
 
     path, unknown = "/responses", ("seed", "top_k")
-    figures: ClassVar = {
-        "input_tokens": "input_tokens", "output_tokens": "output_tokens",
-        "cache_read_tokens": "input_tokens_details.cached_tokens",
-        "cache_write_tokens": "input_tokens_details.cache_write_tokens",
-        "reasoning_tokens": "output_tokens_details.reasoning_tokens",
-    }  # fmt: skip
 
     def body(self, request: Request) -> dict[str, Any]:
         self.cut = request.stop
@@ -1454,26 +1457,19 @@ class Chat(OpenAI):
     Source: platform.openai.com/docs/api-reference/chat-streaming."""
 
     path, unknown = "/chat/completions", ("top_k",)
-    figures: ClassVar = {
-        name: where.replace("input", "prompt").replace("output", "completion")
-        for name, where in Responses.figures.items()
-    }
 
     def thinks(self) -> bool:
         """What others than OpenAI serve may."""
-        return self.reasons or not (self.own() or "plain" in self.can)
-
-    def own(self) -> bool:
-        return "api.openai.com" in self.base_url
+        return self.reasons or not (self.own or "plain" in self.can)
 
     def body(self, request: Request) -> dict[str, Any]:
         if request.tools and "elsewhere" in self.can:
             raise BadRequest(f"tools: {self.model} takes them only over the responses adapter")
         self.cut = request.stop if self.reasons or len(request.stop) > 4 else []
-        choice = request.tool_choice
+        choice: Any = request.tool_choice
         if isinstance(choice, dict):
-            choice = {"type": "function", "function": {"name": choice["name"]}}  # type: ignore
-        limit = "max_completion_tokens" if self.own() or self.reasons else "max_tokens"
+            choice = {"type": "function", "function": {"name": choice["name"]}}
+        limit = "max_completion_tokens" if self.own or self.reasons else "max_tokens"
         system = [{"role": "system", "content": request.system}] if request.system else []
         turns = [turn for message in request.messages for turn in self.turns(message)]
         return {
@@ -1482,7 +1478,6 @@ class Chat(OpenAI):
             "tools": [{"type": "function", "function": asdict(t)} for t in request.tools],
             "tool_choice": choice,
             "reasoning_effort": self.effort(request),
-            "seed": request.seed,
             "stop": [] if self.cut else request.stop,
             "stream_options": {"include_usage": True},
         }
