@@ -1269,11 +1269,10 @@ class Messages(Adapter):
 
     def rejects(self, request: Request) -> Iterator[str]:
         forced = request.tool_choice not in (None, "auto", "none")
-        if forced and "unforced" in self.can:
+        if unforced := forced and "unforced" in self.can:
             yield "tool_choice"
-            forced = False
         # forced tools and thinking exclude each other, as do thinking and sampling
-        thinks = request.thinking and not forced and self.thinks(request)
+        thinks = request.thinking and forced == unforced and self.thinks(request)
         if request.thinking and not thinks:
             yield "thinking"
         if thinks or "unsampled" in self.can:
@@ -1470,11 +1469,10 @@ class Chat(OpenAI):
         if isinstance(choice, dict):
             choice = {"type": "function", "function": {"name": choice["name"]}}
         limit = "max_completion_tokens" if self.own or self.reasons else "max_tokens"
-        system = [{"role": "system", "content": request.system}] if request.system else []
-        turns = [turn for message in request.messages for turn in self.turns(message)]
+        messages = [Message("system", [Text(request.system)]), *request.messages]
         return {
             limit: request.max_tokens,
-            "messages": system + turns,
+            "messages": [turn for message in messages for turn in self.turns(message)],
             "tools": [{"type": "function", "function": asdict(t)} for t in request.tools],
             "tool_choice": choice,
             "reasoning_effort": self.effort(request),
