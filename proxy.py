@@ -687,31 +687,25 @@ def read_content(item: dict[str, Any], where: str, dropped: list[str]) -> list[P
 
 def read_block(block: Any, where: str, dropped: list[str]) -> list[Part]:
     """The part that a block, a call or the result of one is; none where it cannot be passed on."""
-    if isinstance(block, dict) and "cache_control" in block:
+    block = block if isinstance(block, dict) else {"type": "text", "text": block}
+    if "cache_control" in block:
         dropped.append("cache_control")
-    match block:
-        case (
-            str(text)
-            | {"type": "text" | "input_text" | "output_text", "text": str(text)}
-            | {"type": "refusal", "refusal": str(text)}
-        ):
+    if isinstance(function := block.get("function"), dict):  # Chat wraps its calls
+        block = {"type": "function_call", "id": block.get("id")} | function
+    ids = [block[key] for key in ("call_id", "tool_call_id", "tool_use_id", "id") if key in block]
+    match {"type": block.get("role")} | block | {"id": next(iter(ids), None)}:
+        case {"type": "text" | "input_text" | "output_text", "text": str(text)}:
+            return [Text(text)]
+        case {"type": "refusal", "refusal": str(text)}:
             return [Text(text)]
         case {"type": "image", "source": given} | {"image_url": given}:
             return [read_image(given, where)]
-        case (
-            {"id": str(call), "function": {"name": str(name)} as given}
-            | ({"type": "function_call", "call_id": str(call), "name": str(name)} as given)
-            | ({"type": "tool_use", "id": str(call), "name": str(name)} as given)
-        ):
-            arguments = given.get("arguments", given.get("input"))
-            return [ToolUse(call, name, read_arguments(arguments, where))]
-        case (
-            {"type": "tool_result", "tool_use_id": str(call)}
-            | {"type": "function_call_output", "call_id": str(call)}
-            | {"role": "tool", "tool_call_id": str(call)}
-        ):
-            result = block.get("result", block.get("output", block.get("content")))
-            return [ToolResult(call, read_result(result), bool(block.get("is_error")))]
+        case {"type": "function_call" | "tool_use", "id": str(call), "name": str(name)}:
+            given = block.get("arguments", block.get("input"))
+            return [ToolUse(call, name, read_arguments(given, where))]
+        case {"type": "function_call_output" | "tool_result" | "tool", "id": str(call)}:
+            given = block.get("result", block.get("output", block.get("content")))
+            return [ToolResult(call, read_result(given), bool(block.get("is_error")))]
         case {"type": "thinking" | "redacted_thinking" | "reasoning" as kind}:
             # opaque to every vendor but the one that wrote it
             dropped.append(kind.removeprefix("redacted_"))
