@@ -477,16 +477,14 @@ class UpstreamError(ProxyError):
 # client sends is read into a Request; every vendor's answer is read into Events. No I/O.
 
 
-class Text(Struct, tag=True):
+class Text(Struct, tag="text"):
     text: str
 
 
-class Image(Struct, tag=True):
-    """Either base64 `data` with its media type, or a URL the vendor fetches."""
+class Image(Struct, tag="image"):
+    """`source` as Anthropic has it: base64 `data` with its media type, or a URL to fetch."""
 
-    media_type: str = ""
-    data: str = ""
-    url: str = ""
+    source: dict[str, str]
 
 
 class ToolUse(Struct, tag=True):
@@ -497,7 +495,7 @@ class ToolUse(Struct, tag=True):
     arguments: str
 
 
-class ToolResult(Struct, tag=True):
+class ToolResult(Struct, tag="tool_result", rename={"id": "tool_use_id"}, omit_defaults=True):
     id: str
     content: str
     is_error: bool = False
@@ -517,13 +515,6 @@ class Tool(Struct):
     parameters: dict[str, Any]
 
 
-class ToolName(Struct):
-    name: str
-
-
-ToolChoice = Literal["auto", "none", "required"] | ToolName
-
-
 class Sampling(Struct):
     temperature: float | None = None
     top_p: float | None = None
@@ -539,7 +530,7 @@ class Request(Sampling, kw_only=True):
     messages: list[Message] = []
     system: str = ""
     tools: list[Tool] = []
-    tool_choice: ToolChoice | None = None
+    tool_choice: str | dict[str, str] | None = None  # as OpenAI Responses has it
     stop: list[str] = []
     thinking: bool | None = None
 
@@ -548,9 +539,9 @@ class Request(Sampling, kw_only=True):
 
     def characters(self) -> int:
         """Of text and tools, not of images."""
-        fields = ("text", "id", "name", "arguments", "content", "url")
-        text = sum(len(getattr(part, name, "")) for part in self.parts() for name in fields)
-        return len(self.system) + text + len(msgspec.json.encode(self.tools))
+        texts = [value for p in self.parts() for value in astuple(p) if isinstance(value, str)]
+        texts += [p.source.get("url", "") for p in self.parts() if isinstance(p, Image)]
+        return sum(map(len, [self.system, *texts])) + len(msgspec.json.encode(self.tools))
 
 
 class Usage(Struct):
@@ -629,9 +620,12 @@ def parse_body(body: bytes, limits: Limits, default_model: str = "") -> Parsed:
     unknown = sorted(raw.keys() - set(Body.__struct_fields__))
     dropped = [redact(name, length=50) for name in unknown[:50]]
     stop = given.stop or given.stop_sequences or []
+    # four spellings of one setting
+    lengths = {n: value for n, value in asdict(given).items() if n.startswith("max_") and value}
+    dropped += [name for name, tokens in lengths.items() if tokens > limits.max_tokens]
     request = Request(
         model=given.model or default_model,
-        max_tokens=read_max_tokens(given, limits, dropped),
+        max_tokens=min([*lengths.values(), limits.max_tokens]),
         tools=[read_tool(tool, f"tools[{i}]") for i, tool in enumerate(given.tools or ())],
         stop=[text for text in ([stop] if isinstance(stop, str) else stop) if text],
         thinking=given.enable_thinking,
@@ -658,15 +652,6 @@ def parse_body(body: bytes, limits: Limits, default_model: str = "") -> Parsed:
     if (count := request.characters()) > limits.max_characters:
         raise BadRequest(f"{key}: {count} characters, at most {limits.max_characters} are allowed")
     return Parsed(request, given.stream is not False, list(dict.fromkeys(dropped)))
-
-
-def read_max_tokens(given: Body, limits: Limits, dropped: list[str]) -> int:
-    for name in ("max_tokens", "max_new_tokens", "max_output_tokens", "max_completion_tokens"):
-        if value := getattr(given, name):
-            if value > limits.max_tokens:
-                dropped.append(name)
-            return min(int(value), limits.max_tokens)
-    return limits.max_tokens
 
 
 def read_items(items: list[Any], key: str, dropped: list[str]) -> list[Message]:
@@ -702,29 +687,25 @@ def read_content(item: dict[str, Any], where: str, dropped: list[str]) -> list[P
 
 def read_block(block: Any, where: str, dropped: list[str]) -> list[Part]:
     """The part that a block, a call or the result of one is; none where it cannot be passed on."""
-    if isinstance(block, dict) and "cache_control" in block:
+    block = block if isinstance(block, dict) else {"type": "text", "text": block}
+    if "cache_control" in block:
         dropped.append("cache_control")
-    match block:
-        case str(text) | {"type": "text" | "input_text" | "output_text", "text": str(text)}:
+    if isinstance(function := block.get("function"), dict):  # Chat wraps its calls
+        block = {"type": "function_call", "id": block.get("id")} | function
+    ids = [block[key] for key in ("call_id", "tool_call_id", "tool_use_id", "id") if key in block]
+    match {"type": block.get("role")} | block | {"id": next(iter(ids), None)}:
+        case {"type": "text" | "input_text" | "output_text", "text": str(text)}:
             return [Text(text)]
         case {"type": "refusal", "refusal": str(text)}:
             return [Text(text)]
         case {"type": "image", "source": given} | {"image_url": given}:
             return [read_image(given, where)]
-        case {"id": str(call), "function": {"name": str(name), "arguments": given}}:
-            return [ToolUse(call, name, read_arguments(given, where))]
-        case {"type": "function_call", "call_id": str(call), "name": str(name)}:
-            return [ToolUse(call, name, read_arguments(block.get("arguments"), where))]
-        case {"type": "tool_use", "id": str(call), "name": str(name)}:
+        case {"type": "function_call" | "tool_use", "id": str(call), "name": str(name)}:
             given = block.get("arguments", block.get("input"))
             return [ToolUse(call, name, read_arguments(given, where))]
-        case {"type": "tool_result", "tool_use_id": str(call)}:
-            result = read_result(block.get("result", block.get("content")))
-            return [ToolResult(call, result, bool(block.get("is_error")))]
-        case {"type": "function_call_output", "call_id": str(call)}:
-            return [ToolResult(call, read_result(block.get("output")))]
-        case {"role": "tool", "tool_call_id": str(call)}:
-            return [ToolResult(call, read_result(block.get("content")))]
+        case {"type": "function_call_output" | "tool_result" | "tool", "id": str(call)}:
+            given = block.get("result", block.get("output", block.get("content")))
+            return [ToolResult(call, read_result(given), bool(block.get("is_error")))]
         case {"type": "thinking" | "redacted_thinking" | "reasoning" as kind}:
             # opaque to every vendor but the one that wrote it
             dropped.append(kind.removeprefix("redacted_"))
@@ -755,9 +736,9 @@ def read_image(given: Any, where: str) -> Image:
             return read_image(f"data:{kind};base64,{data}", where)
         case str(url) | {"url": str(url)}:
             if found := re.fullmatch(r"data:(image/[\w.+-]+);base64,([A-Za-z0-9+/=\s]+)", url):
-                return Image(found[1], found[2])
+                return Image({"type": "base64", "media_type": found[1], "data": found[2]})
             if re.match(r"https?://", url):
-                return Image(url=url)
+                return Image({"type": "url", "url": url})
     raise BadRequest(f"{where}: an image is an http(s) URL, or base64 data with a media type")
 
 
@@ -773,18 +754,13 @@ def read_tool(tool: Any, where: str) -> Tool:
     raise BadRequest(f"{where}: needs a name, and parameters that are a JSON schema")
 
 
-TOOL_MODES: dict[str, ToolChoice] = {
-    "auto": "auto", "none": "none", "required": "required", "any": "required",
-}  # fmt: skip
-
-
-def read_tool_choice(given: Any, tools: list[Tool]) -> ToolChoice:
+def read_tool_choice(given: Any, tools: list[Tool]) -> str | dict[str, str]:
     names = [tool.name for tool in tools]
     match given:
-        case str(mode) | {"type": str(mode)} if mode in TOOL_MODES:
-            return TOOL_MODES[mode]
+        case str(mode) | {"type": str(mode)} if mode in ("auto", "none", "required", "any"):
+            return "required" if mode == "any" else mode
         case str(name) | {"function": {"name": str(name)}} | {"name": str(name)} if name in names:
-            return ToolName(name)
+            return {"type": "function", "name": name}
     raise BadRequest("tool_choice: must be auto, none, required or the name of one of the tools")
 
 
@@ -1121,13 +1097,29 @@ REASONS: dict[Any, str] = {
 }  # fmt: skip
 
 
+# Where the vendors' usage has the figures of ours. Of several, the largest counts.
+FIGURES = {
+    "input_tokens": ("input_tokens", "prompt_tokens"),
+    "output_tokens": ("output_tokens", "completion_tokens"),
+    "cache_read_tokens": ("cache_read_input_tokens", "input_tokens_details.cached_tokens",
+                          "prompt_tokens_details.cached_tokens"),
+    "cache_write_tokens": ("cache_creation_input_tokens", "input_tokens_details.cache_write_tokens",
+                           "prompt_tokens_details.cache_write_tokens"),
+    "cache_write_1h_tokens": ("cache_creation.ephemeral_1h_input_tokens",),
+    "reasoning_tokens": ("output_tokens_details.thinking_tokens",
+                         "output_tokens_details.reasoning_tokens",
+                         "completion_tokens_details.reasoning_tokens"),
+    "web_searches": ("server_tool_use.web_search_requests",),
+}  # fmt: skip
+
+
 @functools.lru_cache(1000)
 def capability(model: str) -> frozenset[str]:
     for line in CAPABILITIES.strip().splitlines():
         words, _, patterns = line.partition(": ")
         if any(fnmatch.fnmatchcase(model, pattern) for pattern in patterns.split()):
-            return frozenset(words.split())
-    return frozenset()
+            break
+    return frozenset(words.split())
 
 
 def number(table: Any, path: str) -> int:
@@ -1143,7 +1135,7 @@ def filled(**fields: Any) -> dict[str, Any]:
 
 
 def image_url(image: Image) -> str:
-    return image.url or f"data:{image.media_type};base64,{image.data}"
+    return image.source.get("url") or "data:{media_type};base64,{data}".format(**image.source)
 
 
 def function_call(call: ToolUse) -> dict[str, Any]:
@@ -1159,12 +1151,12 @@ class Adapter:
     vendor's terminal event has arrived."""
 
     path: ClassVar[str]
-    figures: ClassVar[dict[str, str]]  # of Usage, and where the vendor's has them: the sum of all
     unknown: ClassVar[tuple[str, ...]]  # parameters that the dialect does not have
+    apart: ClassVar = False  # does the vendor count cached input apart from the rest?
 
     def __init__(self, provider: Provider, model: str) -> None:
         self.base_url, self.model = provider.base_url.rstrip("/"), model
-        self.can = capability(model)
+        self.can, self.own = capability(model), "api.openai.com" in self.base_url
         self.reasons = not self.can.isdisjoint(("always", "on", "off"))
         self.sse, self.usage = SSE(), Usage()
         self.counts: dict[str, Any] = {}
@@ -1186,8 +1178,8 @@ class Adapter:
         names = [name for name in names if getattr(request, name) is not None]
         self.dropped += ["enable_thinking" if name == "thinking" else name for name in names]
         request = replace(request, **dict.fromkeys(names))
-        body = {"model": self.model, "temperature": request.temperature, "top_p": request.top_p}
-        return filled(**body | self.body(request), stream=True)
+        sampling = {name: getattr(request, name) for name in Sampling.__struct_fields__}
+        return filled(model=self.model, **sampling | self.body(request), stream=True)
 
     def rejects(self, request: Request) -> Iterable[str]:
         """The parameters that this model would not take beside the others."""
@@ -1209,7 +1201,9 @@ class Adapter:
                 break
             try:
                 done = data.strip() == b"[DONE]"
-                batch += self.decode({"type": "[DONE]"} if done else msgspec.json.decode(data))
+                event = {"type": "[DONE]"} if done else msgspec.json.decode(data)
+                self.heard = self.heard or event.get("type") != "ping"
+                batch += self.decode(event)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 batch.append(self.fail("the vendor's stream holds something that is not JSON"))
             except (AttributeError, LookupError, TypeError):  # of a shape nobody expects: skipped
@@ -1220,9 +1214,11 @@ class Adapter:
         """Later figures replace the earlier ones, but may lack some of them."""
         if isinstance(usage, dict):
             self.counts |= {key: value for key, value in usage.items() if value is not None}
-            paths = {name: where.split() for name, where in self.figures.items()}
-            figures = {n: sum(number(self.counts, p) for p in w) for n, w in paths.items()}
-            known = isinstance(self.counts.get(self.figures["output_tokens"]), int)
+            figures = {n: max(number(self.counts, p) for p in ps) for n, ps in FIGURES.items()}
+            if self.apart:
+                figures["input_tokens"] += figures["cache_read_tokens"]
+                figures["input_tokens"] += figures["cache_write_tokens"]
+            known = any(isinstance(self.counts.get(n), int) for n in FIGURES["output_tokens"])
             self.usage = Usage(**figures, known=known)
 
     def finish(self) -> Iterator[Event]:
@@ -1257,15 +1253,7 @@ own_id = functools.partial(re.sub, r"[^a-zA-Z0-9_-]", "_")
 class Messages(Adapter):
     """Anthropic Messages. Source: docs.anthropic.com/en/api/messages, version 2023-06-01."""
 
-    path, unknown = "/v1/messages", ("seed",)
-    figures: ClassVar = {
-        "input_tokens": "input_tokens cache_read_input_tokens cache_creation_input_tokens",
-        "output_tokens": "output_tokens", "cache_read_tokens": "cache_read_input_tokens",
-        "cache_write_tokens": "cache_creation_input_tokens",
-        "cache_write_1h_tokens": "cache_creation.ephemeral_1h_input_tokens",
-        "reasoning_tokens": "output_tokens_details.thinking_tokens",
-        "web_searches": "server_tool_use.web_search_requests",
-    }  # fmt: skip
+    path, unknown, apart = "/v1/messages", ("seed",), True
 
     def url(self) -> str:
         return self.base_url.removesuffix("/v1") + self.path
@@ -1275,11 +1263,10 @@ class Messages(Adapter):
 
     def rejects(self, request: Request) -> Iterator[str]:
         forced = request.tool_choice not in (None, "auto", "none")
-        if forced and "unforced" in self.can:
+        if unforced := forced and "unforced" in self.can:
             yield "tool_choice"
-            forced = False
         # forced tools and thinking exclude each other, as do thinking and sampling
-        thinks = request.thinking and not forced and self.thinks(request)
+        thinks = request.thinking and forced == unforced and self.thinks(request)
         if request.thinking and not thinks:
             yield "thinking"
         if thinks or "unsampled" in self.can:
@@ -1301,8 +1288,8 @@ class Messages(Adapter):
         budget = {"type": "enabled", "budget_tokens": max(1024, request.max_tokens // 2)}
         adaptive = {"type": "adaptive", "display": "summarized"}
         thinking = adaptive if "adaptive" in self.can else budget
-        choice, name = request.tool_choice, getattr(request.tool_choice, "name", None)
-        kind = "tool" if name else "any" if choice == "required" else choice
+        choice = request.tool_choice
+        named = {"type": "tool", "name": choice["name"]} if isinstance(choice, dict) else None
         if (request.temperature or 0) > 1:  # OpenAI's scale ends at 2
             self.dropped.append("temperature")
         return {
@@ -1313,10 +1300,9 @@ class Messages(Adapter):
                 {"name": t.name, "description": t.description, "input_schema": t.parameters}
                 for t in request.tools
             ],
-            "tool_choice": filled(type=kind, name=name),
+            "tool_choice": named or filled(type="any" if choice == "required" else choice),
             "thinking": thinking if request.thinking else None,
             "temperature": request.temperature and min(1.0, request.temperature),
-            "top_k": request.top_k,
             "stop_sequences": [stop for stop in request.stop if stop.strip()],
         }
 
@@ -1337,36 +1323,28 @@ class Messages(Adapter):
                 turns[-1].content[-1] = Text(text.rstrip())
         return [{"role": t.role, "content": [*map(self.block, t.content)]} for t in turns]
 
-    def block(self, part: Part) -> dict[str, Any]:
+    def block(self, part: Part) -> Any:
+        """Text, images and results are written as this dialect has them."""
         match part:
-            case Text(text):
-                return {"type": "text", "text": text}
-            case Image(kind, data, url):
-                source = {"type": "url" if url else "base64", "url": url}
-                return {"type": "image", "source": filled(**source, media_type=kind, data=data)}
             case ToolUse(call, name, arguments):
                 given = msgspec.Raw(arguments.encode())
                 return {"type": "tool_use", "id": own_id(call), "name": name, "input": given}
-            case ToolResult(call, content, is_error):
-                block = {"type": "tool_result", "tool_use_id": own_id(call), "content": content}
-                return block | filled(is_error=is_error or None)
+            case ToolResult():
+                return replace(part, id=own_id(part.id))
+        return part
 
     def decode(self, event: dict[str, Any]) -> Iterator[Event]:
-        kind, index = event.get("type"), event.get("index")
-        self.heard = self.heard or kind != "ping"
-        match kind, event.get("content_block", event.get("delta")):
+        index = event.get("index")
+        match event.get("type"), event.get("content_block", event.get("delta")):
             case "content_block_delta" | "content_block_start", {"text": str(text)} if text:
                 yield Text(text)
             case "content_block_delta", {"thinking": str(text)} if text:
                 yield Thinking(text)
-            case "content_block_delta", {"partial_json": str(text)}:
-                if index in self.calls:  # else a tool of the vendor's own
-                    self.calls[index].arguments += text
-            case "content_block_start", {"type": "tool_use"}:
-                block = event["content_block"]
+            case "content_block_delta", {"partial_json": str(text)} if index in self.calls:
+                self.calls[index].arguments += text  # of no tool of the vendor's own
+            case "content_block_start", {"type": "tool_use", "id": call, "name": name, **block}:
                 given = msgspec.json.encode(block["input"]).decode() if block.get("input") else ""
-                call, name = str(block.get("id") or ""), str(block.get("name"))
-                self.calls[index] = ToolUse(call, name, given)
+                self.calls[index] = ToolUse(str(call), str(name), given)
             case "message_start", _:
                 self.count(event["message"]["usage"])
                 self.usage.known = False
@@ -1404,19 +1382,12 @@ class Responses(OpenAI):
     """OpenAI Responses. Source: platform.openai.com/docs/api-reference/responses-streaming."""
 
     path, unknown = "/responses", ("seed", "top_k")
-    figures: ClassVar = {
-        "input_tokens": "input_tokens", "output_tokens": "output_tokens",
-        "cache_read_tokens": "input_tokens_details.cached_tokens",
-        "cache_write_tokens": "input_tokens_details.cache_write_tokens",
-        "reasoning_tokens": "output_tokens_details.reasoning_tokens",
-    }  # fmt: skip
 
     def body(self, request: Request) -> dict[str, Any]:
         self.cut = request.stop
         tokens = max(16, request.max_tokens)  # the least the vendor takes
         if tokens > request.max_tokens:
             self.dropped.append("max_tokens")
-        effort, name = self.effort(request), getattr(request.tool_choice, "name", None)
         summary = "auto" if request.thinking else None
         return {
             "max_output_tokens": tokens,
@@ -1424,8 +1395,8 @@ class Responses(OpenAI):
             "instructions": request.system,
             "input": [item for message in request.messages for item in self.items(message)],
             "tools": [{"type": "function", "strict": False} | asdict(t) for t in request.tools],
-            "tool_choice": {"type": "function", "name": name} if name else request.tool_choice,
-            "reasoning": filled(effort=effort, summary=summary),
+            "tool_choice": request.tool_choice,
+            "reasoning": filled(effort=self.effort(request), summary=summary),
         }
 
     def items(self, message: Message) -> Iterator[dict[str, Any]]:
@@ -1448,37 +1419,30 @@ class Responses(OpenAI):
             yield {"role": role, "content": content}
 
     def decode(self, event: dict[str, Any]) -> Iterator[Event]:
-        self.heard = True
-        kind, item = str(event.get("type")).removeprefix("response."), event.get("item_id")
-        match kind, event.get("delta"):
-            case "output_text.delta", str(text) if text:
+        kind = str(event.get("type")).removeprefix("response.")
+        match kind, event:
+            case "output_text.delta", {"delta": str(text)} if text:
                 yield Text(text)
-            case "refusal.delta", str(text) if text:
+            case "refusal.delta", {"delta": str(text)} if text:
                 self.reason = "content_filter"
                 yield Text(text)
-            case "reasoning_summary_text.delta" | "reasoning_text.delta", str(text) if text:
-                yield Thinking(text)
-            case "function_call_arguments.delta", str(text) if item in self.calls:
-                self.calls[item].arguments += text
-            case "function_call_arguments.done", _ if item in self.calls:
-                self.calls[item].arguments = str(event["arguments"])
-            case "output_item.added" | "output_item.done", _:
-                match event["item"]:
-                    case {"type": "function_call", "call_id": str(call), "name": str(name)} as item:
-                        arguments = str(item.get("arguments") or "")
-                        self.calls[item.get("id")] = ToolUse(call, name, arguments)
-            case "completed" | "incomplete", _:
-                response = event["response"]
+            case "reasoning_summary_text.delta" | "reasoning_text.delta", {"delta": text} if text:
+                yield Thinking(str(text))
+            case "function_call_arguments.delta", {"item_id": key, "delta": str(text)}:
+                self.calls[key].arguments += text
+            case _, {"item": {"type": "function_call", "call_id": call, "name": name} as item}:
+                arguments = str(item.get("arguments") or "")  # all of them when it is done
+                self.calls[item.get("id")] = ToolUse(str(call), str(name), arguments)
+            case "completed" | "incomplete", {"response": response}:
                 details = response.get("incomplete_details") or {}
                 default = "length" if kind == "incomplete" else self.reason
                 self.reason = REASONS.get(details.get("reason"), default)
                 self.count(response.get("usage"))
                 yield from self.finish()
-            case "failed", _:
-                self.count(event["response"].get("usage"))
-                yield self.fail(event["response"].get("error"))
-            case "error", _:  # nested, as recorded, or flat, as the SDK has it
-                yield self.fail(event.get("error") or event | {"type": None})
+            case "failed" | "error", _:
+                told = event.get("response", event)
+                self.count(told.get("usage"))  # nested, as recorded, or flat, as the SDK has it
+                yield self.fail(told.get("error") or event | {"type": None})
 
 
 class Chat(OpenAI):
@@ -1486,60 +1450,50 @@ class Chat(OpenAI):
     Source: platform.openai.com/docs/api-reference/chat-streaming."""
 
     path, unknown = "/chat/completions", ("top_k",)
-    figures: ClassVar = {
-        name: where.replace("input", "prompt").replace("output", "completion")
-        for name, where in Responses.figures.items()
-    }
 
     def thinks(self) -> bool:
         """What others than OpenAI serve may."""
-        return self.reasons or not (self.own() or "plain" in self.can)
-
-    def own(self) -> bool:
-        return "api.openai.com" in self.base_url
+        return self.reasons or not (self.own or "plain" in self.can)
 
     def body(self, request: Request) -> dict[str, Any]:
         if request.tools and "elsewhere" in self.can:
             raise BadRequest(f"tools: {self.model} takes them only over the responses adapter")
         self.cut = request.stop if self.reasons or len(request.stop) > 4 else []
-        name = getattr(request.tool_choice, "name", None)
-        named = {"type": "function", "function": {"name": name}}
-        limit = "max_completion_tokens" if self.own() or self.reasons else "max_tokens"
-        system = [{"role": "system", "content": request.system}] if request.system else []
-        turns = [turn for message in request.messages for turn in self.turns(message)]
+        choice: Any = request.tool_choice
+        if isinstance(choice, dict):
+            choice = {"type": "function", "function": {"name": choice["name"]}}
+        limit = "max_completion_tokens" if self.own or self.reasons else "max_tokens"
+        messages = [Message("system", [Text(request.system)]), *request.messages]
         return {
             limit: request.max_tokens,
-            "messages": system + turns,
+            "messages": [turn for message in messages for turn in self.turns(message)],
             "tools": [{"type": "function", "function": asdict(t)} for t in request.tools],
-            "tool_choice": named if name else request.tool_choice,
+            "tool_choice": choice,
             "reasoning_effort": self.effort(request),
-            "seed": request.seed,
             "stop": [] if self.cut else request.stop,
             "stream_options": {"include_usage": True},
         }
 
     def turns(self, message: Message) -> Iterator[dict[str, Any]]:
-        content: list[dict[str, Any]] = []
+        blocks: list[Any] = []
         calls = []
         for part in message.content:
             match part:
-                case Text(text):
-                    content.append({"type": "text", "text": text})
+                case Text():
+                    blocks.append(part)
                 case Image():
-                    content.append({"type": "image_url", "image_url": {"url": image_url(part)}})
+                    blocks.append({"type": "image_url", "image_url": {"url": image_url(part)}})
                 case ToolUse():
                     calls.append(function_call(part))
                 case ToolResult(call, output):
                     yield {"role": "tool", "tool_call_id": call, "content": output}
-        texts = [block["text"] for block in content if "text" in block]
+        texts = [part.text for part in blocks if isinstance(part, Text)]
         # a string wherever that is enough: not every compatible server reads a list
-        plain = "\n\n".join(texts) if len(texts) == len(content) else content
-        if plain or calls:
-            turn = {"role": message.role, "content": plain or None}
-            yield turn | filled(tool_calls=calls)
+        content = "\n\n".join(texts) if len(texts) == len(blocks) else blocks
+        if content or calls:
+            yield {"role": message.role, "content": content or None} | filled(tool_calls=calls)
 
     def decode(self, event: dict[str, Any]) -> Iterator[Event]:
-        self.heard = True
         self.count(event.get("usage"))
         match event:
             case {"error": error} if error:
@@ -1766,7 +1720,7 @@ TOOL_TOKENS = 1000  # what a vendor writes before the tools
 def input_bound(body: bytes, request: Request) -> int:
     """The most tokens a request can be billed for as input: a token is at least a byte."""
     images = [part for part in request.parts() if isinstance(part, Image)]
-    data = sum(len(image.data) for image in images)
+    data = sum(len(image.source.get("data", "")) for image in images)
     return len(body) - data + IMAGE_TOKENS * len(images) + (TOOL_TOKENS if request.tools else 0)
 
 
@@ -2637,34 +2591,30 @@ DEMO_THOUGHT = "The person wants to see thinking. I think a little, then I answe
 
 # What a vendor sends, by dialect and by the kind of thing said: one event a line.
 DEMO_EVENTS = {
-    "messages": """
-start {"type":"message_start","message":{"role":"assistant","usage":{"input_tokens":25}}}
-start {"type":"content_block_start","index":0,"content_block":{"type":"text","text":""}}
-start {"type":"ping"}
-text {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":%s}}
-think {"type":"content_block_delta","index":0,"delta":{"type":"thinking_delta","thinking":%s}}
-tool {"type":"content_block_start","index":1,"content_block":{"type":"tool_use","id":"1","name":%s}}
-args {"type":"content_block_delta","index":1,"delta":{"type":"input_json_delta","partial_json":%s}}
-args {"type":"message_delta","delta":{"stop_reason":"tool_use"}}
-end {"type":"message_delta","delta":{},"usage":{"output_tokens":%s}}
-end {"type":"message_stop"}""",
-    "responses": """
-start {"type":"response.created","response":{}}
-text {"type":"response.output_text.delta","delta":%s}
-think {"type":"response.reasoning_summary_text.delta","delta":%s}
-tool {"type":"response.output_item.added",\
-"item":{"type":"function_call","id":"fc_1","call_id":"call_1","name":%s}}
-args {"type":"response.function_call_arguments.done","item_id":"fc_1","arguments":%s}
-end {"type":"response.completed","response":{"usage":{"input_tokens":25,"output_tokens":%s}}}""",
-    "chat": """
-start {"choices":[{"delta":{"role":"assistant"}}]}
-text {"choices":[{"delta":{"content":%s}}]}
-think {"choices":[{"delta":{"reasoning_content":%s}}]}
-tool {"choices":[{"delta":{"tool_calls":[{"index":0,"id":"1","function":{"name":%s}}]}}]}
-args {"choices":[{"delta":{"tool_calls":[{"index":0,"function":{"arguments":%s}}]}}]}
-end {"choices":[],"usage":{"prompt_tokens":25,"completion_tokens":%s}}
-end [DONE]""",
-}
+    "messages": {
+        "text": '{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":%s}}',
+        "think": '{"type":"content_block_delta","delta":{"type":"thinking_delta","thinking":%s}}',
+        "tool": '{"type":"content_block_start","index":1,"content_block":{"type":"tool_use",'
+                '"id":"toolu_1","name":%s,"input":{"city":"Paris"}}}',
+        "end": '{"type":"message_delta","delta":{},"usage":{"input_tokens":25,"output_tokens":%s}}'
+               '\n{"type":"message_stop"}',
+    },
+    "responses": {
+        "text": '{"type":"response.output_text.delta","delta":%s}',
+        "think": '{"type":"response.reasoning_summary_text.delta","delta":%s}',
+        "tool": '{"type":"response.output_item.done","item":{"type":"function_call",'
+                '"call_id":"call_1","name":%s,"arguments":"{\\"city\\":\\"Paris\\"}"}}',
+        "end": '{"type":"response.completed",'
+               '"response":{"usage":{"input_tokens":25,"output_tokens":%s}}}',
+    },
+    "chat": {
+        "text": '{"choices":[{"delta":{"content":%s}}]}',
+        "think": '{"choices":[{"delta":{"reasoning_content":%s}}]}',
+        "tool": '{"choices":[{"delta":{"tool_calls":[{"id":"call_1","function":{"name":%s,'
+                '"arguments":"{\\"city\\":\\"Paris\\"}"}}]}}]}',
+        "end": '{"choices":[],"usage":{"prompt_tokens":25,"completion_tokens":%s}}\n[DONE]',
+    },
+}  # fmt: skip
 
 
 class DemoTransport(httpx.AsyncBaseTransport):
@@ -2679,10 +2629,10 @@ class DemoTransport(httpx.AsyncBaseTransport):
         dialect = next(name for name, a in ADAPTERS.items() if request.url.path.endswith(a.path))
         tool = (body.get("tools") or [{"name": "get_weather"}])[0]
         name = tool.get("name") or tool["function"]["name"]
-        return httpx.Response(200, content=demo_answer(dialect, prompt, name))
+        return httpx.Response(200, content=demo_answer(DEMO_EVENTS[dialect], prompt, name))
 
 
-async def demo_answer(dialect: str, prompt: str, tool: str) -> AsyncIterator[bytes]:
+async def demo_answer(events: dict[str, str], prompt: str, tool: str) -> AsyncIterator[bytes]:
     said: list[tuple[str, Any]] = [("text", f"{word} ") for word in DEMO_TEXT.split()]
     match prompt.split()[:1]:
         case ["/long"]:
@@ -2690,16 +2640,12 @@ async def demo_answer(dialect: str, prompt: str, tool: str) -> AsyncIterator[byt
         case ["/think"]:
             said[:0] = [("think", f"{word} ") for word in DEMO_THOUGHT.split()]
         case ["/tool"]:
-            said = [("text", "Let me see. "), ("tool", tool), ("args", '{"city":"Paris"}')]
-    said = [("start", ""), *said, ("end", len(said))]
+            said = [("text", "Let me see. "), ("tool", tool)]
+    said.append(("end", len(said)))
     for kind, value in said[:12] if prompt.startswith("/cut") else said:
-        for line in DEMO_EVENTS[dialect].splitlines():
-            name, _, event = line.partition(" ")
-            if name == kind:
-                event = event.replace("%s", msgspec.json.encode(value).decode())
-                named = re.match(r'{"type":"([\w.]+)"', event)
-                yield (f"event: {named[1]}\n" if named else "").encode()
-                yield b"data: %b\n\n" % event.encode()
+        for event in events[kind].splitlines():
+            data = event.replace("%s", msgspec.json.encode(value).decode())
+            yield f"data: {data}\n\n".encode()
         await asyncio.sleep(0.03)
 
 
