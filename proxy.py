@@ -49,13 +49,14 @@ import sys
 import threading
 import time
 import tomllib
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from collections.abc import Mapping as Map
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal
 
 import aiohttp
 import cachetools
@@ -896,64 +897,49 @@ class Clients:
 # Two token buckets a client: one of requests, one of LLM tokens. It does not know money.
 
 
-class Taken(Struct):
-    """What the buckets hold after a request, or why they refused it and for how long."""
+class Bucket(Struct):
+    """Holds up to `burst` and refills at `rate` a minute. Only a correction draws it below 0."""
 
-    requests: float
-    tokens: float
-    refused: str = ""
-    wait: float = 0.0
-
-
-class Bucket:
-    """Holds up to `burst` and refills at `rate` a second. Only a correction draws it below 0."""
-
-    def __init__(self, rate: float, burst: float, now: float) -> None:
-        self.rate, self.burst, self.level, self.updated = rate, burst, burst, now
+    rate: float
+    burst: float
+    level: float
+    updated: float
 
     def refill(self, now: float) -> float:
-        self.level = min(self.burst, self.level + (now - self.updated) * self.rate)
+        self.level = min(self.burst, self.level + (now - self.updated) * self.rate / 60)
         self.updated = now
         return self.level
 
 
-class Limiter(Protocol):
-    async def take(self, client: str, requests: int, tokens: int) -> Taken:
-        """Take from both of the client's buckets, or from neither."""
-
-    async def give_back(self, client: str, tokens: int) -> None:
-        """Correct an estimate: put `tokens` back, or take more of them when negative."""
-
-
-class MemoryLimiter:
+class Limiter:
     """Remembers the clients seen last; one it has forgotten has full buckets again."""
 
     def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
-        self.limits, self.clock = limits, clock
-        self.buckets: cachetools.LRUCache[str, tuple[Bucket, Bucket]] = cachetools.LRUCache(50_000)
+        self.clock, tokens = clock, limits.tokens_per_minute
+        self.sizes = (("requests", limits.requests_per_minute, limits.burst),
+                      ("tokens", tokens, tokens))  # fmt: skip
+        self.clients: cachetools.LRUCache[str, dict[str, Bucket]] = cachetools.LRUCache(50_000)
 
-    def of(self, client: str) -> tuple[Bucket, Bucket]:
-        """The client's requests and its tokens."""
-        limits, now = self.limits, self.clock()
-        requests = Bucket(limits.requests_per_minute / 60, limits.burst, now)
-        tokens = Bucket(limits.tokens_per_minute / 60, limits.tokens_per_minute, now)
-        pair = self.buckets.setdefault(client, (requests, tokens))
-        for bucket in pair:
+    def of(self, client: str) -> dict[str, Bucket]:
+        """What the client has left, of requests and of tokens."""
+        now = self.clock()
+        if not (buckets := self.clients.get(client)):
+            buckets = {kind: Bucket(rate, full, full, now) for kind, rate, full in self.sizes}
+            self.clients[client] = buckets
+        for bucket in buckets.values():
             bucket.refill(now)
-        return pair
+        return buckets
 
-    async def take(self, client: str, requests: int, tokens: int) -> Taken:
-        first, second = self.of(client)
-        for kind, bucket, wanted in (("requests", first, requests), ("tokens", second, tokens)):
-            if bucket.level < wanted:
-                wait = (wanted - bucket.level) / bucket.rate
-                return Taken(first.level, second.level, kind, wait)
-        first.level -= requests
-        second.level -= tokens
-        return Taken(first.level, second.level)
-
-    async def give_back(self, client: str, tokens: int) -> None:
-        self.of(client)[1].level += tokens
+    def take(self, client: str, **wanted: float) -> tuple[str, float] | None:
+        """Take from both of the client's buckets, or from neither: then return the one that holds
+        too little, and for how many seconds."""
+        buckets = self.of(client)
+        for kind, amount in wanted.items():
+            if (lacking := amount - buckets[kind].level) > 0:
+                return kind, lacking * 60 / buckets[kind].rate
+        for kind, amount in wanted.items():
+            buckets[kind].level -= amount
+        return None
 
 
 # ---- Cache -------------------------------------------------------------------------------------
@@ -964,7 +950,8 @@ class MemoryLimiter:
 class Account(Struct):
     """What one upstream call came to, over all its attempts. `produced` counts the bytes of text
     the vendor sent, `bound` the most tokens its input can be billed as, `lost` the USD of
-    attempts that failed after they may have cost something; `hidden` is thinking nobody saw."""
+    attempts that failed after they may have cost something; `hidden` is thinking nobody saw.
+    `batches` is the answer itself, where others may want it too."""
 
     provider: str = ""
     model: str = ""
@@ -977,48 +964,35 @@ class Account(Struct):
     hidden: bool = False
     lost: Decimal = Decimal(0)
     dropped: list[str] = []
+    batches: list[Batch] = []
 
 
-class Answer(Struct):
-    batches: list[Batch]
-    usage: Usage
-    dropped: list[str]
-
-
-class Cache(Protocol):
-    async def get(self, key: str) -> Answer | None: ...
-
-    async def put(self, key: str, answer: Answer) -> None: ...
-
-
-class MemoryCache:
+class Cache:
     def __init__(self, table: CacheTable, clock: Callable[[], float]) -> None:
         self.entries: cachetools.TTLCache[str, bytes] = cachetools.TTLCache(
             table.size, table.ttl, timer=clock, getsizeof=lambda entry: len(entry) + 200
         )
 
-    async def get(self, key: str) -> Answer | None:
+    def get(self, key: str) -> Account | None:
         entry = self.entries.get(key)
-        return msgspec.msgpack.decode(entry, type=Answer) if entry else None
+        return msgspec.msgpack.decode(entry, type=Account) if entry else None
 
-    async def put(self, key: str, answer: Answer) -> None:
+    def put(self, key: str, account: Account) -> None:
         with contextlib.suppress(ValueError):  # larger than the whole cache
-            self.entries[key] = msgspec.msgpack.encode(answer)
+            self.entries[key] = msgspec.msgpack.encode(account)
 
 
 class Flight:
     """One upstream call and the requests that read its batches. It is cancelled when the last of
-    them leaves, and not before; `landed` is told when it has arrived whole."""
+    them leaves, and not before; `keep` is called when it has arrived whole."""
+
+    error: Exception | None = None
+    readers = 0
 
     def __init__(
-        self, source: AsyncGenerator[Batch, None], account: Account,
-        landed: Callable[[Flight], Awaitable[None]],
-    ) -> None:  # fmt: skip
-        self.account, self.landed = account, landed
-        self.batches: list[Batch] = []
-        self.error: Exception | None = None
-        self.finished = self.abandoned = False
-        self.readers = 0
+        self, source: AsyncGenerator[Batch, None], account: Account, keep: Callable[[], None]
+    ) -> None:
+        self.account, self.keep = account, keep
         self.changed = asyncio.Event()
         self.task = asyncio.create_task(self.run(source))
 
@@ -1026,15 +1000,13 @@ class Flight:
         try:
             async with aclosing(source):
                 async for batch in source:
-                    self.batches.append(batch)
-                    if batch and isinstance(batch[-1], Finish):
-                        await self.landed(self)
-                        self.finished = True  # for its readers; the connection may take longer
+                    self.account.batches.append(batch)
+                    match batch:
+                        case [*_, Finish("stop" | "tool_calls")]:
+                            self.keep()
                     self.wake()
         except Exception as error:  # for its readers
             self.error = error
-        finally:
-            self.finished = True
             self.wake()
 
     def wake(self) -> None:
@@ -1042,20 +1014,18 @@ class Flight:
         self.changed = asyncio.Event()
 
     async def read(self) -> AsyncGenerator[Batch, None]:
+        """Its batches, from the first one; whoever has read the last one leaves."""
         self.readers += 1
         try:
             for position in itertools.count():
-                while position >= len(self.batches) and not self.finished:
+                while position == len(self.account.batches):
+                    if self.error:
+                        raise self.error
                     await self.changed.wait()
-                if position >= len(self.batches):
-                    break
-                yield self.batches[position]
-            if self.error:
-                raise self.error
+                yield self.account.batches[position]
         finally:
             self.readers -= 1
             if not self.readers:
-                self.abandoned = True
                 self.task.cancel()
 
 
@@ -2241,12 +2211,12 @@ class Proxy:
         self.secrets = (*self.keys.values(), config.server.admin_token)
         self.clients = Clients(config, environ, public)
         self.prices, self.metrics = Prices(config.prices), Metrics()
-        self.limiter: Limiter = MemoryLimiter(config.limits, time.monotonic)
-        cached = config.cache.enabled
-        self.cache: Cache | None = MemoryCache(config.cache, time.monotonic) if cached else None
-        self.flights: dict[str, Flight] = {}
+        self.limiter = Limiter(config.limits, time.monotonic)
+        self.cache = Cache(config.cache, time.monotonic) if config.cache.enabled else None
+        # a flight is over when nobody holds it
+        self.flights: weakref.WeakValueDictionary[str, Flight] = weakref.WeakValueDictionary()
         self.live: set[Call] = set()
-        self.rejected_rows = Bucket(1, 1000, time.monotonic())
+        self.rejected_rows = Bucket(60, 1000, 1000, time.monotonic())
 
     @contextlib.asynccontextmanager
     async def running(self, transport: httpx.AsyncBaseTransport) -> AsyncIterator[None]:
@@ -2282,7 +2252,7 @@ class Proxy:
                 body = await read_body(receive, call.headers, self.config.limits)
                 targets = self.read(call, provider, body)
             finally:  # a body that is refused counts as a request too
-                await self.take(call)
+                self.take(call)
             await self.work(call, targets, receive)
         except ProxyError as error:
             call.failure = error
@@ -2341,21 +2311,18 @@ class Proxy:
         call.estimate = estimate
         return targets
 
-    async def take(self, call: Call) -> None:
+    def take(self, call: Call) -> None:
         """Take a request and its tokens from the client's buckets. Raises 429."""
-        limits = self.config.limits
-        taken = await self.limiter.take(call.client.id, 1, call.estimate)
-        for kind, level, full, rate in (
-            ("requests", taken.requests, limits.burst, limits.requests_per_minute),
-            ("tokens", taken.tokens, limits.tokens_per_minute, limits.tokens_per_minute),
-        ):
-            call.rates[f"x-ratelimit-limit-{kind}"] = f"{rate:.15g}"
-            call.rates[f"x-ratelimit-remaining-{kind}"] = str(max(0, int(level)))
-            call.rates[f"x-ratelimit-reset-{kind}"] = f"{(full - level) * 60 / rate:.0f}s"
-        if taken.refused:
-            call.estimate = 0
-            message = f"too many {taken.refused}; try again in {taken.wait:.0f} s"
-            raise ProxyError(429, "rate_limited", message, after=taken.wait)
+        short = self.limiter.take(call.client.id, requests=1, tokens=call.estimate)
+        for kind, bucket in self.limiter.of(call.client.id).items():
+            reset = (bucket.burst - bucket.level) * 60 / bucket.rate
+            call.rates[f"x-ratelimit-limit-{kind}"] = f"{bucket.rate:.15g}"
+            call.rates[f"x-ratelimit-remaining-{kind}"] = str(max(0, int(bucket.level)))
+            call.rates[f"x-ratelimit-reset-{kind}"] = f"{reset:.0f}s"
+        if short:
+            call.estimate, (kind, wait) = 0, short
+            message = f"too many {kind}; try again in {wait:.0f} s"
+            raise ProxyError(429, "rate_limited", message, after=wait)
 
     def resolve(self, provider: str, name: str, client: Client) -> list[Target]:
         """The targets of a model name or alias, first choice first. Raises 403."""
@@ -2381,7 +2348,7 @@ class Proxy:
         gone = asyncio.create_task(departure(call, receive))
         self.watch(call)
         try:
-            async with aclosing(await self.source(call, targets)) as batches:
+            async with aclosing(self.source(call, targets)) as batches:
                 async for batch in batches:
                     await call.deliver(batch)
                     if call.finish:  # the caller need not wait for the vendor's connection
@@ -2405,7 +2372,7 @@ class Proxy:
         due = max(0.01, call.wrote + silence - now)
         call.timer = asyncio.get_running_loop().call_later(due, self.watch, call)
 
-    async def source(self, call: Call, targets: list[Target]) -> AsyncGenerator[Batch, None]:
+    def source(self, call: Call, targets: list[Target]) -> AsyncGenerator[Batch, None]:
         """Where the answer comes from: the cache, another request's flight, or the vendor."""
         if self.cache is None or "no-cache" in call.headers.get("cache-control", ""):
             return self.upstream(call, targets)
@@ -2414,29 +2381,18 @@ class Proxy:
             key = sha256(repr((scope, targets, call.request)))
         except RecursionError:
             raise BadRequest("tools: are nested too deeply") from None
-        if answer := await self.cache.get(key):
-            call.entry.cache = "hit"
-            call.account.usage, call.account.dropped = answer.usage, answer.dropped
-            return replay(answer)
+        if account := self.cache.get(key):
+            call.entry.cache, call.account = "hit", account
+            return replay(account.batches)
         flight = self.flights.get(key)
-        if flight and not flight.abandoned:
+        if flight and flight.readers and not flight.task.done():
             call.entry.cache, call.account = "coalesced", flight.account
         else:
             call.entry.cache = "miss"
-            landed = functools.partial(self.keep, key)
-            call.leads = flight = Flight(self.upstream(call, targets), call.account, landed)
-            self.flights[key] = flight
-            flight.task.add_done_callback(lambda _: self.forget(key, flight))
+            keep = functools.partial(self.cache.put, key, call.account)
+            flight = Flight(self.upstream(call, targets), call.account, keep)
+            call.leads = self.flights[key] = flight
         return flight.read()
-
-    def forget(self, key: str, flight: Flight) -> None:
-        if self.flights.get(key) is flight:  # else a later one has taken its place
-            del self.flights[key]
-
-    async def keep(self, key: str, flight: Flight) -> None:
-        finish, account = flight.batches[-1][-1], flight.account
-        if self.cache and OUTCOMES.get(getattr(finish, "reason", "")) == "ok":
-            await self.cache.put(key, Answer(flight.batches, account.usage, account.dropped))
 
     async def upstream(self, call: Call, targets: list[Target]) -> AsyncGenerator[Batch, None]:
         """The vendor's answer: retries and fallbacks until the first event, then that stream."""
@@ -2533,7 +2489,7 @@ class Proxy:
             LOG.exception("a request could not be accounted for")
         if call.estimate:
             unused = call.estimate - entry.input_tokens - entry.output_tokens
-            await self.limiter.give_back(call.client.id, unused)
+            self.limiter.of(call.client.id)["tokens"].level += unused
         if written:
             await written
         with contextlib.suppress(TimeoutError):
@@ -2609,8 +2565,8 @@ async def departure(call: Call, receive: Receive) -> None:
     call.stop(None)
 
 
-async def replay(answer: Answer) -> AsyncGenerator[Batch, None]:
-    for batch in answer.batches:
+async def replay(batches: list[Batch]) -> AsyncGenerator[Batch, None]:
+    for batch in batches:
         yield batch
 
 
@@ -2917,8 +2873,7 @@ def create_app(
         spent, limits = rows[0] if rows else Totals(), config.limits
         today = {"requests": spent.requests, "costUsd": float(spent.cost)}
         today |= {"inputTokens": spent.input_tokens, "outputTokens": spent.output_tokens}
-        taken = await proxy.limiter.take(client, 0, 0)
-        left = {"requests": int(taken.requests), "tokens": int(taken.tokens)}
+        left = {kind: int(bucket.level) for kind, bucket in proxy.limiter.of(client).items()}
         rates = {"requestsPerMinute": limits.requests_per_minute}
         rates |= {"tokensPerMinute": limits.tokens_per_minute}
         return {"client": client, "today": today, "left": left | rates}
