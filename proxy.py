@@ -1578,9 +1578,11 @@ class StopCutter:
 
 
 class Writer:
-    media_type: ClassVar[str]
-    filler: ClassVar[bytes]
-    early: ClassVar[bool]
+    """An answer as JSON, in the one shape that loses no tool call, whichever branch of the SDK
+    reads it: `choices` and the flat keys side by side, and no `output`. White space before JSON is
+    valid JSON."""
+
+    media_type, filler, early = "application/json", b" ", False
 
     def __init__(self, thinking: bool) -> None:
         self.show_thinking, self.thinking, self.count = thinking, False, 0
@@ -1606,14 +1608,18 @@ class Writer:
 
     def write(self, batch: Batch, ttfb: float) -> bytes:
         """The bytes of one network read; none when there is nothing to say yet."""
-        raise NotImplementedError
+        self.texts += self.tokens(batch)
+        return b""
 
     def end(self, finish: str, report: dict[str, Any]) -> bytes:
-        raise NotImplementedError
+        content = "".join(self.texts) or ("" if self.calls else " ")  # the SDK rejects an empty one
+        said = {"content": content} | filled(tool_calls=self.calls)
+        choice = {"index": 0, "message": {"role": "assistant"} | said, "finish_reason": finish}
+        return msgspec.json.encode(said | {"finish_reason": finish, "choices": [choice]} | report)
 
-    def error(self, error: ProxyError) -> bytes | None:
-        """The end of a failed reply already begun; None where only a missing end can say it."""
-        return None
+    def error(self, error: ProxyError) -> bytes:
+        """The end of a failed reply already begun; none where only a missing end can say it."""
+        return b""
 
 
 class FrameWriter(Writer):
@@ -1632,30 +1638,12 @@ class FrameWriter(Writer):
 
     def end(self, finish: str, report: dict[str, Any]) -> bytes:
         last = {"token": "", "tokenId": self.count, "isLast": True, "finishReason": finish}
-        calls = {"toolCalls": self.calls} if self.calls else {}
-        return b"data: %b\n\ndata: [DONE]\n\n" % msgspec.json.encode(last | calls | report)
+        last |= filled(toolCalls=self.calls) | report
+        return b"data: %b\n\ndata: [DONE]\n\n" % msgspec.json.encode(last)
 
     def error(self, error: ProxyError) -> bytes:
         line = {"message": error.message, "statusCode": error.status, "code": error.code}
         return b"error: %b\n\n" % msgspec.json.encode(line)
-
-
-class JsonWriter(Writer):
-    """The one shape that loses no tool call, whichever branch of the SDK reads it: `choices` and
-    the flat keys side by side, and no `output`. White space before JSON is valid JSON."""
-
-    media_type, filler, early = "application/json", b" ", False
-
-    def write(self, batch: Batch, ttfb: float) -> bytes:
-        self.texts += self.tokens(batch)
-        return b""
-
-    def end(self, finish: str, report: dict[str, Any]) -> bytes:
-        content = "".join(self.texts) or ("" if self.calls else " ")  # the SDK rejects an empty one
-        said = {"content": content} | ({"tool_calls": self.calls} if self.calls else {})
-        choice = {"index": 0, "message": {"role": "assistant"} | said, "finish_reason": finish}
-        body = said | {"finish_reason": finish, "choices": [choice]}
-        return msgspec.json.encode(body | report)
 
 
 # ---- Prices ------------------------------------------------------------------------------------
@@ -1966,7 +1954,7 @@ class Call:
         self.send, self.headers, self.added = state["send"], state["headers"], state["added"]
         self.entry = Entry(clock(), state["id"], state["request_id"])
         self.started = self.wrote = time.monotonic()
-        self.placed = self.begun = self.writing = self.stopped = self.settled = False
+        self.begun = self.writing = self.stopped = self.settled = False
         self.client, self.account = Client(""), Account()
         self.dropped: list[str] = []
         self.rates: dict[str, str] = {}
@@ -1981,13 +1969,16 @@ class Call:
             self.stopped, self.failure = True, error
             self.task.cancel()
 
-    async def begin(self, status: int, media_type: str, more: Map[str, str]) -> None:
+    def all_dropped(self) -> str:
+        return ", ".join(dict.fromkeys(self.dropped + self.account.dropped))
+
+    async def begin(self, more: Map[str, str]) -> None:
         self.begun = True
-        headers = {"content-type": media_type, "x-cache": self.entry.cache}
+        media_type = "application/json" if self.failure else self.writer.media_type
+        headers = {"content-type": media_type, "x-dropped-params": self.all_dropped()}
         headers |= {"cache-control": "no-store", "x-accel-buffering": "no"} | self.rates
-        if dropped := dict.fromkeys(self.dropped + self.account.dropped):
-            headers["x-dropped-params"] = ", ".join(dropped)
-        raw = raw_headers(headers | dict(more) | self.added)
+        raw = raw_headers(headers | {"x-cache": self.entry.cache} | dict(more) | self.added)
+        status = self.entry.status or 200
         await self.send({"type": "http.response.start", "status": status, "headers": raw})
 
     async def write(self, data: bytes, last: bool = False) -> None:
@@ -2001,40 +1992,38 @@ class Call:
             self.finish = getattr(batch[-1], "reason", "")
         data = self.writer.write(batch, self.entry.ttfb or 0)
         if self.writer.early and not self.begun:
-            await self.begin(200, self.writer.media_type, {})
+            await self.begin({})
         if data:
             await self.write(data)
 
     async def fill(self) -> None:
         if not self.begun:
-            await self.begin(200, self.writer.media_type, {})
+            await self.begin({})
         await self.write(self.writer.filler)
 
     async def end(self) -> None:
         """The end of the reply: the rest of the answer, or the error."""
         entry, failure, account = self.entry, self.failure, self.account
-        report: dict[str, Any] = {"requestId": entry.request_id or entry.id}
-        if failure and self.begun:
-            if line := self.writer.error(failure):  # else the missing end of the body says it
-                await self.write(line, last=True)
-            return
+        number = entry.request_id or entry.id
         if failure:
-            data, more = error_body(failure, report["requestId"]), failure.headers
+            data = self.writer.error(failure) if self.begun else error_body(failure, number)
+            more = failure.headers
         elif self.finish:
             usd = None if entry.cost is None else float(entry.cost)
-            report |= {"model": account.model or entry.model, "costUsd": usd}
+            report = {"requestId": number, "model": account.model or entry.model, "costUsd": usd}
             data = self.writer.end(self.finish, report | {"usage": spell(account.usage)})
-            more = {"x-cost-usd": entry.cost} if entry.cost else {}
+            more = {"x-cost-usd": entry.cost or ""}
         else:
             return
         if not self.begun:
-            more = {"content-length": str(len(data)), **more}
-            await self.begin(entry.status, "application/json", more)
-        await self.write(data, last=True)
+            await self.begin({"content-length": str(len(data))} | more)
+        if data:  # else the missing end of the body says that it failed
+            await self.write(data, last=True)
 
 
-def raw_headers(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
-    return [(k.lower().encode(), v.encode("latin-1", "replace")) for k, v in headers.items()]
+def raw_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
+    """As ASGI has them, without the empty ones."""
+    return [(k.lower().encode(), v.encode("latin-1", "replace")) for k, v in headers.items() if v]
 
 
 def error_body(error: ProxyError, request_id: str) -> bytes:
@@ -2242,7 +2231,6 @@ class Proxy:
     async def serve(self, provider: str, scope: Scope, receive: Receive, send: Send) -> None:
         """The story of a request."""
         call = Call(scope, self.clock)
-        self.live.add(call)
         try:
             self.check_open(call, provider)
             call.client = self.clients.identify(scope, call.headers)
@@ -2256,7 +2244,7 @@ class Proxy:
             await self.work(call, targets, receive)
         except ProxyError as error:
             call.failure = error
-        except (ClientGone, asyncio.CancelledError):  # by call.stop, which has set the failure
+        except asyncio.CancelledError:  # the caller left, or call.stop has set the failure
             call.task.uncancel()
         except Exception:
             LOG.exception("a request failed unexpectedly")
@@ -2281,18 +2269,18 @@ class Proxy:
             raise ProxyError(415, "not_json", "Content-Type: must be application/json")
 
     def check_places(self, call: Call) -> None:
-        """One of the client's and of the server's places, from before the body to the end."""
+        """Take one of the client's and of the server's places, from before the body to the end."""
         limits, taken = self.config.limits, self.places()
         if len(taken) >= limits.concurrent_total:
             raise ProxyError(503, "busy", "the server is at its limit; try again", after=1)
         if taken.count(call.client.id) >= limits.concurrent:
             message = f"{limits.concurrent} requests at a time are allowed; let one end"
             raise ProxyError(429, "too_many_streams", message, after=1)
-        call.placed = True
+        self.live.add(call)
 
     def places(self) -> list[str]:
         """The client of each request that has a place."""
-        return [call.client.id for call in self.live if call.placed]
+        return [call.client.id for call in self.live if not call.settled]
 
     def read(self, call: Call, provider: str, body: bytes) -> list[Target]:
         """Read the body, find the model, and estimate the tokens."""
@@ -2300,7 +2288,7 @@ class Proxy:
         parsed = parse_body(body, limits, self.config.providers[provider].default_model)
         request, call.dropped = parsed.request, parsed.dropped
         call.request = request
-        call.writer = (FrameWriter if parsed.stream else JsonWriter)(bool(request.thinking))
+        call.writer = (FrameWriter if parsed.stream else Writer)(bool(request.thinking))
         targets = self.resolve(provider, request.model, call.client)
         call.entry.provider, call.entry.model = targets[0]
         images = sum(isinstance(part, Image) for part in request.parts())
@@ -2470,7 +2458,7 @@ class Proxy:
                 await asyncio.wait((call.leads.task,))
         if call.settled:
             return
-        call.settled, call.placed, written = True, False, None
+        call.settled, written = True, None
         entry, account, failure = call.entry, call.account, call.failure
         entry.duration = round(time.monotonic() - call.started, 4)
         if failure:
@@ -2519,8 +2507,8 @@ class Proxy:
     def report(self, call: Call) -> Awaitable[None] | None:
         """The log line and the ledger row."""
         entry = call.entry
-        fields = asdict(entry) | {"dropped": ", ".join(call.dropped + call.account.dropped)}
-        fields |= {"time": None, "cost": entry.cost and float(entry.cost)}
+        fields = asdict(entry) | {"dropped": call.all_dropped(), "time": None}
+        fields["cost"] = entry.cost and float(entry.cost)
         LOG.info("request", extra={"fields": {k: v for k, v in fields.items() if v}})
         # what asked nothing of a vendor costs nothing: a flood of it must not fill the disk
         if entry.outcome == "rejected" or not entry.model:
@@ -2534,10 +2522,6 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-class ClientGone(Exception):
-    """The caller left while it was still sending its body."""
-
-
 async def read_body(receive: Receive, headers: Headers, limits: Limits) -> bytes:
     body, more, declared = bytearray(), True, headers.get("content-length", "")
     too_large = ProxyError(413, "body_too_large", f"body: larger than {limits.max_body} bytes")
@@ -2548,7 +2532,7 @@ async def read_body(receive: Receive, headers: Headers, limits: Limits) -> bytes
             while more:
                 message: Any = await receive()
                 if message["type"] == "http.disconnect":
-                    raise ClientGone
+                    raise asyncio.CancelledError  # as where it leaves later
                 body += message.get("body", b"")
                 more = message.get("more_body", False)
                 if len(body) > limits.max_body * (2 if more else 1):
@@ -2765,16 +2749,19 @@ class App(litestar.Litestar):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return await super().__call__(scope, receive, send)
-        headers, proxy, demo = read_headers(scope), self.proxy, self.proxy.config.demo
+        headers, proxy = read_headers(scope), self.proxy
         given = headers.get("x-request-id", "").partition(",")[0].strip()
         given = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else ""
         number, origin = secrets.token_hex(12), headers.get("origin")
         allowed = origin is None or proxy.clients.origin_allowed(origin, headers.get("host", ""))
-        added = {"x-request-id": given or number, "vary": "Origin"}
-        added |= {"x-content-type-options": "nosniff"} | ({"x-demo": "true"} if demo else {})
-        if origin and allowed:
-            added["access-control-allow-origin"] = origin
-            added["access-control-expose-headers"] = EXPOSED
+        added = {
+            "x-request-id": given or number,
+            "x-content-type-options": "nosniff",
+            "x-demo": "true" if proxy.config.demo else "",
+            "vary": "Origin",
+            "access-control-allow-origin": (origin or "") if allowed else "",
+            "access-control-expose-headers": EXPOSED if origin and allowed else "",
+        }
         # a state of our own: where we are mounted, the host's is not ours to write in
         state = {"id": number, "request_id": given, "headers": headers, "send": send}
         scope = {**scope, "state": state | {"added": added}}
