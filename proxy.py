@@ -66,6 +66,7 @@ import litestar
 import msgspec
 import prometheus_client
 from litestar.exceptions import HTTPException
+from litestar.response.base import ASGIResponse
 from litestar.types import ASGIApp, Receive, Scope, Send
 from msgspec import Meta, Struct, field
 from msgspec.structs import asdict, astuple, replace
@@ -1941,18 +1942,16 @@ Target = tuple[str, str]  # a provider and a model of it: where an attempt goes
 
 class Call:
     """One request from its arrival to its ledger row, and the caller's side of it: what was sent,
-    and since when nothing was (`wrote`), or whether a write is stuck (`writing`)."""
+    and since when nothing was (`wrote`), or whether a write is stuck (`writing`). Every reply has
+    the headers `added`. `send` is the server's own: a wrapped one would cost each token."""
 
     request: Request
     writer: Writer
     timer: asyncio.TimerHandle
     filling: asyncio.Task[None]
 
-    def __init__(self, scope: Scope, clock: Callable[[], float]) -> None:
-        state = scope["state"]
-        # the server's own send: what wraps it on the way here would cost each token
-        self.send, self.headers, self.added = state["send"], state["headers"], state["added"]
-        self.entry = Entry(clock(), state["id"], state["request_id"])
+    def __init__(self, entry: Entry, headers: Headers, added: Headers, send: Send) -> None:
+        self.entry, self.headers, self.added, self.send = entry, headers, added, send
         self.started = self.wrote = time.monotonic()
         self.begun = self.writing = self.stopped = self.settled = False
         self.client, self.account = Client(""), Account()
@@ -2004,7 +2003,7 @@ class Call:
     async def end(self) -> None:
         """The end of the reply: the rest of the answer, or the error."""
         entry, failure, account = self.entry, self.failure, self.account
-        number = entry.request_id or entry.id
+        number = self.added["x-request-id"]
         if failure:
             data = self.writer.error(failure) if self.begun else error_body(failure, number)
             more = failure.headers
@@ -2230,7 +2229,7 @@ class Proxy:
 
     async def serve(self, provider: str, scope: Scope, receive: Receive, send: Send) -> None:
         """The story of a request."""
-        call = Call(scope, self.clock)
+        call: Call = scope["state"]["call"]
         try:
             self.check_open(call, provider)
             call.client = self.clients.identify(scope, call.headers)
@@ -2458,28 +2457,26 @@ class Proxy:
                 await asyncio.wait((call.leads.task,))
         if call.settled:
             return
-        call.settled, written = True, None
-        entry, account, failure = call.entry, call.account, call.failure
+        call.settled = True
+        entry, failure = call.entry, call.failure
         entry.duration = round(time.monotonic() - call.started, 4)
         if failure:
-            ours = not account.attempts and failure.status != 500
-            entry.outcome, entry.code = "rejected" if ours else "error", failure.code
-            entry.status = failure.status
+            ours = not call.account.attempts and failure.status != 500
+            entry.outcome = "rejected" if ours else "error"
+            entry.status, entry.code = failure.status, failure.code
         elif call.finish:
             entry.outcome, entry.status = OUTCOMES[call.finish], 200
         else:
             entry.outcome, entry.status, entry.code = "cancelled", 499, "client_left"
         try:
             self.charge(call)
-            self.metrics.count(entry, account)
-            written = self.report(call)
+            if call.estimate:
+                unused = call.estimate - entry.input_tokens - entry.output_tokens
+                self.limiter.of(call.client.id)["tokens"].level += unused
+            self.metrics.count(entry, call.account)
+            await self.report(call)
         except Exception:  # a figure gone wrong must not take the answer with it
             LOG.exception("a request could not be accounted for")
-        if call.estimate:
-            unused = call.estimate - entry.input_tokens - entry.output_tokens
-            self.limiter.of(call.client.id)["tokens"].level += unused
-        if written:
-            await written
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(5):
                 await call.end()
@@ -2504,7 +2501,7 @@ class Proxy:
         usd = cost(usage, self.prices.of(account.model))
         entry.cost = None if usd is None else f"{(usd + account.lost).normalize():f}"
 
-    def report(self, call: Call) -> Awaitable[None] | None:
+    async def report(self, call: Call) -> None:
         """The log line and the ledger row."""
         entry = call.entry
         fields = asdict(entry) | {"dropped": call.all_dropped(), "time": None}
@@ -2513,9 +2510,10 @@ class Proxy:
         # what asked nothing of a vendor costs nothing: a flood of it must not fill the disk
         if entry.outcome == "rejected" or not entry.model:
             if self.rejected_rows.refill(time.monotonic()) < 1:
-                return None
+                return
             self.rejected_rows.level -= 1
-        return self.ledger.record(entry) if self.ledger else None
+        if self.ledger:
+            await self.ledger.record(entry)
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -2754,17 +2752,14 @@ class App(litestar.Litestar):
         given = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else ""
         number, origin = secrets.token_hex(12), headers.get("origin")
         allowed = origin is None or proxy.clients.origin_allowed(origin, headers.get("host", ""))
-        added = {
-            "x-request-id": given or number,
-            "x-content-type-options": "nosniff",
-            "x-demo": "true" if proxy.config.demo else "",
-            "vary": "Origin",
-            "access-control-allow-origin": (origin or "") if allowed else "",
-            "access-control-expose-headers": EXPOSED if origin and allowed else "",
-        }
+        granted = origin if origin and allowed else ""
+        added = {"x-request-id": given or number, "x-content-type-options": "nosniff"}
+        added |= {"x-demo": "true" if proxy.config.demo else "", "vary": "Origin"}
+        added |= {"access-control-allow-origin": granted}
+        added |= {"access-control-expose-headers": EXPOSED if granted else ""}
+        call = Call(Entry(proxy.clock(), number, given), headers, added, send)
         # a state of our own: where we are mounted, the host's is not ours to write in
-        state = {"id": number, "request_id": given, "headers": headers, "send": send}
-        scope = {**scope, "state": state | {"added": added}}
+        scope = {**scope, "state": {"call": call}}
 
         async def send_with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
@@ -2774,25 +2769,22 @@ class App(litestar.Litestar):
         if not allowed:
             fix = "its owner can add it to server.cors_origins"
             message = f"origin {redact(str(origin))} may not call this proxy; {fix}"
-            call = Call(scope, proxy.clock)
             call.entry.client = f"ip:{proxy.clients.address(scope, headers)}"
             call.failure = ProxyError(403, "origin_not_allowed", message)
             await proxy.settle(call)
         elif scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
-            await preflight(headers, send_with_headers)
+            await preflight(headers)(scope, receive, send_with_headers)
         else:
             await super().__call__(scope, receive, send_with_headers)
 
 
-async def preflight(headers: Headers, send: Send) -> None:
+def preflight(headers: Headers) -> ASGIResponse:
     """Allow the headers that were asked for: SDKs send a dozen of their own."""
     allowed = {"access-control-allow-methods": "GET, POST", "access-control-max-age": "600"}
     asked = headers.get("access-control-request-headers", "")
     if re.fullmatch(r"[\w!#$%&'*+.^`|~, -]{1,2000}", asked, re.ASCII):
         allowed["access-control-allow-headers"] = asked
-    raw = raw_headers(allowed)
-    await send({"type": "http.response.start", "status": 204, "headers": raw})
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
+    return ASGIResponse(status_code=204, headers=allowed)
 
 
 def error_response(request: litestar.Request[Any, Any, Any], error: Exception) -> Any:
@@ -2803,8 +2795,7 @@ def error_response(request: litestar.Request[Any, Any, Any], error: Exception) -
     elif not isinstance(error, ProxyError):
         LOG.error("a route failed unexpectedly", exc_info=error)
         error = ProxyError(500, "internal_error", "internal error")
-    state = request.scope["state"]
-    body = error_body(error, state["request_id"] or state["id"])
+    body = error_body(error, request.scope["state"]["call"].added["x-request-id"])
     more: dict[str, Any] = {"headers": error.headers, "media_type": "application/json"}
     return litestar.Response(body, status_code=error.status, **more)
 
@@ -2834,13 +2825,13 @@ def create_app(
     async def ready() -> litestar.Response[Any]:
         written = not proxy.ledger or proxy.ledger.healthy
         good = written and not proxy.draining
-        checks = {"draining": proxy.draining, "ledger": written}
-        body = {"status": "ready" if good else "not ready", **checks}
+        body = {"status": "ready" if good else "not ready", "ledger": written}
+        body["draining"] = proxy.draining
         return litestar.Response(body, status_code=200 if good else 503)
 
     @litestar.get("/metrics")
     async def metrics(scope: Scope) -> litestar.Response[bytes]:
-        headers, token = scope["state"]["headers"], config.server.admin_token
+        headers, token = scope["state"]["call"].headers, config.server.admin_token
         presented = headers.get("authorization", "").removeprefix("Bearer ")
         known = bool(token) and hmac.compare_digest(sha256(presented), sha256(token))
         if not known and not proxy.clients.trusted(scope, headers):
@@ -2853,7 +2844,7 @@ def create_app(
 
     @litestar.get("/usage")
     async def usage(scope: Scope) -> dict[str, Any]:
-        client = proxy.clients.identify(scope, scope["state"]["headers"]).id
+        client = proxy.clients.identify(scope, scope["state"]["call"].headers).id
         midnight, rows = proxy.clock() // 86400 * 86400, []
         if proxy.ledger:
             rows = await asyncio.to_thread(read_totals, proxy.ledger.path, midnight, "day", client)
@@ -2867,7 +2858,7 @@ def create_app(
 
     @litestar.get("/")
     async def page(scope: Scope) -> litestar.Response[str]:
-        local = proxy.clients.trusted(scope, scope["state"]["headers"])
+        local = proxy.clients.trusted(scope, scope["state"]["call"].headers)
         if not (local or config.server.page):
             raise ProxyError(404, "not_found", "the page is off: server.page = true serves it")
         csp = {"content-security-policy": PAGE_CSP}
