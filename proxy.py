@@ -2522,22 +2522,21 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 async def read_body(receive: Receive, headers: Headers, limits: Limits) -> bytes:
     body, more, declared = bytearray(), True, headers.get("content-length", "")
-    too_large = ProxyError(413, "body_too_large", f"body: larger than {limits.max_body} bytes")
-    if declared.isdecimal() and int(declared[:20]) > limits.max_body:
-        raise too_large
+    size = int(declared[:20]) if declared.isdecimal() else 0
     try:
         async with asyncio.timeout(limits.body_timeout):
-            while more:
+            # not refused at the first byte too many: who still sends hears nothing
+            while more and size <= limits.max_body and len(body) <= 2 * limits.max_body:
                 message: Any = await receive()
                 if message["type"] == "http.disconnect":
                     raise asyncio.CancelledError  # as where it leaves later
                 body += message.get("body", b"")
                 more = message.get("more_body", False)
-                if len(body) > limits.max_body * (2 if more else 1):
-                    raise too_large  # not at the first byte too many: who still sends hears nothing
     except TimeoutError:
         text = f"body: not complete after {limits.body_timeout:g} s"
         raise ProxyError(408, "body_timeout", text) from None
+    if max(size, len(body)) > limits.max_body:
+        raise ProxyError(413, "body_too_large", f"body: larger than {limits.max_body} bytes")
     return bytes(body)
 
 
