@@ -49,13 +49,14 @@ import sys
 import threading
 import time
 import tomllib
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from collections.abc import Mapping as Map
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal
 
 import aiohttp
 import cachetools
@@ -65,6 +66,7 @@ import litestar
 import msgspec
 import prometheus_client
 from litestar.exceptions import HTTPException
+from litestar.response.base import ASGIResponse
 from litestar.types import ASGIApp, Receive, Scope, Send
 from msgspec import Meta, Struct, field
 from msgspec.structs import asdict, astuple, replace
@@ -872,64 +874,49 @@ class Clients:
 # Two token buckets a client: one of requests, one of LLM tokens. It does not know money.
 
 
-class Taken(Struct):
-    """What the buckets hold after a request, or why they refused it and for how long."""
+class Bucket(Struct):
+    """Holds up to `burst` and refills at `rate` a minute. Only a correction draws it below 0."""
 
-    requests: float
-    tokens: float
-    refused: str = ""
-    wait: float = 0.0
-
-
-class Bucket:
-    """Holds up to `burst` and refills at `rate` a second. Only a correction draws it below 0."""
-
-    def __init__(self, rate: float, burst: float, now: float) -> None:
-        self.rate, self.burst, self.level, self.updated = rate, burst, burst, now
+    rate: float
+    burst: float
+    level: float
+    updated: float
 
     def refill(self, now: float) -> float:
-        self.level = min(self.burst, self.level + (now - self.updated) * self.rate)
+        self.level = min(self.burst, self.level + (now - self.updated) * self.rate / 60)
         self.updated = now
         return self.level
 
 
-class Limiter(Protocol):
-    async def take(self, client: str, requests: int, tokens: int) -> Taken:
-        """Take from both of the client's buckets, or from neither."""
-
-    async def give_back(self, client: str, tokens: int) -> None:
-        """Correct an estimate: put `tokens` back, or take more of them when negative."""
-
-
-class MemoryLimiter:
+class Limiter:
     """Remembers the clients seen last; one it has forgotten has full buckets again."""
 
     def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
-        self.limits, self.clock = limits, clock
-        self.buckets: cachetools.LRUCache[str, tuple[Bucket, Bucket]] = cachetools.LRUCache(50_000)
+        self.clock, tokens = clock, limits.tokens_per_minute
+        self.sizes = (("requests", limits.requests_per_minute, limits.burst),
+                      ("tokens", tokens, tokens))  # fmt: skip
+        self.clients: cachetools.LRUCache[str, dict[str, Bucket]] = cachetools.LRUCache(50_000)
 
-    def of(self, client: str) -> tuple[Bucket, Bucket]:
-        """The client's requests and its tokens."""
-        limits, now = self.limits, self.clock()
-        requests = Bucket(limits.requests_per_minute / 60, limits.burst, now)
-        tokens = Bucket(limits.tokens_per_minute / 60, limits.tokens_per_minute, now)
-        pair = self.buckets.setdefault(client, (requests, tokens))
-        for bucket in pair:
+    def of(self, client: str) -> dict[str, Bucket]:
+        """What the client has left, of requests and of tokens."""
+        now = self.clock()
+        if not (buckets := self.clients.get(client)):
+            buckets = {kind: Bucket(rate, full, full, now) for kind, rate, full in self.sizes}
+            self.clients[client] = buckets
+        for bucket in buckets.values():
             bucket.refill(now)
-        return pair
+        return buckets
 
-    async def take(self, client: str, requests: int, tokens: int) -> Taken:
-        first, second = self.of(client)
-        for kind, bucket, wanted in (("requests", first, requests), ("tokens", second, tokens)):
-            if bucket.level < wanted:
-                wait = (wanted - bucket.level) / bucket.rate
-                return Taken(first.level, second.level, kind, wait)
-        first.level -= requests
-        second.level -= tokens
-        return Taken(first.level, second.level)
-
-    async def give_back(self, client: str, tokens: int) -> None:
-        self.of(client)[1].level += tokens
+    def take(self, client: str, **wanted: float) -> tuple[str, float] | None:
+        """Take from both of the client's buckets, or from neither: then return the one that holds
+        too little, and for how many seconds."""
+        buckets = self.of(client)
+        for kind, amount in wanted.items():
+            if (lacking := amount - buckets[kind].level) > 0:
+                return kind, lacking * 60 / buckets[kind].rate
+        for kind, amount in wanted.items():
+            buckets[kind].level -= amount
+        return None
 
 
 # ---- Cache -------------------------------------------------------------------------------------
@@ -940,7 +927,8 @@ class MemoryLimiter:
 class Account(Struct):
     """What one upstream call came to, over all its attempts. `produced` counts the bytes of text
     the vendor sent, `bound` the most tokens its input can be billed as, `lost` the USD of
-    attempts that failed after they may have cost something; `hidden` is thinking nobody saw."""
+    attempts that failed after they may have cost something; `hidden` is thinking nobody saw.
+    `batches` is the answer itself, where others may want it too."""
 
     provider: str = ""
     model: str = ""
@@ -953,48 +941,35 @@ class Account(Struct):
     hidden: bool = False
     lost: Decimal = Decimal(0)
     dropped: list[str] = []
+    batches: list[Batch] = []
 
 
-class Answer(Struct):
-    batches: list[Batch]
-    usage: Usage
-    dropped: list[str]
-
-
-class Cache(Protocol):
-    async def get(self, key: str) -> Answer | None: ...
-
-    async def put(self, key: str, answer: Answer) -> None: ...
-
-
-class MemoryCache:
+class Cache:
     def __init__(self, table: CacheTable, clock: Callable[[], float]) -> None:
         self.entries: cachetools.TTLCache[str, bytes] = cachetools.TTLCache(
             table.size, table.ttl, timer=clock, getsizeof=lambda entry: len(entry) + 200
         )
 
-    async def get(self, key: str) -> Answer | None:
+    def get(self, key: str) -> Account | None:
         entry = self.entries.get(key)
-        return msgspec.msgpack.decode(entry, type=Answer) if entry else None
+        return msgspec.msgpack.decode(entry, type=Account) if entry else None
 
-    async def put(self, key: str, answer: Answer) -> None:
+    def put(self, key: str, account: Account) -> None:
         with contextlib.suppress(ValueError):  # larger than the whole cache
-            self.entries[key] = msgspec.msgpack.encode(answer)
+            self.entries[key] = msgspec.msgpack.encode(account)
 
 
 class Flight:
     """One upstream call and the requests that read its batches. It is cancelled when the last of
-    them leaves, and not before; `landed` is told when it has arrived whole."""
+    them leaves, and not before; `keep` is called when it has arrived whole."""
+
+    error: Exception | None = None
+    readers = 0
 
     def __init__(
-        self, source: AsyncGenerator[Batch, None], account: Account,
-        landed: Callable[[Flight], Awaitable[None]],
-    ) -> None:  # fmt: skip
-        self.account, self.landed = account, landed
-        self.batches: list[Batch] = []
-        self.error: Exception | None = None
-        self.finished = self.abandoned = False
-        self.readers = 0
+        self, source: AsyncGenerator[Batch, None], account: Account, keep: Callable[[], None]
+    ) -> None:
+        self.account, self.keep = account, keep
         self.changed = asyncio.Event()
         self.task = asyncio.create_task(self.run(source))
 
@@ -1002,15 +977,13 @@ class Flight:
         try:
             async with aclosing(source):
                 async for batch in source:
-                    self.batches.append(batch)
-                    if batch and isinstance(batch[-1], Finish):
-                        await self.landed(self)
-                        self.finished = True  # for its readers; the connection may take longer
+                    self.account.batches.append(batch)
+                    match batch:
+                        case [*_, Finish("stop" | "tool_calls")]:
+                            self.keep()
                     self.wake()
         except Exception as error:  # for its readers
             self.error = error
-        finally:
-            self.finished = True
             self.wake()
 
     def wake(self) -> None:
@@ -1018,20 +991,18 @@ class Flight:
         self.changed = asyncio.Event()
 
     async def read(self) -> AsyncGenerator[Batch, None]:
+        """Its batches, from the first one; whoever has read the last one leaves."""
         self.readers += 1
         try:
             for position in itertools.count():
-                while position >= len(self.batches) and not self.finished:
+                while position == len(self.account.batches):
+                    if self.error:
+                        raise self.error
                     await self.changed.wait()
-                if position >= len(self.batches):
-                    break
-                yield self.batches[position]
-            if self.error:
-                raise self.error
+                yield self.account.batches[position]
         finally:
             self.readers -= 1
             if not self.readers:
-                self.abandoned = True
                 self.task.cancel()
 
 
@@ -1562,9 +1533,11 @@ class StopCutter:
 
 
 class Writer:
-    media_type: ClassVar[str]
-    filler: ClassVar[bytes]
-    early: ClassVar[bool]
+    """An answer as JSON, in the one shape that loses no tool call, whichever branch of the SDK
+    reads it: `choices` and the flat keys side by side, and no `output`. White space before JSON is
+    valid JSON."""
+
+    media_type, filler, early = "application/json", b" ", False
 
     def __init__(self, thinking: bool) -> None:
         self.show_thinking, self.thinking, self.count = thinking, False, 0
@@ -1590,14 +1563,18 @@ class Writer:
 
     def write(self, batch: Batch, ttfb: float) -> bytes:
         """The bytes of one network read; none when there is nothing to say yet."""
-        raise NotImplementedError
+        self.texts += self.tokens(batch)
+        return b""
 
     def end(self, finish: str, report: dict[str, Any]) -> bytes:
-        raise NotImplementedError
+        content = "".join(self.texts) or ("" if self.calls else " ")  # the SDK rejects an empty one
+        said = {"content": content} | filled(tool_calls=self.calls)
+        choice = {"index": 0, "message": {"role": "assistant"} | said, "finish_reason": finish}
+        return msgspec.json.encode(said | {"finish_reason": finish, "choices": [choice]} | report)
 
-    def error(self, error: ProxyError) -> bytes | None:
-        """The end of a failed reply already begun; None where only a missing end can say it."""
-        return None
+    def error(self, error: ProxyError) -> bytes:
+        """The end of a failed reply already begun; none where only a missing end can say it."""
+        return b""
 
 
 class FrameWriter(Writer):
@@ -1616,30 +1593,12 @@ class FrameWriter(Writer):
 
     def end(self, finish: str, report: dict[str, Any]) -> bytes:
         last = {"token": "", "tokenId": self.count, "isLast": True, "finishReason": finish}
-        calls = {"toolCalls": self.calls} if self.calls else {}
-        return b"data: %b\n\ndata: [DONE]\n\n" % msgspec.json.encode(last | calls | report)
+        last |= filled(toolCalls=self.calls) | report
+        return b"data: %b\n\ndata: [DONE]\n\n" % msgspec.json.encode(last)
 
     def error(self, error: ProxyError) -> bytes:
         line = {"message": error.message, "statusCode": error.status, "code": error.code}
         return b"error: %b\n\n" % msgspec.json.encode(line)
-
-
-class JsonWriter(Writer):
-    """The one shape that loses no tool call, whichever branch of the SDK reads it: `choices` and
-    the flat keys side by side, and no `output`. White space before JSON is valid JSON."""
-
-    media_type, filler, early = "application/json", b" ", False
-
-    def write(self, batch: Batch, ttfb: float) -> bytes:
-        self.texts += self.tokens(batch)
-        return b""
-
-    def end(self, finish: str, report: dict[str, Any]) -> bytes:
-        content = "".join(self.texts) or ("" if self.calls else " ")  # the SDK rejects an empty one
-        said = {"content": content} | ({"tool_calls": self.calls} if self.calls else {})
-        choice = {"index": 0, "message": {"role": "assistant"} | said, "finish_reason": finish}
-        body = said | {"finish_reason": finish, "choices": [choice]}
-        return msgspec.json.encode(body | report)
 
 
 # ---- Prices ------------------------------------------------------------------------------------
@@ -1937,20 +1896,18 @@ Target = tuple[str, str]  # a provider and a model of it: where an attempt goes
 
 class Call:
     """One request from its arrival to its ledger row, and the caller's side of it: what was sent,
-    and since when nothing was (`wrote`), or whether a write is stuck (`writing`)."""
+    and since when nothing was (`wrote`), or whether a write is stuck (`writing`). Every reply has
+    the headers `added`. `send` is the server's own: a wrapped one would cost each token."""
 
     request: Request
     writer: Writer
     timer: asyncio.TimerHandle
     filling: asyncio.Task[None]
 
-    def __init__(self, scope: Scope, clock: Callable[[], float]) -> None:
-        state = scope["state"]
-        # the server's own send: what wraps it on the way here would cost each token
-        self.send, self.headers, self.added = state["send"], state["headers"], state["added"]
-        self.entry = Entry(clock(), state["id"], state["request_id"])
+    def __init__(self, entry: Entry, headers: Headers, added: Headers, send: Send) -> None:
+        self.entry, self.headers, self.added, self.send = entry, headers, added, send
         self.started = self.wrote = time.monotonic()
-        self.placed = self.begun = self.writing = self.stopped = self.settled = False
+        self.begun = self.writing = self.stopped = self.settled = False
         self.client, self.account = Client(""), Account()
         self.dropped: list[str] = []
         self.rates: dict[str, str] = {}
@@ -1965,13 +1922,16 @@ class Call:
             self.stopped, self.failure = True, error
             self.task.cancel()
 
-    async def begin(self, status: int, media_type: str, more: Map[str, str]) -> None:
+    def all_dropped(self) -> str:
+        return ", ".join(dict.fromkeys(self.dropped + self.account.dropped))
+
+    async def begin(self, more: Map[str, str]) -> None:
         self.begun = True
-        headers = {"content-type": media_type, "x-cache": self.entry.cache}
+        media_type = "application/json" if self.failure else self.writer.media_type
+        headers = {"content-type": media_type, "x-dropped-params": self.all_dropped()}
         headers |= {"cache-control": "no-store", "x-accel-buffering": "no"} | self.rates
-        if dropped := dict.fromkeys(self.dropped + self.account.dropped):
-            headers["x-dropped-params"] = ", ".join(dropped)
-        raw = raw_headers(headers | dict(more) | self.added)
+        raw = raw_headers(headers | {"x-cache": self.entry.cache} | dict(more) | self.added)
+        status = self.entry.status or 200
         await self.send({"type": "http.response.start", "status": status, "headers": raw})
 
     async def write(self, data: bytes, last: bool = False) -> None:
@@ -1985,40 +1945,38 @@ class Call:
             self.finish = getattr(batch[-1], "reason", "")
         data = self.writer.write(batch, self.entry.ttfb or 0)
         if self.writer.early and not self.begun:
-            await self.begin(200, self.writer.media_type, {})
+            await self.begin({})
         if data:
             await self.write(data)
 
     async def fill(self) -> None:
         if not self.begun:
-            await self.begin(200, self.writer.media_type, {})
+            await self.begin({})
         await self.write(self.writer.filler)
 
     async def end(self) -> None:
         """The end of the reply: the rest of the answer, or the error."""
         entry, failure, account = self.entry, self.failure, self.account
-        report: dict[str, Any] = {"requestId": entry.request_id or entry.id}
-        if failure and self.begun:
-            if line := self.writer.error(failure):  # else the missing end of the body says it
-                await self.write(line, last=True)
-            return
+        number = self.added["x-request-id"]
         if failure:
-            data, more = error_body(failure, report["requestId"]), failure.headers
+            data = self.writer.error(failure) if self.begun else error_body(failure, number)
+            more = failure.headers
         elif self.finish:
             usd = None if entry.cost is None else float(entry.cost)
-            report |= {"model": account.model or entry.model, "costUsd": usd}
+            report = {"requestId": number, "model": account.model or entry.model, "costUsd": usd}
             data = self.writer.end(self.finish, report | {"usage": spell(account.usage)})
-            more = {"x-cost-usd": entry.cost} if entry.cost else {}
+            more = {"x-cost-usd": entry.cost or ""}
         else:
             return
         if not self.begun:
-            more = {"content-length": str(len(data)), **more}
-            await self.begin(entry.status, "application/json", more)
-        await self.write(data, last=True)
+            await self.begin({"content-length": str(len(data))} | more)
+        if data:  # else the missing end of the body says that it failed
+            await self.write(data, last=True)
 
 
-def raw_headers(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
-    return [(k.lower().encode(), v.encode("latin-1", "replace")) for k, v in headers.items()]
+def raw_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
+    """As ASGI has them, without the empty ones."""
+    return [(k.lower().encode(), v.encode("latin-1", "replace")) for k, v in headers.items() if v]
 
 
 def error_body(error: ProxyError, request_id: str) -> bytes:
@@ -2195,12 +2153,12 @@ class Proxy:
         self.secrets = (*self.keys.values(), config.server.admin_token)
         self.clients = Clients(config, environ, public)
         self.prices, self.metrics = Prices(config.prices), Metrics()
-        self.limiter: Limiter = MemoryLimiter(config.limits, time.monotonic)
-        cached = config.cache.enabled
-        self.cache: Cache | None = MemoryCache(config.cache, time.monotonic) if cached else None
-        self.flights: dict[str, Flight] = {}
+        self.limiter = Limiter(config.limits, time.monotonic)
+        self.cache = Cache(config.cache, time.monotonic) if config.cache.enabled else None
+        # a flight is over when nobody holds it
+        self.flights: weakref.WeakValueDictionary[str, Flight] = weakref.WeakValueDictionary()
         self.live: set[Call] = set()
-        self.rejected_rows = Bucket(1, 1000, time.monotonic())
+        self.rejected_rows = Bucket(60, 1000, 1000, time.monotonic())
 
     @contextlib.asynccontextmanager
     async def running(self, transport: httpx.AsyncBaseTransport) -> AsyncIterator[None]:
@@ -2225,8 +2183,7 @@ class Proxy:
 
     async def serve(self, provider: str, scope: Scope, receive: Receive, send: Send) -> None:
         """The story of a request."""
-        call = Call(scope, self.clock)
-        self.live.add(call)
+        call: Call = scope["state"]["call"]
         try:
             self.check_open(call, provider)
             call.client = self.clients.identify(scope, call.headers)
@@ -2236,11 +2193,11 @@ class Proxy:
                 body = await read_body(receive, call.headers, self.config.limits)
                 targets = self.read(call, provider, body)
             finally:  # a body that is refused counts as a request too
-                await self.take(call)
+                self.take(call)
             await self.work(call, targets, receive)
         except ProxyError as error:
             call.failure = error
-        except (ClientGone, asyncio.CancelledError):  # by call.stop, which has set the failure
+        except asyncio.CancelledError:  # the caller left, or call.stop has set the failure
             call.task.uncancel()
         except Exception:
             LOG.exception("a request failed unexpectedly")
@@ -2265,18 +2222,18 @@ class Proxy:
             raise ProxyError(415, "not_json", "Content-Type: must be application/json")
 
     def check_places(self, call: Call) -> None:
-        """One of the client's and of the server's places, from before the body to the end."""
+        """Take one of the client's and of the server's places, from before the body to the end."""
         limits, taken = self.config.limits, self.places()
         if len(taken) >= limits.concurrent_total:
             raise ProxyError(503, "busy", "the server is at its limit; try again", after=1)
         if taken.count(call.client.id) >= limits.concurrent:
             message = f"{limits.concurrent} requests at a time are allowed; let one end"
             raise ProxyError(429, "too_many_streams", message, after=1)
-        call.placed = True
+        self.live.add(call)
 
     def places(self) -> list[str]:
         """The client of each request that has a place."""
-        return [call.client.id for call in self.live if call.placed]
+        return [call.client.id for call in self.live if not call.settled]
 
     def read(self, call: Call, provider: str, body: bytes) -> list[Target]:
         """Read the body, find the model, and estimate the tokens."""
@@ -2284,7 +2241,7 @@ class Proxy:
         parsed = parse_body(body, limits, self.config.providers[provider].default_model)
         request, call.dropped = parsed.request, parsed.dropped
         call.request = request
-        call.writer = (FrameWriter if parsed.stream else JsonWriter)(bool(request.thinking))
+        call.writer = (FrameWriter if parsed.stream else Writer)(bool(request.thinking))
         targets = self.resolve(provider, request.model, call.client)
         call.entry.provider, call.entry.model = targets[0]
         images = sum(isinstance(part, Image) for part in request.parts())
@@ -2295,21 +2252,18 @@ class Proxy:
         call.estimate = estimate
         return targets
 
-    async def take(self, call: Call) -> None:
+    def take(self, call: Call) -> None:
         """Take a request and its tokens from the client's buckets. Raises 429."""
-        limits = self.config.limits
-        taken = await self.limiter.take(call.client.id, 1, call.estimate)
-        for kind, level, full, rate in (
-            ("requests", taken.requests, limits.burst, limits.requests_per_minute),
-            ("tokens", taken.tokens, limits.tokens_per_minute, limits.tokens_per_minute),
-        ):
-            call.rates[f"x-ratelimit-limit-{kind}"] = f"{rate:.15g}"
-            call.rates[f"x-ratelimit-remaining-{kind}"] = str(max(0, int(level)))
-            call.rates[f"x-ratelimit-reset-{kind}"] = f"{(full - level) * 60 / rate:.0f}s"
-        if taken.refused:
-            call.estimate = 0
-            message = f"too many {taken.refused}; try again in {taken.wait:.0f} s"
-            raise ProxyError(429, "rate_limited", message, after=taken.wait)
+        short = self.limiter.take(call.client.id, requests=1, tokens=call.estimate)
+        for kind, bucket in self.limiter.of(call.client.id).items():
+            reset = (bucket.burst - bucket.level) * 60 / bucket.rate
+            call.rates[f"x-ratelimit-limit-{kind}"] = f"{bucket.rate:.15g}"
+            call.rates[f"x-ratelimit-remaining-{kind}"] = str(max(0, int(bucket.level)))
+            call.rates[f"x-ratelimit-reset-{kind}"] = f"{reset:.0f}s"
+        if short:
+            call.estimate, (kind, wait) = 0, short
+            message = f"too many {kind}; try again in {wait:.0f} s"
+            raise ProxyError(429, "rate_limited", message, after=wait)
 
     def resolve(self, provider: str, name: str, client: Client) -> list[Target]:
         """The targets of a model name or alias, first choice first. Raises 403."""
@@ -2335,7 +2289,7 @@ class Proxy:
         gone = asyncio.create_task(departure(call, receive))
         self.watch(call)
         try:
-            async with aclosing(await self.source(call, targets)) as batches:
+            async with aclosing(self.source(call, targets)) as batches:
                 async for batch in batches:
                     await call.deliver(batch)
                     if call.finish:  # the caller need not wait for the vendor's connection
@@ -2359,7 +2313,7 @@ class Proxy:
         due = max(0.01, call.wrote + silence - now)
         call.timer = asyncio.get_running_loop().call_later(due, self.watch, call)
 
-    async def source(self, call: Call, targets: list[Target]) -> AsyncGenerator[Batch, None]:
+    def source(self, call: Call, targets: list[Target]) -> AsyncGenerator[Batch, None]:
         """Where the answer comes from: the cache, another request's flight, or the vendor."""
         if self.cache is None or "no-cache" in call.headers.get("cache-control", ""):
             return self.upstream(call, targets)
@@ -2368,29 +2322,18 @@ class Proxy:
             key = sha256(repr((scope, targets, call.request)))
         except RecursionError:
             raise BadRequest("tools: are nested too deeply") from None
-        if answer := await self.cache.get(key):
-            call.entry.cache = "hit"
-            call.account.usage, call.account.dropped = answer.usage, answer.dropped
-            return replay(answer)
+        if account := self.cache.get(key):
+            call.entry.cache, call.account = "hit", account
+            return replay(account.batches)
         flight = self.flights.get(key)
-        if flight and not flight.abandoned:
+        if flight and flight.readers and not flight.task.done():
             call.entry.cache, call.account = "coalesced", flight.account
         else:
             call.entry.cache = "miss"
-            landed = functools.partial(self.keep, key)
-            call.leads = flight = Flight(self.upstream(call, targets), call.account, landed)
-            self.flights[key] = flight
-            flight.task.add_done_callback(lambda _: self.forget(key, flight))
+            keep = functools.partial(self.cache.put, key, call.account)
+            flight = Flight(self.upstream(call, targets), call.account, keep)
+            call.leads = self.flights[key] = flight
         return flight.read()
-
-    def forget(self, key: str, flight: Flight) -> None:
-        if self.flights.get(key) is flight:  # else a later one has taken its place
-            del self.flights[key]
-
-    async def keep(self, key: str, flight: Flight) -> None:
-        finish, account = flight.batches[-1][-1], flight.account
-        if self.cache and OUTCOMES.get(getattr(finish, "reason", "")) == "ok":
-            await self.cache.put(key, Answer(flight.batches, account.usage, account.dropped))
 
     async def upstream(self, call: Call, targets: list[Target]) -> AsyncGenerator[Batch, None]:
         """The vendor's answer: retries and fallbacks until the first event, then that stream."""
@@ -2468,28 +2411,26 @@ class Proxy:
                 await asyncio.wait((call.leads.task,))
         if call.settled:
             return
-        call.settled, call.placed, written = True, False, None
-        entry, account, failure = call.entry, call.account, call.failure
+        call.settled = True
+        entry, failure = call.entry, call.failure
         entry.duration = round(time.monotonic() - call.started, 4)
         if failure:
-            ours = not account.attempts and failure.status != 500
-            entry.outcome, entry.code = "rejected" if ours else "error", failure.code
-            entry.status = failure.status
+            ours = not call.account.attempts and failure.status != 500
+            entry.outcome = "rejected" if ours else "error"
+            entry.status, entry.code = failure.status, failure.code
         elif call.finish:
             entry.outcome, entry.status = OUTCOMES[call.finish], 200
         else:
             entry.outcome, entry.status, entry.code = "cancelled", 499, "client_left"
         try:
             self.charge(call)
-            self.metrics.count(entry, account)
-            written = self.report(call)
+            if call.estimate:
+                unused = call.estimate - entry.input_tokens - entry.output_tokens
+                self.limiter.of(call.client.id)["tokens"].level += unused
+            self.metrics.count(entry, call.account)
+            await self.report(call)
         except Exception:  # a figure gone wrong must not take the answer with it
             LOG.exception("a request could not be accounted for")
-        if call.estimate:
-            unused = call.estimate - entry.input_tokens - entry.output_tokens
-            await self.limiter.give_back(call.client.id, unused)
-        if written:
-            await written
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(5):
                 await call.end()
@@ -2514,46 +2455,42 @@ class Proxy:
         usd = cost(usage, self.prices.of(account.model))
         entry.cost = None if usd is None else f"{(usd + account.lost).normalize():f}"
 
-    def report(self, call: Call) -> Awaitable[None] | None:
+    async def report(self, call: Call) -> None:
         """The log line and the ledger row."""
         entry = call.entry
-        fields = asdict(entry) | {"dropped": ", ".join(call.dropped + call.account.dropped)}
-        fields |= {"time": None, "cost": entry.cost and float(entry.cost)}
+        fields = asdict(entry) | {"dropped": call.all_dropped(), "time": None}
+        fields["cost"] = entry.cost and float(entry.cost)
         LOG.info("request", extra={"fields": {k: v for k, v in fields.items() if v}})
         # what asked nothing of a vendor costs nothing: a flood of it must not fill the disk
         if entry.outcome == "rejected" or not entry.model:
             if self.rejected_rows.refill(time.monotonic()) < 1:
-                return None
+                return
             self.rejected_rows.level -= 1
-        return self.ledger.record(entry) if self.ledger else None
+        if self.ledger:
+            await self.ledger.record(entry)
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-class ClientGone(Exception):
-    """The caller left while it was still sending its body."""
-
-
 async def read_body(receive: Receive, headers: Headers, limits: Limits) -> bytes:
     body, more, declared = bytearray(), True, headers.get("content-length", "")
-    too_large = ProxyError(413, "body_too_large", f"body: larger than {limits.max_body} bytes")
-    if declared.isdecimal() and int(declared[:20]) > limits.max_body:
-        raise too_large
+    size = int(declared[:20]) if declared.isdecimal() else 0
     try:
         async with asyncio.timeout(limits.body_timeout):
-            while more:
+            # not refused at the first byte too many: who still sends hears nothing
+            while more and size <= limits.max_body and len(body) <= 2 * limits.max_body:
                 message: Any = await receive()
                 if message["type"] == "http.disconnect":
-                    raise ClientGone
+                    raise asyncio.CancelledError  # as where it leaves later
                 body += message.get("body", b"")
                 more = message.get("more_body", False)
-                if len(body) > limits.max_body * (2 if more else 1):
-                    raise too_large  # not at the first byte too many: who still sends hears nothing
     except TimeoutError:
         text = f"body: not complete after {limits.body_timeout:g} s"
         raise ProxyError(408, "body_timeout", text) from None
+    if max(size, len(body)) > limits.max_body:
+        raise ProxyError(413, "body_too_large", f"body: larger than {limits.max_body} bytes")
     return bytes(body)
 
 
@@ -2563,8 +2500,8 @@ async def departure(call: Call, receive: Receive) -> None:
     call.stop(None)
 
 
-async def replay(answer: Answer) -> AsyncGenerator[Batch, None]:
-    for batch in answer.batches:
+async def replay(batches: list[Batch]) -> AsyncGenerator[Batch, None]:
+    for batch in batches:
         yield batch
 
 
@@ -2755,19 +2692,19 @@ class App(litestar.Litestar):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return await super().__call__(scope, receive, send)
-        headers, proxy, demo = read_headers(scope), self.proxy, self.proxy.config.demo
+        headers, proxy = read_headers(scope), self.proxy
         given = headers.get("x-request-id", "").partition(",")[0].strip()
         given = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else ""
         number, origin = secrets.token_hex(12), headers.get("origin")
         allowed = origin is None or proxy.clients.origin_allowed(origin, headers.get("host", ""))
-        added = {"x-request-id": given or number, "vary": "Origin"}
-        added |= {"x-content-type-options": "nosniff"} | ({"x-demo": "true"} if demo else {})
-        if origin and allowed:
-            added["access-control-allow-origin"] = origin
-            added["access-control-expose-headers"] = EXPOSED
+        granted = origin if origin and allowed else ""
+        added = {"x-request-id": given or number, "x-content-type-options": "nosniff"}
+        added |= {"x-demo": "true" if proxy.config.demo else "", "vary": "Origin"}
+        added |= {"access-control-allow-origin": granted}
+        added |= {"access-control-expose-headers": EXPOSED if granted else ""}
+        call = Call(Entry(proxy.clock(), number, given), headers, added, send)
         # a state of our own: where we are mounted, the host's is not ours to write in
-        state = {"id": number, "request_id": given, "headers": headers, "send": send}
-        scope = {**scope, "state": state | {"added": added}}
+        scope = {**scope, "state": {"call": call}}
 
         async def send_with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
@@ -2777,25 +2714,22 @@ class App(litestar.Litestar):
         if not allowed:
             fix = "its owner can add it to server.cors_origins"
             message = f"origin {redact(str(origin))} may not call this proxy; {fix}"
-            call = Call(scope, proxy.clock)
             call.entry.client = f"ip:{proxy.clients.address(scope, headers)}"
             call.failure = ProxyError(403, "origin_not_allowed", message)
             await proxy.settle(call)
         elif scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
-            await preflight(headers, send_with_headers)
+            await preflight(headers)(scope, receive, send_with_headers)
         else:
             await super().__call__(scope, receive, send_with_headers)
 
 
-async def preflight(headers: Headers, send: Send) -> None:
+def preflight(headers: Headers) -> ASGIResponse:
     """Allow the headers that were asked for: SDKs send a dozen of their own."""
     allowed = {"access-control-allow-methods": "GET, POST", "access-control-max-age": "600"}
     asked = headers.get("access-control-request-headers", "")
     if re.fullmatch(r"[\w!#$%&'*+.^`|~, -]{1,2000}", asked, re.ASCII):
         allowed["access-control-allow-headers"] = asked
-    raw = raw_headers(allowed)
-    await send({"type": "http.response.start", "status": 204, "headers": raw})
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
+    return ASGIResponse(status_code=204, headers=allowed)
 
 
 def error_response(request: litestar.Request[Any, Any, Any], error: Exception) -> Any:
@@ -2806,8 +2740,7 @@ def error_response(request: litestar.Request[Any, Any, Any], error: Exception) -
     elif not isinstance(error, ProxyError):
         LOG.error("a route failed unexpectedly", exc_info=error)
         error = ProxyError(500, "internal_error", "internal error")
-    state = request.scope["state"]
-    body = error_body(error, state["request_id"] or state["id"])
+    body = error_body(error, request.scope["state"]["call"].added["x-request-id"])
     more: dict[str, Any] = {"headers": error.headers, "media_type": "application/json"}
     return litestar.Response(body, status_code=error.status, **more)
 
@@ -2837,13 +2770,13 @@ def create_app(
     async def ready() -> litestar.Response[Any]:
         written = not proxy.ledger or proxy.ledger.healthy
         good = written and not proxy.draining
-        checks = {"draining": proxy.draining, "ledger": written}
-        body = {"status": "ready" if good else "not ready", **checks}
+        body = {"status": "ready" if good else "not ready", "ledger": written}
+        body["draining"] = proxy.draining
         return litestar.Response(body, status_code=200 if good else 503)
 
     @litestar.get("/metrics")
     async def metrics(scope: Scope) -> litestar.Response[bytes]:
-        headers, token = scope["state"]["headers"], config.server.admin_token
+        headers, token = scope["state"]["call"].headers, config.server.admin_token
         presented = headers.get("authorization", "").removeprefix("Bearer ")
         known = bool(token) and hmac.compare_digest(sha256(presented), sha256(token))
         if not known and not proxy.clients.trusted(scope, headers):
@@ -2856,22 +2789,21 @@ def create_app(
 
     @litestar.get("/usage")
     async def usage(scope: Scope) -> dict[str, Any]:
-        client = proxy.clients.identify(scope, scope["state"]["headers"]).id
+        client = proxy.clients.identify(scope, scope["state"]["call"].headers).id
         midnight, rows = proxy.clock() // 86400 * 86400, []
         if proxy.ledger:
             rows = await asyncio.to_thread(read_totals, proxy.ledger.path, midnight, "day", client)
         spent, limits = rows[0] if rows else Totals(), config.limits
         today = {"requests": spent.requests, "costUsd": float(spent.cost)}
         today |= {"inputTokens": spent.input_tokens, "outputTokens": spent.output_tokens}
-        taken = await proxy.limiter.take(client, 0, 0)
-        left = {"requests": int(taken.requests), "tokens": int(taken.tokens)}
+        left = {kind: int(bucket.level) for kind, bucket in proxy.limiter.of(client).items()}
         rates = {"requestsPerMinute": limits.requests_per_minute}
         rates |= {"tokensPerMinute": limits.tokens_per_minute}
         return {"client": client, "today": today, "left": left | rates}
 
     @litestar.get("/")
     async def page(scope: Scope) -> litestar.Response[str]:
-        local = proxy.clients.trusted(scope, scope["state"]["headers"])
+        local = proxy.clients.trusted(scope, scope["state"]["call"].headers)
         if not (local or config.server.page):
             raise ProxyError(404, "not_found", "the page is off: server.page = true serves it")
         csp = {"content-security-policy": PAGE_CSP}
