@@ -694,21 +694,23 @@ def read_block(block: Any, where: str, dropped: list[str]) -> list[Part]:
         dropped.append("cache_control")
     if isinstance(function := block.get("function"), dict):  # Chat wraps its calls
         block = {"type": "function_call", "id": block.get("id")} | function
-    ids = [block[key] for key in ("call_id", "tool_call_id", "tool_use_id", "id") if key in block]
-    match {"type": block.get("role")} | block | {"id": next(iter(ids), None)}:
-        case {"type": "text" | "input_text" | "output_text", "text": str(text)}:
+    ids = ("call_id", "tool_call_id", "tool_use_id", "id")
+    call = next((block[key] for key in ids if key in block), None)
+    kind = block.get("type", block.get("role"))
+    match kind, block:
+        case "text" | "input_text" | "output_text", {"text": str(text)}:
             return [Text(text)]
-        case {"type": "refusal", "refusal": str(text)}:
+        case "refusal", {"refusal": str(text)}:
             return [Text(text)]
-        case {"type": "image", "source": given} | {"image_url": given}:
+        case ("image", {"source": given}) | (_, {"image_url": given}):
             return [read_image(given, where)]
-        case {"type": "function_call" | "tool_use", "id": str(call), "name": str(name)}:
+        case "function_call" | "tool_use", {"name": str(name)} if isinstance(call, str):
             given = block.get("arguments", block.get("input"))
             return [ToolUse(call, name, read_arguments(given, where))]
-        case {"type": "function_call_output" | "tool_result" | "tool", "id": str(call)}:
+        case "function_call_output" | "tool_result" | "tool", _ if isinstance(call, str):
             given = block.get("result", block.get("output", block.get("content")))
             return [ToolResult(call, read_result(given), bool(block.get("is_error")))]
-        case {"type": "thinking" | "redacted_thinking" | "reasoning" as kind}:
+        case "thinking" | "redacted_thinking" | "reasoning", _:
             # opaque to every vendor but the one that wrote it
             dropped.append(kind.removeprefix("redacted_"))
             return []
@@ -1391,20 +1393,21 @@ class Responses(OpenAI):
 
     def decode(self, event: dict[str, Any]) -> Iterator[Event]:
         kind = str(event.get("type")).removeprefix("response.")
-        match kind, event:
-            case "output_text.delta", {"delta": str(text)} if text:
+        match kind, event.get("delta", event.get("item")):
+            case "output_text.delta", str(text) if text:
                 yield Text(text)
-            case "refusal.delta", {"delta": str(text)} if text:
+            case "refusal.delta", str(text) if text:
                 self.reason = "content_filter"
                 yield Text(text)
-            case "reasoning_summary_text.delta" | "reasoning_text.delta", {"delta": text} if text:
-                yield Thinking(str(text))
-            case "function_call_arguments.delta", {"item_id": key, "delta": str(text)}:
-                self.calls[key].arguments += text
-            case _, {"item": {"type": "function_call", "call_id": call, "name": name} as item}:
+            case "reasoning_summary_text.delta" | "reasoning_text.delta", str(text) if text:
+                yield Thinking(text)
+            case "function_call_arguments.delta", str(text):
+                self.calls[event["item_id"]].arguments += text
+            case _, {"type": "function_call", "call_id": call, "name": name, **item}:
                 arguments = str(item.get("arguments") or "")  # all of them when it is done
                 self.calls[item.get("id")] = ToolUse(str(call), str(name), arguments)
-            case "completed" | "incomplete", {"response": response}:
+            case "completed" | "incomplete", _:
+                response = event["response"]
                 details = response.get("incomplete_details") or {}
                 default = "length" if kind == "incomplete" else self.reason
                 self.reason = REASONS.get(details.get("reason"), default)
