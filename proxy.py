@@ -1403,6 +1403,8 @@ class Responses(OpenAI):
                 yield Thinking(text)
             case "function_call_arguments.delta", str(text):
                 self.calls[event["item_id"]].arguments += text
+            case "function_call_arguments.done", _:
+                self.calls[event["item_id"]].arguments = str(event["arguments"])
             case _, {"type": "function_call", "call_id": call, "name": name, **item}:
                 arguments = str(item.get("arguments") or "")  # all of them when it is done
                 self.calls[item.get("id")] = ToolUse(str(call), str(name), arguments)
@@ -2531,30 +2533,34 @@ DEMO_THOUGHT = "The person wants to see thinking. I think a little, then I answe
 
 # What a vendor sends, by dialect and by the kind of thing said: one event a line.
 DEMO_EVENTS = {
-    "messages": {
-        "text": '{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":%s}}',
-        "think": '{"type":"content_block_delta","delta":{"type":"thinking_delta","thinking":%s}}',
-        "tool": '{"type":"content_block_start","index":1,"content_block":{"type":"tool_use",'
-                '"id":"toolu_1","name":%s,"input":{"city":"Paris"}}}',
-        "end": '{"type":"message_delta","delta":{},"usage":{"input_tokens":25,"output_tokens":%s}}'
-               '\n{"type":"message_stop"}',
-    },
-    "responses": {
-        "text": '{"type":"response.output_text.delta","delta":%s}',
-        "think": '{"type":"response.reasoning_summary_text.delta","delta":%s}',
-        "tool": '{"type":"response.output_item.done","item":{"type":"function_call",'
-                '"call_id":"call_1","name":%s,"arguments":"{\\"city\\":\\"Paris\\"}"}}',
-        "end": '{"type":"response.completed",'
-               '"response":{"usage":{"input_tokens":25,"output_tokens":%s}}}',
-    },
-    "chat": {
-        "text": '{"choices":[{"delta":{"content":%s}}]}',
-        "think": '{"choices":[{"delta":{"reasoning_content":%s}}]}',
-        "tool": '{"choices":[{"delta":{"tool_calls":[{"id":"call_1","function":{"name":%s,'
-                '"arguments":"{\\"city\\":\\"Paris\\"}"}}]}}]}',
-        "end": '{"choices":[],"usage":{"prompt_tokens":25,"completion_tokens":%s}}\n[DONE]',
-    },
-}  # fmt: skip
+    "messages": """
+start {"type":"message_start","message":{"role":"assistant","usage":{"input_tokens":25}}}
+start {"type":"content_block_start","index":0,"content_block":{"type":"text","text":""}}
+start {"type":"ping"}
+text {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":%s}}
+think {"type":"content_block_delta","index":0,"delta":{"type":"thinking_delta","thinking":%s}}
+tool {"type":"content_block_start","index":1,"content_block":{"type":"tool_use","id":"1","name":%s}}
+args {"type":"content_block_delta","index":1,"delta":{"type":"input_json_delta","partial_json":%s}}
+args {"type":"message_delta","delta":{"stop_reason":"tool_use"}}
+end {"type":"message_delta","delta":{},"usage":{"output_tokens":%s}}
+end {"type":"message_stop"}""",
+    "responses": """
+start {"type":"response.created","response":{}}
+text {"type":"response.output_text.delta","delta":%s}
+think {"type":"response.reasoning_summary_text.delta","delta":%s}
+tool {"type":"response.output_item.added",\
+"item":{"type":"function_call","id":"fc_1","call_id":"call_1","name":%s}}
+args {"type":"response.function_call_arguments.done","item_id":"fc_1","arguments":%s}
+end {"type":"response.completed","response":{"usage":{"input_tokens":25,"output_tokens":%s}}}""",
+    "chat": """
+start {"choices":[{"delta":{"role":"assistant"}}]}
+text {"choices":[{"delta":{"content":%s}}]}
+think {"choices":[{"delta":{"reasoning_content":%s}}]}
+tool {"choices":[{"delta":{"tool_calls":[{"index":0,"id":"1","function":{"name":%s}}]}}]}
+args {"choices":[{"delta":{"tool_calls":[{"index":0,"function":{"arguments":%s}}]}}]}
+end {"choices":[],"usage":{"prompt_tokens":25,"completion_tokens":%s}}
+end [DONE]""",
+}
 
 
 class DemoTransport(httpx.AsyncBaseTransport):
@@ -2569,10 +2575,10 @@ class DemoTransport(httpx.AsyncBaseTransport):
         dialect = next(name for name, a in ADAPTERS.items() if request.url.path.endswith(a.path))
         tool = (body.get("tools") or [{"name": "get_weather"}])[0]
         name = tool.get("name") or tool["function"]["name"]
-        return httpx.Response(200, content=demo_answer(DEMO_EVENTS[dialect], prompt, name))
+        return httpx.Response(200, content=demo_answer(dialect, prompt, name))
 
 
-async def demo_answer(events: dict[str, str], prompt: str, tool: str) -> AsyncIterator[bytes]:
+async def demo_answer(dialect: str, prompt: str, tool: str) -> AsyncIterator[bytes]:
     said: list[tuple[str, Any]] = [("text", f"{word} ") for word in DEMO_TEXT.split()]
     match prompt.split()[:1]:
         case ["/long"]:
@@ -2580,12 +2586,16 @@ async def demo_answer(events: dict[str, str], prompt: str, tool: str) -> AsyncIt
         case ["/think"]:
             said[:0] = [("think", f"{word} ") for word in DEMO_THOUGHT.split()]
         case ["/tool"]:
-            said = [("text", "Let me see. "), ("tool", tool)]
-    said.append(("end", len(said)))
+            said = [("text", "Let me see. "), ("tool", tool), ("args", '{"city":"Paris"}')]
+    said = [("start", ""), *said, ("end", len(said))]
     for kind, value in said[:12] if prompt.startswith("/cut") else said:
-        for event in events[kind].splitlines():
-            data = event.replace("%s", msgspec.json.encode(value).decode())
-            yield f"data: {data}\n\n".encode()
+        for line in DEMO_EVENTS[dialect].splitlines():
+            name, _, event = line.partition(" ")
+            if name == kind:
+                event = event.replace("%s", msgspec.json.encode(value).decode())
+                named = re.match(r'{"type":"([\w.]+)"', event)
+                yield (f"event: {named[1]}\n" if named else "").encode()
+                yield b"data: %b\n\n" % event.encode()
         await asyncio.sleep(0.03)
 
 
