@@ -30,15 +30,18 @@ import argparse
 import asyncio
 import base64
 import contextlib
+import datetime
 import email.utils
 import fnmatch
 import functools
 import hashlib
 import hmac
 import html
+import importlib
 import ipaddress
 import itertools
 import logging
+import math
 import os
 import re
 import secrets
@@ -50,13 +53,14 @@ import threading
 import time
 import tomllib
 import weakref
+from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from collections.abc import Mapping as Map
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import aiohttp
 import cachetools
@@ -94,6 +98,13 @@ class Size(int):
     """Bytes, written as "64KiB", "8MiB" or "1GiB"."""
 
     units: ClassVar = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+class Usd(Decimal):
+    """US dollars, written as a number; "unlimited" is infinity."""
+
+
+UNLIMITED = Usd("Infinity")
 
 
 Count = Annotated[int, Meta(ge=1)]
@@ -144,6 +155,25 @@ class Limits(Table, frozen=True):
     body_timeout: Duration = Duration(15)
     max_messages: Count = 1000
     max_characters: Count = 400_000
+    allow_system: bool = True
+    allow_tools: bool = True
+    templates_only: bool = False
+    system_prompt: str = ""
+    denied: tuple[str, ...] = ()
+
+
+class BudgetTable(Table, frozen=True):
+    """What may be spent in a UTC day or month. `client_per_day` None is 0.50 USD for a client known
+    only by its address, and no cap for any other."""
+
+    total_per_day: Usd = Usd(10)
+    total_per_month: Usd = UNLIMITED
+    client_per_day: Usd | None = None
+    client_per_month: Usd = UNLIMITED
+    group_per_day: Usd = UNLIMITED
+    group_per_month: Usd = UNLIMITED
+    webhook: str = ""
+    webhook_secret: str = ""
 
 
 class Model(Table, frozen=True):
@@ -178,11 +208,64 @@ class CacheTable(Table, frozen=True):
     shared: bool = False
 
 
+class KeyBudget(Table, frozen=True):
+    per_day: Usd | None = None
+    per_month: Usd | None = None
+
+
 class Key(Table, frozen=True):
-    """A static client key, known only by its SHA-256."""
+    """A static client key, known only by its SHA-256. `limits` holds what differs from [limits]."""
 
     key_sha256: str
+    group: str = ""
     models: tuple[str, ...] = ("*",)
+    limits: dict[str, Any] = {}
+    budget: KeyBudget = KeyBudget()
+
+
+class Jwt(Table, frozen=True):
+    """Tokens of the app's own login: signed with a secret (HS256), or with keys that the issuer
+    publishes (RS256, ES256, EdDSA)."""
+
+    secret: str = ""
+    jwks_url: str = ""
+    issuer: str = ""
+    audience: str = ""
+    leeway: Duration = Duration(30)
+    client_claim: str = "sub"
+    group_claim: str = ""
+    models: tuple[str, ...] = ("*",)
+
+
+class Session(Table, frozen=True):
+    """Short-lived tokens of our own, for pages without a login. `budget` is USD a session."""
+
+    secret: str = ""
+    ttl: Duration = Duration(600)
+    budget: Usd = Usd("0.05")
+    models: tuple[str, ...] = ("*",)
+    per_minute: Count = 6
+    turnstile_secret: str = ""
+    siteverify_url: str = "https://challenges.cloudflare.com/turnstile/v0/siteverify"
+
+
+class Variable(Table, frozen=True):
+    """What a page may put into a template: `text`, a `line` without breaks, or a `number`."""
+
+    kind: Literal["text", "line", "number"] = "text"
+    max_length: Count = 1000
+    place: Literal["user", "system"] = field(default="user", name="in")
+
+
+class Template(Table, frozen=True):
+    """A request whose owner is the server. `{name}` in `prompt` and `system` is a variable."""
+
+    model: str
+    prompt: str
+    system: str = ""
+    max_tokens: Count = 1024
+    tools: tuple[dict[str, Any], ...] = ()
+    variables: dict[str, Variable] = {}
 
 
 class Config(Table, frozen=True):
@@ -194,7 +277,11 @@ class Config(Table, frozen=True):
     prices: dict[str, Price] = {}
     ledger: LedgerTable = LedgerTable()
     cache: CacheTable = CacheTable()
+    budget: BudgetTable = BudgetTable()
     clients: dict[str, Key] = {}
+    jwt: Jwt | None = None
+    session: Session | None = None
+    templates: dict[str, Template] = {}
     demo: bool = False  # --demo; a config file cannot set it
 
 
@@ -214,6 +301,8 @@ ENVIRONMENT = {
     "providers.openai.base_url": "OPENAI_BASE_URL",
     "providers.openai.default_model": "DEFAULT_OPENAI_MODEL",
     "limits.max_tokens": "MAX_TOKENS_LIMIT", "limits.concurrent_total": "MAX_CONCURRENT_REQUESTS",
+    "budget.webhook_secret": "BUDGET_WEBHOOK_SECRET", "jwt.secret": "JWT_SECRET",
+    "session.secret": "SESSION_SECRET", "session.turnstile_secret": "TURNSTILE_SECRET_KEY",
 }  # fmt: skip
 
 # How many X-Forwarded-For values a PaaS itself appends; its presence shows in the environment.
@@ -221,12 +310,24 @@ PLATFORMS = {"DYNO": 1, "RENDER": 1, "RAILWAY_ENVIRONMENT": 1, "FLY_APP_NAME": 2
 
 
 def convert_unit(kind: Any, value: Any) -> Any:
+    if isinstance(value, kind):
+        return value
+    if kind is Usd:
+        return convert_usd(value)
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", str(value))
     amount = kind(float(match[1]) * kind.units.get(match[2], 0) if match else 0)
     if not amount:
         example = '"25s" or "10m"' if kind is Duration else '"64KiB" or "8MiB"'
         raise ValueError(f"{value!r} is not a {kind.__name__.lower()} like {example}")
     return amount
+
+
+def convert_usd(value: Any) -> Usd:
+    with contextlib.suppress(ArithmeticError):
+        amount = UNLIMITED if value == "unlimited" else Usd(str(value))
+        if amount >= 0 and (amount.is_finite() or value == "unlimited"):
+            return amount
+    raise ValueError(f'{value!r} is not an amount of USD like 0.5, nor "unlimited"')
 
 
 def load_config(
@@ -252,11 +353,16 @@ def load_config(
         providers[name] = preset | given
     for key, value in (read_environment(environ) | overrides).items():
         *parents, last = key.split(".")
+        if parents[:1] in (["jwt"], ["session"]) and parents[0] not in tables:
+            continue  # a secret by itself asks for nothing
         table = tables
         for name in parents:
             table = table.setdefault(name, {})
         table[last] = value
-    named = {"providers": Provider, "models": Model, "prices": Price, "clients": Key}
+    named = {
+        "providers": Provider, "models": Model, "prices": Price, "clients": Key,
+        "templates": Template,
+    }  # fmt: skip
     try:
         for section, kind in named.items():  # one by one: so an error can tell which
             entries = tables.get(section, {}).items()
@@ -325,6 +431,7 @@ def check_values(config: Config) -> None:
         if not re.fullmatch(r"[0-9a-f]{64}", client.key_sha256):
             wanted = "must be the 64 hex digits that `printf %s KEY | sha256sum` prints"
             raise ConfigError(f"clients.{name}.key_sha256: {wanted}")
+        client_limits(config, name)
     for origin in config.server.cors_origins:
         if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*]+", origin):
             wanted = 'must look like "https://app.example.com", without a path or a final slash'
@@ -332,6 +439,70 @@ def check_values(config: Config) -> None:
     for pattern, price in config.prices.items():
         if not price.free and not price.input and not price.output:
             raise ConfigError(f'prices."{pattern}": set input and output, or free = true')
+
+    monthly = [cap for name, cap in asdict(config.budget).items() if name.endswith("_per_month")]
+    monthly += [key.budget.per_month or UNLIMITED for key in config.clients.values()]
+    if min(monthly) < UNLIMITED and config.ledger.keep < 31 * 86400:
+        raise ConfigError('ledger.keep: must be at least "31d" where a month has a budget')
+    check_secrets(config)
+    for name, template in config.templates.items():
+        check_template(f"templates.{name}", template)
+
+
+def signing_secrets(config: Config) -> list[str]:
+    secrets = [config.jwt.secret] if config.jwt else []
+    secrets += [config.session.secret, config.session.turnstile_secret] if config.session else []
+    return [*secrets, config.budget.webhook_secret]
+
+
+def check_secrets(config: Config) -> None:
+    table, session = config.jwt, config.session
+    if table and bool(table.secret) == bool(table.jwks_url):
+        raise ConfigError("jwt.jwks_url: set it, or else jwt.secret (JWT_SECRET), and not both")
+    if table and table.jwks_url and not table.issuer:
+        raise ConfigError("jwt.issuer: is needed with jwks_url; it is the `iss` of your tokens")
+    if session and session.ttl > 600:
+        raise ConfigError('session.ttl: at most "10m"')
+    if session and not (session.turnstile_secret or table):
+        wanted = "set it (TURNSTILE_SECRET_KEY) or a [jwt] block: a session needs a proof"
+        raise ConfigError(f"session.turnstile_secret: {wanted}")
+    signing = {
+        "jwt.secret": table.secret if table and not table.jwks_url else None,
+        "session.secret": session.secret if session else None,
+        "budget.webhook_secret": config.budget.webhook_secret if config.budget.webhook else None,
+    }
+    for key, secret in signing.items():
+        if secret is not None and len(secret.encode()) < 32:
+            raise ConfigError(f"{key}: must hold at least 32 bytes, as from `openssl rand -hex 32`")
+    urls = {
+        "jwt.jwks_url": table and table.jwks_url, "budget.webhook": config.budget.webhook,
+        "session.siteverify_url": session and session.siteverify_url,
+    }  # fmt: skip
+    for key, url in urls.items():
+        if url and not BASE_URL.fullmatch(url.partition("?")[0]):
+            raise ConfigError(f"{key}: {url!r} is not an http(s) URL")
+
+
+SLOT = re.compile(r"\{([A-Za-z_]\w*)\}")
+
+
+def check_template(path: str, template: Template) -> None:
+    for place, text in (("user", template.prompt), ("system", template.system)):
+        declared = {name for name, v in template.variables.items() if v.place == place}
+        used = set(SLOT.findall(text))
+        for name in sorted(used ^ declared):
+            key = "prompt" if place == "user" else "system"
+            wanted = f'{{{name}}} must stand in {key} and be declared with in = "{place}"'
+            raise ConfigError(f"{path}.variables.{name}: {wanted}")
+
+
+def client_limits(config: Config, name: str) -> Limits:
+    """[limits] with what the key has of its own. Raises ConfigError."""
+    given, path = config.clients[name].limits, f"clients.{name}.limits"
+    for key in given.keys() & {"concurrent_total", "body_timeout"}:
+        raise ConfigError(f"{path}.{key}: is the same for all; set it in [limits]")
+    limits: Limits = convert(asdict(config.limits) | given, Limits, path)
+    return limits
 
 
 def sha256(text: str) -> str:
@@ -366,26 +537,32 @@ def vendor_keys(config: Config, environ: Map[str, str]) -> dict[str, str]:
 
 def examine(config: Config, environ: Map[str, str], public: bool) -> list[str]:
     """Refuse what is open to the world by mistake (ConfigError); return what to warn of."""
-    server, open_to_all = config.server, not config.clients
-    fix = "set ALLOWED_CLIENT_KEYS or add a [clients.NAME] block"
+    server, total = config.server, config.budget.total_per_day
+    open_to_all = not (config.clients or config.jwt or config.session)
+    fix = "set ALLOWED_CLIENT_KEYS, or add a [clients.NAME], [jwt] or [session] block"
     if open_to_all and "*" in server.cors_origins:
         raise ConfigError(f'server.cors_origins: "*" lets every page in, so it needs keys: {fix}')
     if open_to_all and public and not server.cors_origins:
         wanted = "needs the origins that may call (CORS_ORIGIN=https://app.example.com) or keys"
         raise ConfigError(f"server.cors_origins: a public bind {wanted}: {fix}")
     platform = next((name for name in PLATFORMS if environ.get(name)), "")
-    count_unset = open_to_all and server.trusted_proxies is None
-    tokens = config.limits.tokens_per_minute * 1440
+    by_address = open_to_all or config.session
+    count_unset = by_address and server.trusted_proxies is None
+    spent = "as much as they like" if total == UNLIMITED else f"{total:f} USD"
     warnings = (
         (open_to_all, "no client check: origins stop browsers, not programs, so anyone with curl "
-         f"can use up {tokens:,} tokens a day from each address; to close it, {fix}"),
+         f"can spend {spent} a day (budget.total_per_day); to close it, {fix}"),
+        (total == UNLIMITED and not config.demo, "budget.total_per_day: is unlimited; set it to "
+         "the USD that a day may cost"),
+        (config.jwt and not config.jwt.audience, "jwt.audience: is not set, so a token that the "
+         "issuer made for another app is good here; set it to the `aud` of your tokens, if any"),
         (count_unset and platform,
          f"{platform} is set, so server.trusted_proxies = {PLATFORMS.get(platform)}"),
         (count_unset and not platform, "server.trusted_proxies: behind a proxy all count as one "
          "client; set it to how many there are in front of this server (0 if none)"),
         (not config.ledger.persistent and not config.demo, "ledger.path: what was spent may be "
-         "forgotten at a restart; where the disk is kept, set ledger.path to it and "
-         "ledger.persistent = true"),
+         "forgotten at a restart, and then every budget begins anew; where the disk is kept, set "
+         "ledger.path to it and ledger.persistent = true"),
     )  # fmt: skip
     return [text for holds, text in warnings if public and holds]
 
@@ -396,7 +573,8 @@ def examine(config: Config, environ: Map[str, str], public: bool) -> list[str]:
 
 # Any other below 500 is an invalid_request_error.
 ERROR_TYPES = {
-    401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+    401: "authentication_error", 402: "billing_error", 403: "permission_error",
+    404: "not_found_error",
     408: "timeout_error", 413: "request_too_large", 429: "rate_limit_error",
     503: "overloaded_error", 504: "timeout_error", 529: "overloaded_error",
 }  # fmt: skip
@@ -539,11 +717,17 @@ class Request(Sampling, kw_only=True):
     def parts(self) -> Iterator[Part]:
         return itertools.chain.from_iterable(message.content for message in self.messages)
 
+    def texts(self) -> Iterator[str]:
+        """Every text of it, but not the tools' and not the data of images."""
+        yield self.system
+        for part in self.parts():
+            if isinstance(part, Image):
+                yield part.source.get("url", "")
+            yield from (value for value in astuple(part) if isinstance(value, str))
+
     def characters(self) -> int:
         """Of text and tools, not of images."""
-        texts = [value for p in self.parts() for value in astuple(p) if isinstance(value, str)]
-        texts += [p.source.get("url", "") for p in self.parts() if isinstance(p, Image)]
-        return sum(map(len, [self.system, *texts])) + len(msgspec.json.encode(self.tools))
+        return sum(map(len, self.texts())) + len(msgspec.json.encode(self.tools))
 
 
 class Usage(Struct):
@@ -601,17 +785,24 @@ class Body(Sampling):
     stop: StopText | StopTexts | None = None
     stop_sequences: StopTexts | None = None
     enable_thinking: bool | None = None
+    template: str | None = None
+    variables: dict[str, Any] | None = None
 
 
 class Parsed(Struct):
-    """A request, whether its answer is streamed, and the names of what was dropped or lowered."""
+    """A request, whether its answer is streamed, and the names of what was dropped or lowered.
+    `chosen` says that the caller set its max_tokens, `template` whose request it is."""
 
     request: Request
     stream: bool
     dropped: list[str]
+    chosen: bool
+    template: str
 
 
-def parse_body(body: bytes, limits: Limits, default_model: str = "") -> Parsed:
+def parse_body(
+    body: bytes, limits: Limits, default_model: str = "", templates: Map[str, Template] = {}
+) -> Parsed:
     """Read a browser's request body. Raises BadRequest naming the field."""
     try:
         raw = msgspec.json.decode(body)
@@ -621,6 +812,30 @@ def parse_body(body: bytes, limits: Limits, default_model: str = "") -> Parsed:
         raise BadRequest(f"{where.strip('.`') or 'body (JSON)'}: {message}") from None
     unknown = sorted(raw.keys() - set(Body.__struct_fields__))
     dropped = [redact(name, length=50) for name in unknown[:50]]
+    if given.template is not None:
+        request = read_template(given, templates)
+        dropped += raw.keys() & set(Body.__struct_fields__) - {"template", "variables", "stream"}
+    elif limits.templates_only:
+        raise BadRequest(f"template: must be one of {', '.join(templates)}")
+    else:
+        request = read_request(given, limits, default_model, dropped)
+    request.system = "\n\n".join(filter(None, (limits.system_prompt, request.system)))
+    if (count := request.characters()) > limits.max_characters:
+        raise BadRequest(
+            f"messages: {count} characters, at most {limits.max_characters} are allowed"
+        )
+    if limits.denied:
+        text = "\n".join(request.texts()).casefold()
+        if any(denied.casefold() in text for denied in limits.denied):
+            raise BadRequest("messages: hold a text that is not allowed here")
+    chosen = any(getattr(given, name) for name in MAX_TOKENS)
+    return Parsed(
+        request, given.stream is not False, list(dict.fromkeys(dropped)),
+        chosen and given.template is None, given.template or "",
+    )  # fmt: skip
+
+
+def read_request(given: Body, limits: Limits, default_model: str, dropped: list[str]) -> Request:
     stop = given.stop or given.stop_sequences or []
     # four spellings of one setting
     lengths = {n: value for n, value in asdict(given).items() if n.startswith("max_") and value}
@@ -642,8 +857,13 @@ def parse_body(body: bytes, limits: Limits, default_model: str = "") -> Parsed:
     items = [{"role": "user", "content": items}] if isinstance(items, str) else items
     if len(items) > limits.max_messages:
         raise BadRequest(f"{key}: at most {limits.max_messages} messages are allowed")
+    if given.tools and not limits.allow_tools:
+        raise BadRequest("tools: are not allowed here")
     leading = [{"role": "system", "content": t} for t in (given.instructions, given.system) if t]
-    messages = read_items(leading, "system", dropped) + read_items(items, key, dropped)
+    user_seen = not limits.allow_system
+    messages = read_items(leading, "system", dropped) + read_items(items, key, dropped, user_seen)
+    if not limits.allow_system and any(message.role == "system" for message in messages):
+        raise BadRequest(f"{'system' if leading else key}: a system prompt is not allowed here")
     request.system, request.messages = join_messages(messages)
     if not request.messages:
         raise BadRequest(f"{key}: must hold a message that is not empty")
@@ -651,14 +871,17 @@ def parse_body(body: bytes, limits: Limits, default_model: str = "") -> Parsed:
         request.tool_choice = read_tool_choice(given.tool_choice, request.tools)
     elif given.tool_choice is not None:
         dropped.append("tool_choice")
-    if (count := request.characters()) > limits.max_characters:
-        raise BadRequest(f"{key}: {count} characters, at most {limits.max_characters} are allowed")
-    return Parsed(request, given.stream is not False, list(dict.fromkeys(dropped)))
+    return request
 
 
-def read_items(items: list[Any], key: str, dropped: list[str]) -> list[Message]:
-    messages, user_seen = [], False
-    for i, item in enumerate(items):
+MAX_TOKENS = ("max_tokens", "max_new_tokens", "max_output_tokens", "max_completion_tokens")
+
+
+def read_items(
+    items: list[Any], key: str, dropped: list[str], user_seen: bool = False
+) -> list[Message]:
+    messages = []
+    for i, item in enumerate(map(clean_role, items)):
         where = f"{key}[{i}]"
         match item:
             case {"type": "function_call" | "reasoning"}:
@@ -674,6 +897,19 @@ def read_items(items: list[Any], key: str, dropped: list[str]) -> list[Message]:
                 roles = "user, assistant, system, developer, or tool with its tool_call_id"
                 raise BadRequest(f"{where}: needs a role ({roles}), or must be a function_call")
     return messages
+
+
+# Control characters, line breaks, and what turns the direction of text around.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def clean(text: str) -> str:
+    return CONTROL.sub("", text)
+
+
+def clean_role(item: Any) -> Any:
+    role = item.get("role") if isinstance(item, dict) else None
+    return item | {"role": clean(role)} if isinstance(role, str) else item
 
 
 def read_content(item: dict[str, Any], where: str, dropped: list[str]) -> list[Part]:
@@ -754,7 +990,8 @@ def read_tool(tool: Any, where: str) -> Tool:
                 raise BadRequest(f"{where}.type: {kind!r} runs at the vendor and is not allowed")
             schema = inner.get("parameters") or inner.get("input_schema") or {"properties": {}}
             if isinstance(name := inner.get("name"), str) and name and isinstance(schema, dict):
-                return Tool(name, str(inner.get("description") or ""), {"type": "object"} | schema)
+                about = str(inner.get("description") or "")
+                return Tool(clean(name), about, {"type": "object"} | schema)
     raise BadRequest(f"{where}: needs a name, and parameters that are a JSON schema")
 
 
@@ -790,14 +1027,70 @@ def join_messages(messages: list[Message]) -> tuple[str, list[Message]]:
     return "\n\n".join(system), joined
 
 
+# ---- Templates ---------------------------------------------------------------------------------
+# Requests that the server's owner has written. A page names one and says what goes into its slots;
+# that is put in as plain text, once: what it holds is never looked at again.
+
+
+def read_template(given: Body, templates: Map[str, Template]) -> Request:
+    if (template := templates.get(given.template or "")) is None:
+        known = ", ".join(templates) or "none"
+        raise BadRequest(f"template: is not configured; there are: {known}")
+    variables = given.variables or {}
+    for name in sorted(variables.keys() ^ template.variables.keys()):
+        wrong = "is missing" if name in template.variables else "is not one of the template's"
+        raise BadRequest(f"variables.{redact(name, length=50)}: {wrong}")
+    values = {n: read_variable(n, v, variables[n]) for n, v in template.variables.items()}
+
+    def fill(text: str) -> str:
+        return SLOT.sub(lambda slot: values[slot[1]], text)
+
+    return Request(
+        model=template.model,
+        max_tokens=template.max_tokens,
+        system=fill(template.system),
+        messages=[Message("user", [Text(fill(template.prompt))])],
+        tools=template_tools(template),
+    )
+
+
+def template_tools(template: Template) -> list[Tool]:
+    return [read_tool(tool, f"tools[{i}]") for i, tool in enumerate(template.tools)]
+
+
+def read_variable(name: str, variable: Variable, value: Any) -> str:
+    where = f"variables.{name}"
+    match variable.kind, value:
+        case "number", int() | float() if not isinstance(value, bool):
+            text = msgspec.json.encode(value).decode()
+        case "text" | "line", str():
+            text = value
+        case kind, _:
+            raise BadRequest(f"{where}: must be a {kind}")
+    if len(text) > variable.max_length:
+        raise BadRequest(f"{where}: at most {variable.max_length} characters are allowed")
+    if variable.kind == "line" and text != clean(text):
+        raise BadRequest(f"{where}: must be one line, without control characters")
+    return text
+
+
 # ---- Clients -----------------------------------------------------------------------------------
-# Who is calling: a verified key, this machine itself, or an address. Body fields and headers such
-# as X-User-ID never decide it.
+# Who is calling: a key, a user of the app by its JWT, a session of ours, this machine itself, or an
+# address. Body fields and headers such as X-User-ID never decide it.
 
 
 class Client(Struct, frozen=True):
+    """Who pays, and what it may do. A session is its parent's (a user or an address): it spends the
+    parent's money and fills the parent's buckets, so that more sessions buy nothing."""
+
     id: str
+    limits: Limits
     models: tuple[str, ...] = ("*",)
+    group: str = ""
+    per_day: Usd = UNLIMITED
+    per_month: Usd = UNLIMITED
+    session: str = ""
+    per_session: Usd = UNLIMITED
 
 
 Headers = dict[str, str]  # lower-case names; repeated headers joined with ", "
@@ -814,14 +1107,73 @@ def read_headers(scope: Scope) -> Headers:
     return headers
 
 
+class KeySet:
+    """The public keys of an issuer, by their ids. They are fetched when they are ten minutes old or
+    a token names another, but not twice in 30 s, whatever tokens name; while the issuer is away the
+    old ones serve on."""
+
+    def __init__(self, url: str) -> None:
+        self.url, self.lock = url, asyncio.Lock()
+        self.keys: dict[str | None, Any] = {}
+        self.fetched = self.tried = -math.inf
+
+    async def find(self, key_id: str | None, http: httpx.AsyncClient) -> Any:
+        async with self.lock:
+            now = time.monotonic()
+            stale = now - self.fetched > 600 or key_id not in self.keys
+            if stale and now - self.tried > 30:
+                self.tried = now
+                await self.fetch(http)
+        if not self.keys:
+            message = "the keys that sign the app's logins cannot be fetched"
+            raise ProxyError(503, "identity_unavailable", message, after=30)
+        return self.keys.get(key_id)
+
+    async def fetch(self, http: httpx.AsyncClient) -> None:
+        import jwt
+
+        try:
+            reply = (await http.get(self.url)).raise_for_status()
+            self.keys = {key.key_id: key for key in jwt.PyJWKSet.from_json(reply.text).keys}
+            self.fetched = self.tried
+        except (httpx.HTTPError, aiohttp.ClientError, OSError, ValueError, jwt.PyJWTError) as error:
+            LOG.error("jwt.jwks_url: %s gave no keys (%s)", self.url, redact(str(error)))
+
+
+def read_token(headers: Headers) -> str:
+    scheme, _, bearer = headers.get("authorization", "").partition(" ")
+    return bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+
+
+SESSION_ISSUER = "proxy.py/session"
+
+
+class SessionRequest(Struct, forbid_unknown_fields=True):
+    turnstile: str = ""
+
+
 class Clients:
-    """Decides whether an origin may call and which client a request belongs to. No I/O."""
+    """Decides whether an origin may call and which client a request belongs to."""
+
+    http: httpx.AsyncClient  # for an issuer's keys; the app's lifespan opens it
 
     def __init__(self, config: Config, environ: Map[str, str], public: bool) -> None:
-        self.keys, self.server, self.public = config.clients, config.server, public
+        self.config, self.keys, self.server = config, config.clients, config.server
+        self.public, self.key_set = public, KeySet(config.jwt.jwks_url if config.jwt else "")
+        self.closed = bool(config.clients or config.jwt or config.session)
         added = [count for name, count in PLATFORMS.items() if environ.get(name) and public]
         given = config.server.trusted_proxies
         self.proxies = given if given is not None else next(iter(added), 0)
+        self.limits = {name: client_limits(config, name) for name in config.clients}
+        # derived, so that a token of ours is never one of the app's, whatever secret it has
+        secret = f"session {config.session.secret}" if config.session else ""
+        self.session_key = hashlib.sha256(secret.encode()).digest()
+        if config.jwt or config.session:
+            try:
+                importlib.import_module("jwt")
+            except ImportError:
+                fix = "pip install 'pyjwt[crypto]', or uv run --with 'pyjwt[crypto]' proxy.py"
+                raise ConfigError(f"jwt, session: need a package more: {fix}") from None
 
     def trusted(self, scope: Scope, headers: Headers) -> bool:
         """Is it this machine's own user, on a bind nobody else reaches? A tunnel, or a page that
@@ -836,25 +1188,95 @@ class Clients:
         scheme, _, place = origin.partition("://")
         if not self.public:
             return scheme in ("http", "https") and LOCAL_HOST.fullmatch(place) is not None
-        return self.server.page and bool(self.keys) and place == host
+        return self.server.page and self.closed and place == host
 
-    def identify(self, scope: Scope, headers: Headers) -> Client:
-        """Raises 401 where keys are configured and none of them was sent."""
-        if not self.keys:
-            if self.trusted(scope, headers):
-                return Client("local")
-            if not self.public:
-                fix = "its owner can configure client keys, or bind it publicly"
-                raise ProxyError(403, "not_local", f"this proxy serves only its own machine; {fix}")
-            return Client(f"ip:{self.address(scope, headers)}")
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        presented = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        digest = sha256(presented)  # compared with every key: no timing to learn from
+    async def identify(self, scope: Scope, headers: Headers) -> Client:
+        """Raises 401 where keys or tokens are configured and none that is good was sent."""
+        if self.closed:
+            token = read_token(headers)
+            client = self.by_key(token) or self.by_session(token, headers.get("origin", ""))
+            if client := client or await self.by_jwt(token):
+                return client
+            message = "a valid key or token is needed: send it as `Authorization: Bearer KEY`"
+            raise ProxyError(401, "invalid_key", message, retry=False)
+        if self.trusted(scope, headers):
+            return self.client("local")
+        if not self.public:
+            fix = "its owner can configure client keys, or bind it publicly"
+            raise ProxyError(403, "not_local", f"this proxy serves only its own machine; {fix}")
+        return self.by_address(scope, headers)
+
+    def client(self, id: str, **more: Any) -> Client:
+        budget = self.config.budget
+        address_only = Usd("0.5") if id.startswith("ip:") else UNLIMITED
+        per_day = address_only if budget.client_per_day is None else budget.client_per_day
+        caps = {"per_day": per_day, "per_month": budget.client_per_month}
+        return Client(id, **{"limits": self.config.limits} | caps | more)
+
+    def by_address(self, scope: Scope, headers: Headers) -> Client:
+        return self.client(f"ip:{self.address(scope, headers)}")
+
+    def by_key(self, token: str) -> Client | None:
+        digest = sha256(token)  # compared with every key: no timing to learn from
         found = [n for n, key in self.keys.items() if hmac.compare_digest(digest, key.key_sha256)]
         if not found:
-            message = "a valid client key is needed: send it as `Authorization: Bearer KEY`"
-            raise ProxyError(401, "invalid_key", message, retry=False)
-        return Client(f"key:{found[-1]}", self.keys[found[-1]].models)
+            return None
+        key, limits = self.keys[found[-1]], self.limits[found[-1]]
+        caps = {name: usd for name, usd in asdict(key.budget).items() if usd is not None}
+        more = {"limits": limits, "models": key.models, "group": key.group}
+        return self.client(f"key:{found[-1]}", **more, **caps)
+
+    async def by_jwt(self, token: str) -> Client | None:
+        """The app's user whose token it is."""
+        if (table := self.config.jwt) is None:
+            return None
+        import jwt
+
+        algorithms = ["RS256", "ES256", "EdDSA"] if table.jwks_url else ["HS256"]
+        options: Any = {"require": ["exp"], "verify_aud": bool(table.audience)}
+        expected: Any = {"issuer": table.issuer or None, "audience": table.audience or None}
+        try:
+            key: Any = table.secret
+            if table.jwks_url:  # a key is asked for only by a token that could be good
+                header = jwt.get_unverified_header(token)
+                if header["alg"] not in algorithms:
+                    return None
+                key = await self.key_set.find(header.get("kid"), self.http)
+            claims = jwt.decode(token, key, algorithms, options, leeway=table.leeway, **expected)
+        except (jwt.PyJWTError, LookupError, TypeError, ValueError):
+            return None
+        user, group = (read_claim(claims, c) for c in (table.client_claim, table.group_claim))
+        more = {"models": table.models, "group": group}
+        return self.client(f"jwt:{user}", **more) if user else None
+
+    def by_session(self, token: str, origin: str) -> Client | None:
+        if self.config.session is None:
+            return None
+        import jwt
+
+        options: Any = {"require": ["exp"]}
+        try:
+            claims = jwt.decode(
+                token, self.session_key, ["HS256"], issuer=SESSION_ISSUER, options=options
+            )
+        except jwt.PyJWTError:
+            return None
+        session = {"session": claims["jti"], "per_session": self.config.session.budget}
+        more = {"models": tuple(claims["models"]), "group": claims["group"]} | session
+        return self.client(claims["sub"], **more) if claims["origin"] == origin else None
+
+    def new_session(self, parent: Client, origin: str) -> dict[str, Any]:
+        """A token for what `parent` may do, from `origin` alone and for a few minutes."""
+        import jwt
+
+        assert self.config.session
+        now, seconds = int(time.time()), int(self.config.session.ttl)
+        models = parent.models if parent.models != ("*",) else self.config.session.models
+        claims: dict[str, Any] = {"iss": SESSION_ISSUER, "sub": parent.id, "group": parent.group}
+        claims |= {"jti": secrets.token_hex(12), "origin": origin, "models": models}
+        claims |= {"iat": now, "exp": now + seconds}
+        token = jwt.encode(claims, self.session_key, "HS256")
+        return {"token": token, "expiresIn": seconds, "models": models}
 
     def address(self, scope: Scope, headers: Headers) -> str:
         """The n-th X-Forwarded-For value from the right, n being the proxies we trust; the
@@ -870,6 +1292,15 @@ class Clients:
         address = getattr(address, "ipv4_mapped", None) or address
         whole = address.version == 4
         return str(address if whole else ipaddress.ip_network((address, 64), strict=False))
+
+
+def read_claim(claims: dict[str, Any], name: str) -> str:
+    """A claim by its name, or by a path such as app_metadata.team; "" where it cannot be a name."""
+    value: Any = claims if name else ""
+    for key in (name,) if name in claims else name.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    text = str(value) if isinstance(value, str | int) else ""
+    return text if len(text) <= 200 and text.isprintable() else ""
 
 
 # ---- Limiter -----------------------------------------------------------------------------------
@@ -890,35 +1321,203 @@ class Bucket(Struct):
         return self.level
 
 
-class Limiter:
+class Taken(Struct):
+    """What the buckets hold after a request, or why they refused it and for how many seconds."""
+
+    requests: float
+    tokens: float
+    refused: str = ""
+    wait: float = 0.0
+
+
+class Limiter(Protocol):
+    async def take(self, client: str, limits: Limits, requests: int, tokens: int) -> Taken:
+        """Take from both of the client's buckets, or from neither."""
+
+    async def give_back(self, client: str, limits: Limits, tokens: int) -> None:
+        """Correct an estimate: put `tokens` back, or take more of them when negative."""
+
+
+class MemoryLimiter:
     """Remembers the clients seen last; one it has forgotten has full buckets again."""
 
-    def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
-        self.clock, tokens = clock, limits.tokens_per_minute
-        self.sizes = (("requests", limits.requests_per_minute, limits.burst),
-                      ("tokens", tokens, tokens))  # fmt: skip
-        self.clients: cachetools.LRUCache[str, dict[str, Bucket]] = cachetools.LRUCache(50_000)
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.buckets: cachetools.LRUCache[str, tuple[Bucket, Bucket]] = cachetools.LRUCache(50_000)
 
-    def of(self, client: str) -> dict[str, Bucket]:
-        """What the client has left, of requests and of tokens."""
+    def of(self, client: str, limits: Limits) -> tuple[Bucket, Bucket]:
+        """The client's requests and its tokens."""
         now = self.clock()
-        if not (buckets := self.clients.get(client)):
-            buckets = {kind: Bucket(rate, full, full, now) for kind, rate, full in self.sizes}
-            self.clients[client] = buckets
-        for bucket in buckets.values():
+        if not (buckets := self.buckets.get(client)):
+            rate, tokens = limits.requests_per_minute, limits.tokens_per_minute
+            requests = Bucket(rate, limits.burst, limits.burst, now)
+            buckets = self.buckets[client] = requests, Bucket(tokens, tokens, tokens, now)
+        for bucket in buckets:
             bucket.refill(now)
         return buckets
 
-    def take(self, client: str, **wanted: float) -> tuple[str, float] | None:
-        """Take from both of the client's buckets, or from neither: then return the one that holds
-        too little, and for how many seconds."""
-        buckets = self.of(client)
-        for kind, amount in wanted.items():
-            if (lacking := amount - buckets[kind].level) > 0:
-                return kind, lacking * 60 / buckets[kind].rate
-        for kind, amount in wanted.items():
-            buckets[kind].level -= amount
-        return None
+    async def take(self, client: str, limits: Limits, requests: int, tokens: int) -> Taken:
+        first, second = self.of(client, limits)
+        for kind, bucket, wanted in (("requests", first, requests), ("tokens", second, tokens)):
+            if (lacking := wanted - bucket.level) > 0:
+                return Taken(first.level, second.level, kind, lacking * 60 / bucket.rate)
+        first.level -= requests
+        second.level -= tokens
+        return Taken(first.level, second.level)
+
+    async def give_back(self, client: str, limits: Limits, tokens: int) -> None:
+        self.of(client, limits)[1].level += tokens
+
+
+# ---- Budget ------------------------------------------------------------------------------------
+# Money is set aside before an upstream call and corrected after it, against every cap that applies.
+# What is held counts as spent, so that no number of requests at once can pass a cap.
+
+
+class Cap(Struct, frozen=True):
+    """`limit` USD for what `scope` (all, a client, a group or a session) spends in `window`, a day
+    or month in UTC such as 2026-11-21 or 2026-11."""
+
+    scope: str
+    window: str
+    limit: Decimal
+
+    def __str__(self) -> str:
+        whose = "all clients" if self.scope == "all" else f"this {self.scope.partition(' ')[0]}"
+        return f"{self.limit:f} USD for {whose} in {self.window}"
+
+    def resets(self) -> str:
+        start = datetime.date.fromisoformat(f"{self.window}-01"[:10])
+        later = start + datetime.timedelta(1 if str(start) == self.window else 32)
+        return f"{later if str(start) == self.window else later.replace(day=1)}T00:00:00Z"
+
+
+def client_caps(client: Client, table: BudgetTable, now: float) -> list[Cap]:
+    """Every cap that holds for what `client` spends at `now`, in seconds since 1970."""
+    scopes = {
+        "all": (table.total_per_day, table.total_per_month),
+        f"client {client.id}": (client.per_day, client.per_month),
+        f"group {client.group}": (table.group_per_day, table.group_per_month),
+        f"session {client.session}": (client.per_session, UNLIMITED),
+    }
+    windows = [time.strftime(form, time.gmtime(now)) for form in ("%Y-%m-%d", "%Y-%m")]
+    return [
+        Cap(scope, window, limit)
+        for scope, limits in scopes.items()
+        for window, limit in zip(windows, limits, strict=True)
+        if limit < UNLIMITED and not scope.endswith(" ")
+    ]
+
+
+class BudgetExceeded(ProxyError):
+    def __init__(self, cap: Cap, left: Decimal) -> None:
+        message = f"budget: {max(left, Decimal(0)).normalize():f} USD are left of {cap}, and this "
+        message += f"request may cost more; the budget is whole again at {cap.resets()}"
+        super().__init__(402, "budget_exceeded", message, retry=False)
+
+
+class Spending(Struct):
+    """USD of one scope in one window; `told` says whether its end was told of."""
+
+    settled: Decimal = Decimal(0)
+    held: Decimal = Decimal(0)
+    told: bool = False
+
+
+class Budget(Protocol):
+    async def hold(self, id: str, caps: list[Cap], least: Decimal, most: Decimal) -> Decimal:
+        """Set aside `most`, or what every cap has left of it, and return how much. Raises
+        BudgetExceeded where that is below `least`. A second hold adds to the first."""
+
+    async def settle(self, id: str, usd: Decimal) -> None:
+        """Put the true cost in the place of all that `id` holds, once."""
+
+    async def spent(self, caps: list[Cap]) -> list[Decimal]:
+        """USD that count against each of the caps, held ones included."""
+
+
+class MemoryBudget:
+    """Starts from `settled`, what the ledger remembers by scope and window. `tell` hears of each
+    cap once when 80 % of it are spent, and once when it is at its end."""
+
+    def __init__(
+        self, settled: Map[tuple[str, str], Decimal], tell: Callable[[Cap, int], None]
+    ) -> None:
+        self.tell, self.holds = tell, dict[str, tuple[list[Cap], Decimal]]()
+        self.windows: dict[str, dict[str, Spending]] = {}
+        for (scope, window), usd in settled.items():
+            self.windows.setdefault(window, {})[scope] = Spending(usd)
+
+    def of(self, cap: Cap) -> Spending:
+        return self.windows.get(cap.window, {}).get(cap.scope) or Spending()
+
+    async def spent(self, caps: list[Cap]) -> list[Decimal]:
+        return [self.of(cap).settled + self.of(cap).held for cap in caps]
+
+    async def hold(self, id: str, caps: list[Cap], least: Decimal, most: Decimal) -> Decimal:
+        left = [cap.limit - self.of(cap).settled - self.of(cap).held for cap in caps]
+        granted = min(most, *(max(usd, Decimal(0)) for usd in left))
+        if granted < least:
+            tightest = caps[left.index(min(left))]
+            spending = self.of(tightest)
+            if spending.settled >= tightest.limit * Decimal("0.8") and not spending.told:
+                spending.told = True
+                self.tell(tightest, 100)
+            raise BudgetExceeded(tightest, granted)
+        self.holds[id] = caps, granted + self.holds.get(id, (caps, Decimal(0)))[1]
+        for cap in caps:
+            if cap.window not in self.windows:  # a new day or month: the past ones are forgotten
+                current = {w: s for w, s in self.windows.items() if w >= cap.window[: len(w)]}
+                self.windows = current | {cap.window: {}}
+            self.windows[cap.window].setdefault(cap.scope, Spending()).held += granted
+        return granted
+
+    async def settle(self, id: str, usd: Decimal) -> None:
+        caps, held = self.holds.pop(id, ([], Decimal(0)))
+        for cap in caps:
+            spending = self.of(cap)
+            before, spending.settled = spending.settled, spending.settled + usd
+            spending.held -= held
+            for percent in (80, 100):
+                if before < cap.limit * percent / 100 <= spending.settled and not spending.told:
+                    spending.told = percent == 100
+                    self.tell(cap, percent)
+            if not (spending.settled or spending.held):  # what costs nothing is not remembered
+                self.windows.get(cap.window, {}).pop(cap.scope, None)
+
+
+class Webhook:
+    """Tells `budget.webhook` of the caps that come to their end, signed as standardwebhooks.com has
+    it. It keeps no request waiting: what it cannot deliver in a minute is only in the log."""
+
+    def __init__(self, url: str, secret: str) -> None:
+        self.url, self.secret = url, secret.encode()
+        self.queue: asyncio.Queue[bytes] = asyncio.Queue(100)
+
+    def tell(self, cap: Cap, percent: int) -> None:
+        event = {"percent": percent, "scope": cap.scope, "window": cap.window}
+        event |= {"limitUsd": float(cap.limit), "resetsAt": cap.resets()}
+        LOG.warning("budget", extra={"fields": event})
+        if self.url:
+            with contextlib.suppress(asyncio.QueueFull):
+                self.queue.put_nowait(msgspec.json.encode({"type": "budget", "data": event}))
+
+    async def run(self, http: httpx.AsyncClient) -> None:
+        while True:
+            body, number = await self.queue.get(), f"msg_{secrets.token_hex(12)}"
+            for wait in (0, 1, 3, 10, 30):
+                await asyncio.sleep(wait)
+                now = str(int(time.time()))
+                signed = b"%b.%b.%b" % (number.encode(), now.encode(), body)
+                digest = base64.b64encode(hmac.digest(self.secret, signed, "sha256")).decode()
+                headers = {"content-type": "application/json", "webhook-id": number}
+                headers |= {"webhook-timestamp": now, "webhook-signature": f"v1,{digest}"}
+                try:
+                    reply = await http.post(self.url, content=body, headers=headers)
+                    reply.raise_for_status()
+                    break
+                except (httpx.HTTPError, aiohttp.ClientError, OSError) as error:
+                    LOG.warning("budget.webhook: not delivered (%s)", redact(str(error)))
 
 
 # ---- Cache -------------------------------------------------------------------------------------
@@ -1677,15 +2276,24 @@ def cost(usage: Usage, price: Price | None) -> Decimal | None:
     return total / 1_000_000
 
 
+def cost_bound(price: Price, inputs: int) -> tuple[Decimal, Decimal]:
+    """The most USD that so many tokens of input can cost, and that one token of output can."""
+    tiers = (price, price.above) if price.above else (price,)
+    kinds = ("input", "cache_read", "cache_write_5m", "cache_write_1h")
+    dearest = max(getattr(tier, kind) or Decimal(0) for tier in tiers for kind in kinds)
+    return inputs * dearest / 1_000_000, max(tier.output for tier in tiers) / 1_000_000
+
+
 IMAGE_TOKENS = 5000  # more than any vendor counts for one image
 TOOL_TOKENS = 1000  # what a vendor writes before the tools
 
 
-def input_bound(body: bytes, request: Request) -> int:
+def input_bound(request: Request) -> int:
     """The most tokens a request can be billed for as input: a token is at least a byte."""
     images = [part for part in request.parts() if isinstance(part, Image)]
     data = sum(len(image.source.get("data", "")) for image in images)
-    return len(body) - data + IMAGE_TOKENS * len(images) + (TOOL_TOKENS if request.tools else 0)
+    size = len(msgspec.json.encode(request)) - data
+    return size + IMAGE_TOKENS * len(images) + (TOOL_TOKENS if request.tools else 0)
 
 
 # ---- Ledger ------------------------------------------------------------------------------------
@@ -1698,12 +2306,15 @@ OUTCOMES = {"stop": "ok", "tool_calls": "ok", "length": "truncated", "content_fi
 class Entry(Struct):
     """One row. `time` is in seconds since 1970, the other times are in seconds, and `cost` is in
     USD, as text so that it stays exact. `outcome` is ok, truncated, refused, error, cancelled or
-    rejected; `estimated` means the vendor never said its figures."""
+    rejected; while it is open, `cost` is what is held. `estimated` means the vendor never said its
+    figures."""
 
     time: float
     id: str
     request_id: str = ""
     client: str = ""
+    group: str = ""
+    session: str = ""
     provider: str = ""
     model: str = ""
     input_tokens: int = 0
@@ -1727,7 +2338,7 @@ class Entry(Struct):
 COLUMNS = Entry.__struct_fields__
 SCHEMA = f"""
 PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;
-CREATE TABLE IF NOT EXISTS entries ({", ".join(COLUMNS)}, PRIMARY KEY (id)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS entries ("{'", "'.join(COLUMNS)}", PRIMARY KEY (id)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS entries_time ON entries (time);
 CREATE INDEX IF NOT EXISTS entries_client ON entries (client, time);
 """
@@ -1764,6 +2375,28 @@ def read_totals(path: Path, since: float, by: str, client: str = "") -> list[Tot
     return [Totals(*row[:5], usd, row[6]) for row, usd in zip(rows, sums, strict=True)]  # type: ignore[call-arg]
 
 
+def read_spending(database: sqlite3.Connection, now: float) -> dict[tuple[str, str], Decimal]:
+    """USD by scope and window, today's and this month's. What is still open was cut off with the
+    process, and may have cost all that was held for it."""
+    today = time.strftime("%Y-%m-%d", time.gmtime(now))
+    query = """
+        SELECT strftime('%Y-%m-%d', time, 'unixepoch') AS day, client, "group", session,
+               sum(CAST(round(cost * 1e9) AS INTEGER))
+        FROM entries WHERE time >= unixepoch(?) GROUP BY day, client, "group", session
+    """
+    with database:
+        end = "outcome = 'error', code = 'proxy_died', estimated = 1"
+        database.execute(f"UPDATE entries SET {end} WHERE outcome = 'open'")
+        rows = database.execute(query, (f"{today[:7]}-01",)).fetchall()
+    spending: dict[tuple[str, str], Decimal] = defaultdict(Decimal)
+    for day, client, group, session, billionths in rows:
+        scopes = ("all", f"client {client}", f"group {group}", f"session {session}")
+        for window in (day, day[:7]) if day == today else (day[:7],):
+            for scope in scopes:
+                spending[scope, window] += Decimal(billionths or 0).scaleb(-9)
+    return {key: usd for key, usd in spending.items() if usd}
+
+
 def open_ledger(path: Path) -> sqlite3.Connection:
     try:
         database = sqlite3.connect(path, check_same_thread=False)
@@ -1798,7 +2431,7 @@ class Ledger:
                 await written
 
     def commit(self, rows: list[tuple[Any, ...]]) -> None:
-        insert = f"INSERT OR IGNORE INTO entries VALUES ({', '.join('?' * len(COLUMNS))})"
+        insert = f"INSERT OR REPLACE INTO entries VALUES ({', '.join('?' * len(COLUMNS))})"
         try:
             with self.database:  # commits, or rolls back when it fails
                 self.database.executemany(insert, rows)
@@ -1909,14 +2542,18 @@ class Call:
     timer: asyncio.TimerHandle
     filling: asyncio.Task[None]
 
-    def __init__(self, entry: Entry, headers: Headers, added: Headers, send: Send) -> None:
+    def __init__(
+        self, entry: Entry, client: Client, headers: Headers, added: Headers, send: Send
+    ) -> None:
         self.entry, self.headers, self.added, self.send = entry, headers, added, send
         self.started = self.wrote = time.monotonic()
-        self.begun = self.writing = self.stopped = self.settled = False
-        self.client, self.account = Client(""), Account()
+        self.begun = self.writing = self.stopped = self.settled = self.chosen = False
+        self.client, self.account = client, Account()
         self.dropped: list[str] = []
         self.rates: dict[str, str] = {}
         self.estimate, self.finish = 0, ""
+        self.caps: list[Cap] = []
+        self.most = self.held = Decimal(0)  # what one attempt may cost, and what is set aside
         self.leads: Flight | None = None
         self.failure: ProxyError | None = None
         self.task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
@@ -1984,9 +2621,16 @@ def raw_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
     return [(k.lower().encode(), v.encode("latin-1", "replace")) for k, v in headers.items() if v]
 
 
+class ErrorBody(Struct, rename="camel"):
+    error: str
+    type: str
+    code: str
+    request_id: str
+
+
 def error_body(error: ProxyError, request_id: str) -> bytes:
-    body = {"error": error.message, "type": error.type, "code": error.code}
-    return msgspec.json.encode(body | {"requestId": request_id})
+    body = ErrorBody(error.message, error.type, error.code, request_id)
+    return msgspec.json.encode(body)
 
 
 def spell(usage: Usage) -> dict[str, int]:
@@ -2155,32 +2799,70 @@ class Proxy:
         self.config, self.clock = config, clock
         self.keys = vendor_keys(config, environ)
         self.warnings = examine(config, environ, public)
-        self.secrets = (*self.keys.values(), config.server.admin_token)
+        self.secrets = (*self.keys.values(), config.server.admin_token, *signing_secrets(config))
         self.clients = Clients(config, environ, public)
         self.prices, self.metrics = Prices(config.prices), Metrics()
-        self.limiter = Limiter(config.limits, time.monotonic)
+        self.limiter: Limiter = MemoryLimiter(time.monotonic)
+        self.webhook = Webhook(config.budget.webhook, config.budget.webhook_secret)
+        self.budget: Budget = MemoryBudget({}, self.webhook.tell)
         self.cache = Cache(config.cache, time.monotonic) if config.cache.enabled else None
         # a flight is over when nobody holds it
         self.flights: weakref.WeakValueDictionary[str, Flight] = weakref.WeakValueDictionary()
+        self.used_proofs: cachetools.TTLCache[str, bool] = cachetools.TTLCache(100_000, 600)
+        self.templates = self.template_targets()
+        self.check_prices()
         self.live: set[Call] = set()
         self.rejected_rows = Bucket(60, 1000, 1000, time.monotonic())
 
     @contextlib.asynccontextmanager
-    async def running(self, transport: httpx.AsyncBaseTransport) -> AsyncIterator[None]:
+    async def running(
+        self, transport: httpx.AsyncBaseTransport, http: httpx.AsyncClient
+    ) -> AsyncIterator[None]:
         for warning in self.warnings:
             LOG.warning("%s", warning)
         self.transport, table = transport, self.config.ledger
+        self.http = self.clients.http = http
         if table.path and not self.config.demo:
             self.ledger = Ledger(Path(__file__).parent / table.path, table.keep, self.clock)
+            spent = read_spending(self.ledger.database, self.clock())
+            self.budget = MemoryBudget(spent, self.webhook.tell)
+        hooks = asyncio.create_task(self.webhook.run(http))
         try:
             yield
         finally:
             self.stop_calls()
             if tasks := [call.task for call in self.live]:
                 await asyncio.wait(tasks, timeout=5)
+            hooks.cancel()
             await transport.aclose()
+            await http.aclose()
             if self.ledger:
                 await asyncio.to_thread(self.ledger.close)
+
+    def template_targets(self) -> dict[str, list[Target]]:
+        """Where each template goes. Raises ConfigError where one cannot be served."""
+        targets = {}
+        for name, template in self.config.templates.items():
+            offers = (
+                p for p in self.keys if matches(template.model, self.config.providers[p].models)
+            )
+            try:
+                template_tools(template)
+                home = next(offers, next(iter(self.keys)))
+                targets[name] = self.resolve(home, template.model)
+            except ProxyError as error:
+                raise ConfigError(f"templates.{name}: {error.message}") from None
+        return targets
+
+    def check_prices(self) -> None:
+        """Under a budget, refuse to start with a model that has no price."""
+        config, aliases = self.config, map(self.resolve_alias, self.config.models)
+        defaults = [(p, config.providers[p].default_model) for p in self.keys]
+        named = itertools.chain(defaults, *aliases, *self.templates.values())
+        capped = client_caps(self.clients.client("ip:"), config.budget, 0) and not config.demo
+        for _, model in named:
+            if capped and model and self.prices.of(model) is None:
+                raise ConfigError(f'prices."{model}": {unpriced(model)}')
 
     def stop_calls(self) -> None:
         for call in self.live:
@@ -2191,14 +2873,15 @@ class Proxy:
         call: Call = scope["state"]["call"]
         try:
             self.check_open(call, provider)
-            call.client = self.clients.identify(scope, call.headers)
-            call.entry.client = call.client.id
+            call.client = client = await self.clients.identify(scope, call.headers)
+            entry = call.entry
+            entry.client, entry.group, entry.session = client.id, client.group, client.session
             self.check_places(call)
             try:
-                body = await read_body(receive, call.headers, self.config.limits)
+                body = await read_body(receive, call.headers, client.limits)
                 targets = self.read(call, provider, body)
             finally:  # a body that is refused counts as a request too
-                self.take(call)
+                await self.take(call)
             await self.work(call, targets, receive)
         except ProxyError as error:
             call.failure = error
@@ -2222,19 +2905,62 @@ class Proxy:
             message = f"provider {redact(provider)!r} is not configured; there is {known}"
             raise ProxyError(404, "not_found", message)
         call.entry.provider = provider
-        media_type = call.headers.get("content-type", "").partition(";")[0]
-        if media_type.strip().lower() != "application/json":
-            raise ProxyError(415, "not_json", "Content-Type: must be application/json")
+        check_media_type(call.headers)
 
     def check_places(self, call: Call) -> None:
         """Take one of the client's and of the server's places, from before the body to the end."""
-        limits, taken = self.config.limits, self.places()
-        if len(taken) >= limits.concurrent_total:
+        limits, taken = call.client.limits, self.places()
+        if len(taken) >= self.config.limits.concurrent_total:
             raise ProxyError(503, "busy", "the server is at its limit; try again", after=1)
         if taken.count(call.client.id) >= limits.concurrent:
             message = f"{limits.concurrent} requests at a time are allowed; let one end"
             raise ProxyError(429, "too_many_streams", message, after=1)
         self.live.add(call)
+
+    async def new_session(self, scope: Scope, body: bytes) -> dict[str, Any]:
+        """Exchange a proof, a Turnstile token or the app's JWT, for a session token."""
+        headers, table = scope["state"]["call"].headers, self.config.session
+        if table is None:
+            raise ProxyError(404, "not_found", "sessions are off: a [session] block turns them on")
+        check_media_type(headers)
+        parent = self.clients.by_address(scope, headers)
+        limits = replace(
+            parent.limits, requests_per_minute=table.per_minute, burst=table.per_minute
+        )
+        taken = await self.limiter.take(f"session {parent.id}", limits, 1, 0)
+        if taken.refused:
+            raise ProxyError(429, "rate_limited", "too many sessions; try later", after=taken.wait)
+        try:
+            proof = msgspec.json.decode(body, type=SessionRequest)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise BadRequest(f"body (JSON): {error}") from None
+        if proof.turnstile and table.turnstile_secret:
+            await self.check_turnstile(proof.turnstile, parent.id.removeprefix("ip:"), table)
+        elif (user := await self.clients.by_jwt(read_token(headers))) is None:
+            message = "send a Turnstile token as `turnstile`, or the app's JWT as a bearer token"
+            raise ProxyError(401, "invalid_key", message, retry=False)
+        else:
+            parent = user
+        return self.clients.new_session(parent, headers.get("origin", ""))
+
+    async def check_turnstile(self, token: str, address: str, table: Session) -> None:
+        """Raises 403 where the token is not good, or not for the first time."""
+        refused = ProxyError(
+            403, "challenge_failed", "turnstile: the token is not valid", retry=False
+        )
+        if (digest := sha256(token)) in self.used_proofs:
+            raise refused
+        self.used_proofs[digest] = True
+        form = {"secret": table.turnstile_secret, "response": token, "remoteip": address}
+        try:
+            reply = await self.http.post(table.siteverify_url, data=form)
+            good = reply.raise_for_status().json().get("success") is True
+        except (httpx.HTTPError, aiohttp.ClientError, OSError, ValueError, AttributeError):
+            del self.used_proofs[digest]
+            message = "the challenge cannot be checked now"
+            raise ProxyError(503, "identity_unavailable", message, after=5) from None
+        if not good:
+            raise refused
 
     def places(self) -> list[str]:
         """The client of each request that has a place."""
@@ -2242,12 +2968,17 @@ class Proxy:
 
     def read(self, call: Call, provider: str, body: bytes) -> list[Target]:
         """Read the body, find the model, and estimate the tokens."""
-        limits = self.config.limits
-        parsed = parse_body(body, limits, self.config.providers[provider].default_model)
-        request, call.dropped = parsed.request, parsed.dropped
+        limits = call.client.limits
+        default = self.config.providers[provider].default_model
+        parsed = parse_body(body, limits, default, self.config.templates)
+        request, call.dropped, call.chosen = parsed.request, parsed.dropped, parsed.chosen
         call.request = request
         call.writer = (FrameWriter if parsed.stream else Writer)(bool(request.thinking))
-        targets = self.resolve(provider, request.model, call.client)
+        targets = self.templates.get(parsed.template) or self.resolve(provider, request.model)
+        if not matches(request.model, call.client.models):
+            allowed = f"this caller may use {', '.join(call.client.models)}"
+            message = f"model: {allowed}, not {redact(request.model)!r}"
+            raise ProxyError(403, "model_not_allowed", message)
         call.entry.provider, call.entry.model = targets[0]
         images = sum(isinstance(part, Image) for part in request.parts())
         estimate = request.characters() // 4 + 1000 * images + request.max_tokens
@@ -2257,28 +2988,26 @@ class Proxy:
         call.estimate = estimate
         return targets
 
-    def take(self, call: Call) -> None:
+    async def take(self, call: Call) -> None:
         """Take a request and its tokens from the client's buckets. Raises 429."""
-        short = self.limiter.take(call.client.id, requests=1, tokens=call.estimate)
-        for kind, bucket in self.limiter.of(call.client.id).items():
-            reset = (bucket.burst - bucket.level) * 60 / bucket.rate
-            call.rates[f"x-ratelimit-limit-{kind}"] = f"{bucket.rate:.15g}"
-            call.rates[f"x-ratelimit-remaining-{kind}"] = str(max(0, int(bucket.level)))
-            call.rates[f"x-ratelimit-reset-{kind}"] = f"{reset:.0f}s"
-        if short:
-            call.estimate, (kind, wait) = 0, short
-            message = f"too many {kind}; try again in {wait:.0f} s"
-            raise ProxyError(429, "rate_limited", message, after=wait)
+        limits = call.client.limits
+        taken = await self.limiter.take(call.client.id, limits, 1, call.estimate)
+        for kind, level, full, rate in (
+            ("requests", taken.requests, limits.burst, limits.requests_per_minute),
+            ("tokens", taken.tokens, limits.tokens_per_minute, limits.tokens_per_minute),
+        ):
+            call.rates[f"x-ratelimit-limit-{kind}"] = f"{rate:.15g}"
+            call.rates[f"x-ratelimit-remaining-{kind}"] = str(max(0, int(level)))
+            call.rates[f"x-ratelimit-reset-{kind}"] = f"{(full - level) * 60 / rate:.0f}s"
+        if taken.refused:
+            call.estimate = 0
+            message = f"too many {taken.refused}; try again in {taken.wait:.0f} s"
+            raise ProxyError(429, "rate_limited", message, after=taken.wait)
 
-    def resolve(self, provider: str, name: str, client: Client) -> list[Target]:
+    def resolve(self, provider: str, name: str) -> list[Target]:
         """The targets of a model name or alias, first choice first. Raises 403."""
-        if not matches(name, client.models):
-            allowed = f"this key may use {', '.join(client.models)}"
-            raise ProxyError(403, "model_not_allowed", f"model: {allowed}, not {redact(name)!r}")
-        if alias := self.config.models.get(name):
-            pairs = [target.partition("/") for target in (alias.target, *alias.fallback)]
-            if targets := [(p, model) for p, _, model in pairs if p in self.keys]:
-                return targets
+        if targets := self.resolve_alias(name):
+            return targets
         prefix, _, rest = name.partition("/")
         offers = {p: self.config.providers[p].models for p in self.keys}
         if matches(name, offers[provider]):
@@ -2289,12 +3018,18 @@ class Proxy:
         offer = f"{provider} offers {', '.join(offers[provider])}"
         raise ProxyError(403, "model_not_allowed", f"model: {offer}, not {redact(name)!r}{other}")
 
+    def resolve_alias(self, name: str) -> list[Target]:
+        alias = self.config.models.get(name)
+        names = (alias.target, *alias.fallback) if alias else ()
+        pairs = [target.partition("/") for target in names]
+        return [(p, model) for p, _, model in pairs if p in self.keys]
+
     async def work(self, call: Call, targets: list[Target], receive: Receive) -> None:
         """Fetch and deliver the answer. That the caller leaves shows only to a second task."""
         gone = asyncio.create_task(departure(call, receive))
         self.watch(call)
         try:
-            async with aclosing(self.source(call, targets)) as batches:
+            async with aclosing(await self.source(call, targets)) as batches:
                 async for batch in batches:
                     await call.deliver(batch)
                     if call.finish:  # the caller need not wait for the vendor's connection
@@ -2318,9 +3053,10 @@ class Proxy:
         due = max(0.01, call.wrote + silence - now)
         call.timer = asyncio.get_running_loop().call_later(due, self.watch, call)
 
-    def source(self, call: Call, targets: list[Target]) -> AsyncGenerator[Batch, None]:
+    async def source(self, call: Call, targets: list[Target]) -> AsyncGenerator[Batch, None]:
         """Where the answer comes from: the cache, another request's flight, or the vendor."""
         if self.cache is None or "no-cache" in call.headers.get("cache-control", ""):
+            await self.hold(call, targets)
             return self.upstream(call, targets)
         scope = "" if self.config.cache.shared else call.client.id
         try:
@@ -2331,6 +3067,9 @@ class Proxy:
             call.entry.cache, call.account = "hit", account
             return replay(account.batches)
         flight = self.flights.get(key)
+        if not (flight and flight.readers and not flight.task.done()):
+            await self.hold(call, targets)
+            flight = self.flights.get(key)  # another may have taken off meanwhile
         if flight and flight.readers and not flight.task.done():
             call.entry.cache, call.account = "coalesced", flight.account
         else:
@@ -2339,6 +3078,37 @@ class Proxy:
             flight = Flight(self.upstream(call, targets), call.account, keep)
             call.leads = self.flights[key] = flight
         return flight.read()
+
+    async def hold(self, call: Call, targets: list[Target]) -> None:
+        """Set aside the most that the dearest target can cost. Where less is left, a length that
+        the caller did not ask for is lowered to it. Raises 400 for a model without a price, 402."""
+        call.caps = client_caps(call.client, self.config.budget, call.entry.time)
+        if not call.caps or self.config.demo:
+            return
+        request, bounds = call.request, []
+        for _, model in targets:
+            if (price := self.prices.of(model)) is None:
+                raise BadRequest(f"model: {unpriced(model)}")
+            bounds.append(cost_bound(price, input_bound(request)))
+
+        def most(tokens: int) -> Decimal:
+            return max(fixed + max(16, tokens) * each for fixed, each in bounds)
+
+        call.most = most(request.max_tokens)
+        least = call.most if call.chosen else most(min(256, request.max_tokens))
+        await self.set_aside(call, least, call.most)
+        if call.held < call.most:
+            affordable = (int((call.held - fixed) / each) for fixed, each in bounds if each)
+            request.max_tokens = min(affordable, default=request.max_tokens)
+            call.most = call.held
+            call.dropped.append("max_tokens")
+
+    async def set_aside(self, call: Call, least: Decimal, most: Decimal) -> None:
+        """The row of a request that is still open says what it holds, should the process die."""
+        call.held += await self.budget.hold(call.entry.id, call.caps, least, most)
+        call.entry.cost, call.entry.outcome = f"{call.held:f}", "open"
+        if self.ledger and call.held:
+            await self.ledger.record(call.entry)
 
     async def upstream(self, call: Call, targets: list[Target]) -> AsyncGenerator[Batch, None]:
         """The vendor's answer: retries and fallbacks until the first event, then that stream."""
@@ -2361,6 +3131,12 @@ class Proxy:
                     refusal = failed
                     break
                 if error:
+                    more = account.lost + call.most - call.held
+                    if call.caps and more > 0:  # what failed may be billed, and this may be too
+                        try:
+                            await self.set_aside(call, more, more)
+                        except BudgetExceeded:
+                            raise error from None
                     self.metrics.retries.labels(provider, error.code).inc()
                     fields = {"id": call.entry.id, "provider": provider, "model": model}
                     fields |= {"after": error.code, "message": error.message}
@@ -2368,7 +3144,7 @@ class Proxy:
                 account.attempts += 1
                 account.provider, account.model = provider, model
                 account.dropped = attempt.adapter.dropped
-                account.bound = input_bound(attempt.body, call.request)
+                account.bound = input_bound(call.request)
                 # thinking that is not shown, or only its summary, is billed all the same
                 summarized = bool(call.request.thinking) and "adaptive" in attempt.adapter.can
                 account.hidden = attempt.adapter.reasons or summarized
@@ -2401,10 +3177,10 @@ class Proxy:
                 if begun:
                     raise error
                 account.billed = False
-                if error.sent:  # it may have been billed for what it could have cost
-                    tokens = call.request.max_tokens if error.status == 504 or account.hidden else 0
-                    lost = cost(Usage(account.bound, tokens), self.prices.of(model))
-                    account.lost += lost or 0
+                if error.sent and (price := self.prices.of(model)):  # it may be billed in part
+                    fixed, each = cost_bound(price, account.bound)
+                    whole = error.status == 504 or account.hidden
+                    account.lost += fixed + (each * call.request.max_tokens if whole else 0)
             if error and not error.worth_fallback:
                 break
         raise error or refusal or UpstreamError(504, "the vendor did not answer in time")
@@ -2431,11 +3207,12 @@ class Proxy:
             self.charge(call)
             if call.estimate:
                 unused = call.estimate - entry.input_tokens - entry.output_tokens
-                self.limiter.of(call.client.id)["tokens"].level += unused
+                await self.limiter.give_back(call.client.id, call.client.limits, unused)
             self.metrics.count(entry, call.account)
             await self.report(call)
         except Exception:  # a figure gone wrong must not take the answer with it
             LOG.exception("a request could not be accounted for")
+        await self.budget.settle(entry.id, Decimal(entry.cost or 0))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(5):
                 await call.end()
@@ -2475,8 +3252,20 @@ class Proxy:
             await self.ledger.record(entry)
 
 
+def unpriced(model: str) -> str:
+    return (
+        f"{model} has no price, so no budget can hold for it; the server's owner can add "
+        f'[prices."{model}"] with input and output in USD per million tokens, or free = true'
+    )
+
+
 def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def check_media_type(headers: Headers) -> None:
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ProxyError(415, "not_json", "Content-Type: must be application/json")
 
 
 async def read_body(receive: Receive, headers: Headers, limits: Limits) -> bytes:
@@ -2510,7 +3299,7 @@ async def replay(batches: list[Batch]) -> AsyncGenerator[Batch, None]:
         yield batch
 
 
-def open_session() -> aiohttp.ClientSession:
+def open_connections() -> aiohttp.ClientSession:
     """A cookie jar would replay one caller's cookies to the next, so there is none."""
     tls = httpx.create_ssl_context(trust_env=False)
     return aiohttp.ClientSession(
@@ -2715,7 +3504,8 @@ class App(litestar.Litestar):
         added |= {"x-demo": "true" if proxy.config.demo else "", "vary": "Origin"}
         added |= {"access-control-allow-origin": granted}
         added |= {"access-control-expose-headers": EXPOSED if granted else ""}
-        call = Call(Entry(proxy.clock(), number, given), headers, added, send)
+        entry = Entry(proxy.clock(), number, given)
+        call = Call(entry, proxy.clients.client(""), headers, added, send)
         # a state of our own: where we are mounted, the host's is not ours to write in
         scope = {**scope, "state": {"call": call}}
 
@@ -2802,17 +3592,34 @@ def create_app(
 
     @litestar.get("/usage")
     async def usage(scope: Scope) -> dict[str, Any]:
-        client = proxy.clients.identify(scope, scope["state"]["call"].headers).id
+        client = await proxy.clients.identify(scope, scope["state"]["call"].headers)
         midnight, rows = proxy.clock() // 86400 * 86400, []
         if proxy.ledger:
-            rows = await asyncio.to_thread(read_totals, proxy.ledger.path, midnight, "day", client)
-        spent, limits = rows[0] if rows else Totals(), config.limits
+            path = proxy.ledger.path
+            rows = await asyncio.to_thread(read_totals, path, midnight, "day", client.id)
+        spent, limits = rows[0] if rows else Totals(), client.limits
         today = {"requests": spent.requests, "costUsd": float(spent.cost)}
         today |= {"inputTokens": spent.input_tokens, "outputTokens": spent.output_tokens}
-        left = {kind: int(bucket.level) for kind, bucket in proxy.limiter.of(client).items()}
+        taken = await proxy.limiter.take(client.id, limits, 0, 0)
+        left = {"requests": int(taken.requests), "tokens": int(taken.tokens)}
         rates = {"requestsPerMinute": limits.requests_per_minute}
         rates |= {"tokensPerMinute": limits.tokens_per_minute}
-        return {"client": client, "today": today, "left": left | rates}
+        caps = [c for c in client_caps(client, config.budget, proxy.clock()) if c.scope != "all"]
+        used = await proxy.budget.spent(caps)
+        budget = [
+            {"scope": cap.scope, "window": cap.window, "limitUsd": float(cap.limit),
+             "leftUsd": float(max(cap.limit - usd, Decimal(0))), "resetsAt": cap.resets()}
+            for cap, usd in zip(caps, used, strict=True)
+        ]  # fmt: skip
+        return {"client": client.id, "today": today, "left": left | rates, "budget": budget}
+
+    @litestar.get("/openapi.json")
+    async def document() -> dict[str, Any]:
+        return describe(proxy.keys)
+
+    @litestar.post("/session", status_code=200, request_max_body_size=65536)
+    async def session(request: litestar.Request[Any, Any, Any]) -> dict[str, Any]:
+        return await proxy.new_session(request.scope, await request.body())
 
     @litestar.get("/")
     async def page(scope: Scope) -> litestar.Response[str]:
@@ -2825,18 +3632,53 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(_: litestar.Litestar) -> AsyncIterator[None]:
         demo = DemoTransport() if config.demo else None
-        chosen = transport or demo or httpx_aiohttp.AiohttpTransport(client=open_session)
-        async with proxy.running(chosen):
+        chosen = transport or demo or httpx_aiohttp.AiohttpTransport(client=open_connections)
+        async with proxy.running(chosen, httpx.AsyncClient(transport=chosen, timeout=5)):
             if standalone:
                 stop_on_signals(proxy)
             yield
 
     app = App(
-        [api, health, ready, metrics, usage, page], exception_handlers={Exception: error_response},
-        lifespan=[lifespan], openapi_config=None, logging_config=None,
+        [api, session, health, ready, metrics, usage, document, page], lifespan=[lifespan],
+        exception_handlers={Exception: error_response}, openapi_config=None, logging_config=None,
     )  # fmt: skip
     app.proxy = proxy
     return app
+
+
+def describe(providers: Iterable[str]) -> dict[str, Any]:
+    """The app as an OpenAPI document."""
+    ref = "#/components/schemas/{name}"
+    shapes, components = msgspec.json.schema_components(
+        (Body, SessionRequest, ErrorBody), ref_template=ref
+    )
+    body, proof, error = ({"application/json": {"schema": shape}} for shape in shapes)
+
+    def operation(summary: str, *media: str, given: Any = None) -> dict[str, Any]:
+        good = {"description": "OK", "content": {kind: {} for kind in media}}
+        request = {"requestBody": {"required": True, "content": given}} if given else {}
+        failed = {"description": "An error", "content": error}
+        return {"summary": summary, "responses": {"200": good, "default": failed}} | request
+
+    one_of = {"name": "provider", "in": "path", "required": True, "schema": {"enum": [*providers]}}
+    sse, json = "text/event-stream", "application/json"
+    ask = operation("Ask a model", sse, json, given=body) | {"parameters": [one_of]}
+    not_ready = {"503": {"description": "Not ready", "content": {json: {}}}}
+    ready = operation("Ready for requests?", json)
+    paths = {
+        "/api/{provider}": {"post": ask},
+        "/session": {"post": operation("A proof for a short-lived token", json, given=proof)},
+        "/usage": {"get": operation("What the caller has used and has left", json)},
+        "/health": {"get": operation("Alive?", json)},
+        "/ready": {"get": ready | {"responses": ready["responses"] | not_ready}},
+        "/metrics": {"get": operation("Prometheus metrics", "text/plain")},
+    }
+    keys = {"bearer": {"type": "http", "scheme": "bearer"}}
+    return {
+        "openapi": "3.1.0", "info": {"title": "proxy.py", "version": __version__}, "paths": paths,
+        "components": {"schemas": components, "securitySchemes": keys},
+        "security": [{"bearer": []}, {}],
+    }  # fmt: skip
 
 
 def stop_on_signals(proxy: Proxy) -> None:
@@ -2908,7 +3750,29 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--since", default="7d", help="how far back, like 12h (%(default)s)")
     add("--by", choices=GROUPS, default="day", help="one row each (%(default)s)")
     add("--json", action="store_true", help="print JSON instead of a table")
+    add = commands.add_parser("key", help="make a key for a client, and its block").add_argument
+    add("name", type=client_name, help="letters, digits, - and _")
     return parser.parse_args(arguments)
+
+
+def client_name(text: str) -> str:
+    if not re.fullmatch(r"[\w-]{1,64}", text, re.ASCII):
+        raise argparse.ArgumentTypeError("use letters, digits, - and _")
+    return text
+
+
+def new_key(name: str) -> str:
+    key = f"pk-{secrets.token_urlsafe(32)}"
+    return f"""\
+The key, shown this once; the client sends it as `Authorization: Bearer KEY`:
+
+{key}
+
+For config.toml; without the block, from the next start on, the key is no longer good:
+
+[clients.{name}]
+key_sha256 = "{sha256(key)}"
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -2920,6 +3784,8 @@ def main(arguments: list[str] | None = None) -> int:
         public = not is_loopback(config.server.host)
         if options.command == "usage":
             print(show_usage(config, options))
+        elif options.command == "key":
+            print(new_key(options.name))
         elif options.check:
             return print_check(config, os.environ, public)
         else:
@@ -2991,13 +3857,28 @@ def print_check(config: Config, environ: Map[str, str], public: bool) -> int:
     origins = [*server.cors_origins, *(() if public else ("this machine's",))]
     rates = f"{limits.requests_per_minute:g} requests and {limits.tokens_per_minute:,} tokens"
     lines.append(("origins", ", ".join(origins) or "none"))
-    lines.append(("clients", ", ".join(config.clients) or "no keys: each address is a client"))
+    known = [*config.clients, *(["the app's JWTs"] if config.jwt else [])]
+    known += ["sessions"] if config.session else []
+    lines.append(("clients", ", ".join(known) or "no check: each address is a client"))
     lines.append(("limits", f"{rates} a minute, {limits.concurrent} at a time, per client"))
-    lines.append(("ledger", config.ledger.path or "none"))
+    lines += [
+        ("template", f"{name}: {template.model}") for name, template in config.templates.items()
+    ]
+    budget = asdict(config.budget) | {
+        "client_per_day": config.budget.client_per_day or "0.5 by address"
+    }
+    caps = (
+        f"{n.replace('_', ' ')} {usd}"
+        for n, usd in budget.items()
+        if "_per_" in n and usd != UNLIMITED
+    )
+    lines.append(("budget", f"USD: {', '.join(caps) or 'unlimited'}"))
+    kept = "kept over restarts" if config.ledger.persistent else "begins anew if it is lost"
+    lines.append(("ledger", f"{config.ledger.path}, {kept}" if config.ledger.path else "none"))
     lines.append(("cache", "on" if config.cache.enabled else "off"))
     try:
-        vendor_keys(config, environ)
-        lines += [("warning", warning) for warning in examine(config, environ, public)]
+        app = create_app(config, environ, public=public)
+        lines += [("warning", warning) for warning in app.proxy.warnings]
     except ConfigError as error:
         lines.append(("missing", str(error)))
     print("\n".join(f"{name:9} {text}" for name, text in lines))

@@ -73,6 +73,16 @@ burst = 1_000_000
 tokens_per_minute = 1_000_000_000
 concurrent = 5000
 """
+LARGE_BUDGET = """
+[budget]
+total_per_day = 1_000_000
+client_per_day = 1_000_000
+"""
+NO_BUDGET = """
+[budget]
+total_per_day = "unlimited"
+client_per_day = "unlimited"
+"""
 
 # on a busy machine nothing is too slow
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -594,8 +604,8 @@ class Server:
 
 
 def write_config(directory: Path, config: str) -> Path:
-    """The text plus what every test wants: the ledger in `directory`, and no limits unless the
-    test names its own."""
+    """The text plus what every test wants: the ledger in `directory`, and limits and a budget that
+    nobody reaches unless the test names its own."""
     ledger = f'path = "{directory / "proxy.sqlite3"}"'
     if "[ledger]" not in config:
         config += f"\n[ledger]\n{ledger}\n"
@@ -603,6 +613,8 @@ def write_config(directory: Path, config: str) -> Path:
         config = config.replace("[ledger]", f"[ledger]\n{ledger}", 1)
     if "[limits]" not in config:
         config += NO_LIMITS
+    if "[budget" not in config:
+        config += LARGE_BUDGET
     file = directory / "config.toml"
     file.write_text(config)
     return file
@@ -755,6 +767,9 @@ def trouble(serve_module: Serve, upstream_module: Upstream) -> Server:
     [models.unreachable]
     target = "nobody/x"
     fallback = ["compatible/any"]
+    [prices]
+    any = {{ free = true }}
+    x = {{ free = true }}
     """
     return serve_module(config, environ={"COMPATIBLE_KEY": COMPATIBLE_KEY})
 
@@ -771,7 +786,7 @@ def vendors(serve_module: Serve, upstream_module: Upstream) -> Server:
     [models.fast]
     target = "local/llama-4"
     """
-    return serve_module(config)
+    return serve_module(config + NO_BUDGET)
 
 
 # What the tests read: replies, held against the whole contract of the browser's SDK, the ledger,
@@ -797,11 +812,12 @@ def text_of(body: str | bytes) -> str:
 
 
 def ledger(server: Server) -> list[dict[str, Any]]:
-    """The rows of the ledger, the oldest first."""
+    """The rows of the ledger that are closed, the oldest first."""
+    query = "SELECT * FROM entries WHERE outcome != 'open' ORDER BY time"
     path = server.directory / "proxy.sqlite3"
     with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
         database.row_factory = sqlite3.Row
-        return [dict(row) for row in database.execute("SELECT * FROM entries ORDER BY time")]
+        return [dict(row) for row in database.execute(query)]
 
 
 def metric(server: Server, name: str, **labels: str) -> float:
@@ -1115,7 +1131,7 @@ def test_the_commented_settings_of_config_toml_are_the_defaults(tmp_path: Path) 
     tables = tomllib.loads(text)
     shown = proxy.load_config(Path(write(tmp_path, text)), {})
     defaults = proxy.load_config(Path(write(tmp_path, "")), {})
-    for section in ("server", "upstream", "limits", "ledger", "cache"):
+    for section in ("server", "upstream", "limits", "budget", "ledger", "cache"):
         default = getattr(defaults, section)
         values = {name: getattr(default, name) for name in default.__struct_fields__}
         set_ones = {name for name, value in values.items() if value is not None}
@@ -2299,10 +2315,10 @@ def test_a_million_addresses_do_not_grow_the_memory() -> None:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
     async def flood() -> int:
-        limiter = proxy.Limiter(proxy.Config().limits, time.monotonic)
+        limiter = proxy.MemoryLimiter(time.monotonic)
         before = resident()
         for number in range(1_000_000):
-            limiter.take(f"ip:{number}", requests=1, tokens=1)
+            await limiter.take(f"ip:{number}", proxy.Limits(), 1, 1)
         return resident() - before
 
     assert asyncio.run(flood()) < 100 * 2**20
@@ -4364,7 +4380,7 @@ def priced(serve_module: Serve, upstream_module: Upstream) -> Server:
     [prices."local*"]
     free = true
     """
-    return serve_module(config)
+    return serve_module(config + NO_BUDGET)
 
 
 SPLIT = {"ephemeral_5m_input_tokens": 200, "ephemeral_1h_input_tokens": 100}
@@ -4558,7 +4574,7 @@ def test_kill_9_loses_no_row_whose_last_byte_was_sent(serve: Serve) -> None:
 def used(serve_module: Serve, upstream_module: Upstream) -> Server:
     """A server with two clients' requests in its ledger, some of them a month old."""
     upstream_module.clear()
-    server = serve_module(environ={"ALLOWED_CLIENT_KEYS": "a,b"})
+    server = serve_module(NO_BUDGET, environ={"ALLOWED_CLIENT_KEYS": "a,b"})
     for key, provider, model in (
         ("a", "anthropic", "claude-haiku-4-5"),
         ("a", "openai", "gpt-5-mini"),
