@@ -1112,16 +1112,20 @@ class KeySet:
     a token names another, but not twice in 30 s, whatever tokens name; while the issuer is away the
     old ones serve on."""
 
+    fresh, pause, patience = 600.0, 30.0, 5.0  # seconds
+
     def __init__(self, url: str) -> None:
         self.url, self.lock = url, asyncio.Lock()
         self.keys: dict[str | None, Any] = {}
         self.fetched = self.tried = -math.inf
 
     async def find(self, key_id: str | None, http: httpx.AsyncClient) -> Any:
+        if self.lock.locked() and key_id in self.keys:  # no need to wait for another's fetch
+            return self.keys[key_id]
         async with self.lock:
             now = time.monotonic()
-            stale = now - self.fetched > 600 or key_id not in self.keys
-            if stale and now - self.tried > 30:
+            stale = now - self.fetched > self.fresh or key_id not in self.keys
+            if stale and now - self.tried > self.pause:
                 self.tried = now
                 await self.fetch(http)
         if not self.keys:
@@ -1133,11 +1137,12 @@ class KeySet:
         import jwt
 
         try:
-            reply = (await http.get(self.url)).raise_for_status()
+            async with asyncio.timeout(self.patience):
+                reply = (await http.get(self.url)).raise_for_status()
             self.keys = {key.key_id: key for key in jwt.PyJWKSet.from_json(reply.text).keys}
             self.fetched = self.tried
-        except (httpx.HTTPError, aiohttp.ClientError, OSError, ValueError, jwt.PyJWTError) as error:
-            LOG.error("jwt.jwks_url: %s gave no keys (%s)", self.url, redact(str(error)))
+        except Exception as error:  # whatever the issuer sends
+            LOG.error("jwt.jwks_url: %s gave no keys (%s)", self.url, redact(repr(error)))
 
 
 def read_token(headers: Headers) -> str:
