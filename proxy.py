@@ -1176,6 +1176,7 @@ class Clients:
         if config.jwt or config.session:
             try:
                 importlib.import_module("jwt")
+                importlib.import_module("cryptography")
             except ImportError:
                 fix = "pip install 'pyjwt[crypto]', or uv run --with 'pyjwt[crypto]' proxy.py"
                 raise ConfigError(f"jwt, session: need a package more: {fix}") from None
