@@ -1253,7 +1253,7 @@ class Clients:
             return None
         user, group = (read_claim(claims, c) for c in (table.client_claim, table.group_claim))
         more = {"models": table.models, "group": group}
-        return self.client(f"jwt:{user}", **more) if user else None
+        return self.client(f"jwt:{user}", **more) if user and group is not None else None
 
     def by_session(self, token: str, origin: str) -> Client | None:
         if self.config.session is None:
@@ -1300,13 +1300,22 @@ class Clients:
         return str(address if whole else ipaddress.ip_network((address, 64), strict=False))
 
 
-def read_claim(claims: dict[str, Any], name: str) -> str:
-    """A claim by its name, or by a path such as app_metadata.team; "" where it cannot be a name."""
-    value: Any = claims if name else ""
+def network(address: str) -> str:
+    """What counts as one caller: an IPv6 customer has a /64."""
+    if ":" not in address:
+        return address
+    return str(ipaddress.ip_network((address.partition("%")[0], 64), strict=False))
+
+
+def read_claim(claims: dict[str, Any], name: str) -> str | None:
+    """A claim by its name, or by a path such as app_metadata.team; "" where there is none, and None
+    where it cannot be a name: nobody gets out of a group by an odd one."""
+    value: Any = claims if name else None
     for key in (name,) if name in claims else name.split("."):
         value = value.get(key) if isinstance(value, dict) else None
-    text = str(value) if isinstance(value, str | int) else ""
-    return text if len(text) <= 200 and text.isprintable() else ""
+    text = "" if value is None else str(value)
+    usable = isinstance(value, str | int | None) and len(text) <= 200 and text.isprintable()
+    return text if usable else None
 
 
 # ---- Limiter -----------------------------------------------------------------------------------
