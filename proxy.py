@@ -2990,7 +2990,9 @@ class Proxy:
         call.request = request
         call.writer = (FrameWriter if parsed.stream else Writer)(bool(request.thinking))
         targets = self.templates.get(parsed.template) or self.resolve(provider, request.model)
-        if not matches(request.model, call.client.models):
+        # an alias by its name, any other model by its own: "openai/gpt-5" is no o*
+        name = request.model if self.resolve_alias(request.model) else targets[0][1]
+        if not matches(name, call.client.models):
             allowed = f"this caller may use {', '.join(call.client.models)}"
             message = f"model: {allowed}, not {redact(request.model)!r}"
             raise ProxyError(403, "model_not_allowed", message)
