@@ -1220,7 +1220,7 @@ class Clients:
         return Client(id, **{"limits": self.config.limits} | caps | more)
 
     def by_address(self, scope: Scope, headers: Headers) -> Client:
-        return self.client(f"ip:{self.address(scope, headers)}")
+        return self.client(f"ip:{network(self.address(scope, headers))}")
 
     def by_key(self, token: str) -> Client | None:
         digest = sha256(token)  # compared with every key: no timing to learn from
@@ -1286,7 +1286,7 @@ class Clients:
 
     def address(self, scope: Scope, headers: Headers) -> str:
         """The n-th X-Forwarded-For value from the right, n being the proxies we trust; the
-        connection's own when there are fewer. An IPv6 customer has a /64."""
+        connection's own when there are fewer."""
         peer = str((scope.get("client") or ("unknown", 0))[0])
         values = headers.get("x-forwarded-for", "").split(",")
         text = values[-self.proxies].strip() if 0 < self.proxies <= len(values) else peer
@@ -1295,9 +1295,7 @@ class Clients:
             address = ipaddress.ip_address(text.partition("%")[0])
         except ValueError:
             return peer
-        address = getattr(address, "ipv4_mapped", None) or address
-        whole = address.version == 4
-        return str(address if whole else ipaddress.ip_network((address, 64), strict=False))
+        return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 def network(address: str) -> str:
@@ -2950,7 +2948,7 @@ class Proxy:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise BadRequest(f"body (JSON): {error}") from None
         if proof.turnstile and table.turnstile_secret:
-            await self.check_turnstile(proof.turnstile, parent.id.removeprefix("ip:"), table)
+            await self.check_turnstile(proof.turnstile, self.clients.address(scope, headers), table)
         elif (user := await self.clients.by_jwt(read_token(headers))) is None:
             message = "send a Turnstile token as `turnstile`, or the app's JWT as a bearer token"
             raise ProxyError(401, "invalid_key", message, retry=False)
@@ -3534,7 +3532,7 @@ class App(litestar.Litestar):
         if not allowed:
             fix = "its owner can add it to server.cors_origins"
             message = f"origin {redact(str(origin))} may not call this proxy; {fix}"
-            call.entry.client = f"ip:{proxy.clients.address(scope, headers)}"
+            call.entry.client = proxy.clients.by_address(scope, headers).id
             call.failure = ProxyError(403, "origin_not_allowed", message)
             await proxy.settle(call)
         elif scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
