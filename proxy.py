@@ -2930,7 +2930,7 @@ class Proxy:
             raise ProxyError(429, "too_many_streams", message, after=1)
         self.live.add(call)
 
-    async def new_session(self, scope: Scope, body: bytes) -> dict[str, Any]:
+    async def new_session(self, scope: Scope, receive: Receive) -> dict[str, Any]:
         """Exchange a proof, a Turnstile token or the app's JWT, for a session token."""
         headers, table = scope["state"]["call"].headers, self.config.session
         if table is None:
@@ -2943,6 +2943,7 @@ class Proxy:
         taken = await self.limiter.take(f"session {parent.id}", limits, 1, 0)
         if taken.refused:
             raise ProxyError(429, "rate_limited", "too many sessions; try later", after=taken.wait)
+        body = await read_body(receive, headers, replace(limits, max_body=Size(65536)))
         try:
             proof = msgspec.json.decode(body, type=SessionRequest)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -3632,9 +3633,9 @@ def create_app(
     async def document() -> dict[str, Any]:
         return describe(proxy.keys)
 
-    @litestar.post("/session", status_code=200, request_max_body_size=65536)
+    @litestar.post("/session", status_code=200)
     async def session(request: litestar.Request[Any, Any, Any]) -> dict[str, Any]:
-        return await proxy.new_session(request.scope, await request.body())
+        return await proxy.new_session(request.scope, request.receive)
 
     @litestar.get("/")
     async def page(scope: Scope) -> litestar.Response[str]:
