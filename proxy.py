@@ -2968,9 +2968,13 @@ class Proxy:
         form = {"secret": table.turnstile_secret, "response": token, "remoteip": address}
         try:
             reply = await self.http.post(table.siteverify_url, data=form)
-            good = reply.raise_for_status().json().get("success") is True
-        except (httpx.HTTPError, aiohttp.ClientError, OSError, ValueError, AttributeError):
-            del self.used_proofs[digest]
+            said = reply.raise_for_status().json()
+            good, codes = said.get("success") is True, str(said.get("error-codes"))
+            if "secret" in codes or "internal-error" in codes:  # no fault of the token
+                raise ValueError(codes)
+        except (httpx.HTTPError, aiohttp.ClientError, OSError, ValueError, AttributeError) as error:
+            LOG.error("session.siteverify_url: no verdict (%s)", redact(repr(error), self.secrets))
+            self.used_proofs.pop(digest, None)
             message = "the challenge cannot be checked now"
             raise ProxyError(503, "identity_unavailable", message, after=5) from None
         if not good:
