@@ -1275,9 +1275,10 @@ class Clients:
         """A token for what `parent` may do, from `origin` alone and for a few minutes."""
         import jwt
 
-        assert self.config.session
-        now, seconds = int(time.time()), int(self.config.session.ttl)
-        models = parent.models if parent.models != ("*",) else self.config.session.models
+        table = self.config.session
+        assert table
+        now, seconds = int(time.time()), int(table.ttl)
+        models = table.models if table.models != ("*",) else parent.models
         claims: dict[str, Any] = {"iss": SESSION_ISSUER, "sub": parent.id, "group": parent.group}
         claims |= {"jti": secrets.token_hex(12), "origin": origin, "models": models}
         claims |= {"iat": now, "exp": now + seconds}
