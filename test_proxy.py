@@ -1050,6 +1050,67 @@ def write(directory: Path, config: str) -> str:
         pytest.param("[server]\nport = 70000", ["server.port"], id="port out of range"),
         pytest.param("[server]\nping = '0s'", ["server.ping"], id="pings without a pause"),
         pytest.param("[server]\ntrusted_proxies = -1", ["server.trusted_proxies"], id="negative"),
+        pytest.param(
+            f"[clients.a]\nkey_sha256 = '{'0' * 64}'\nlimits = {{ bursts = 1 }}",
+            ["clients.a.limits", "bursts"],
+            id="a key's unknown limit",
+        ),
+        pytest.param(
+            f"[clients.a]\nkey_sha256 = '{'0' * 64}'\nlimits = {{ burst = 0 }}",
+            ["clients.a.limits.burst", "above 0"],
+            id="a key's limit of nothing",
+        ),
+        pytest.param(
+            f"[clients.a]\nkey_sha256 = '{'0' * 64}'\nlimits = {{ concurrent_total = 5 }}",
+            ["clients.a.limits.concurrent_total", "[limits]"],
+            id="a key's limit that is for all",
+        ),
+        pytest.param(
+            f"[clients.a]\nkey_sha256 = '{'0' * 64}'\nbudget = {{ per_week = 1 }}",
+            ["clients.a.budget", "per_week"],
+            id="a key's unknown budget",
+        ),
+        pytest.param("[jwt]\naudience = 'app'", ["jwt.jwks_url", "JWT_SECRET"], id="no JWT key"),
+        pytest.param(
+            "[jwt]\njwks_url = 'https://x.example/k'\nsecret = '0123456789abcdef0123456789abcdef'",
+            ["jwt.jwks_url", "not both"],
+            id="two kinds of JWT keys",
+        ),
+        pytest.param(
+            "[jwt]\njwks_url = 'https://x.example/k'", ["jwt.issuer", "iss"], id="no issuer"
+        ),
+        pytest.param(
+            "[jwt]\njwks_url = 'file:///etc/keys'\nissuer = 'x'", ["jwt.jwks_url"], id="JWKS URL"
+        ),
+        pytest.param(
+            "[jwt]\nsecret = '0123456789abcdef0123456789abcde'",
+            ["jwt.secret", "32 bytes", "openssl"],
+            id="a short JWT secret",
+        ),
+        pytest.param("[jwt]\nsecrets = 'x'", ["jwt", "secrets"], id="unknown JWT key"),
+        pytest.param(
+            "[session]\nturnstile_secret = 'x'", ["session.secret", "32 bytes"], id="no secret"
+        ),
+        pytest.param(
+            "[session]\nturnstile_secret = 'x'\nsecret = '0123456789abcdef0123456789abcde'",
+            ["session.secret", "32 bytes", "openssl"],
+            id="a short session secret",
+        ),
+        pytest.param(
+            "[session]\nsecret = '0123456789abcdef0123456789abcdef'",
+            ["session.turnstile_secret", "TURNSTILE_SECRET_KEY", "[jwt]"],
+            id="a session for nothing",
+        ),
+        pytest.param(
+            "[session]\nttl = '601s'\nturnstile_secret = 'x'\nsecret = '" + "x" * 32 + "'",
+            ["session.ttl", "10m"],
+            id="a long session",
+        ),
+        pytest.param(
+            "[session]\nsiteverify_url = 'x'\nturnstile_secret = 'x'\nsecret = '" + "x" * 32 + "'",
+            ["session.siteverify_url", "URL"],
+            id="siteverify URL",
+        ),
     ],
 )
 def test_a_wrong_setting_names_its_key_and_the_fix(
@@ -1075,6 +1136,18 @@ def test_a_wrong_setting_names_its_key_and_the_fix(
 def test_a_wrong_variable_is_named_as_the_source(environ: dict[str, str], said: str) -> None:
     with pytest.raises(proxy.ConfigError, match=said):
         proxy.load_config(None, environ)
+
+
+def test_secrets_in_the_environment_ask_for_nothing_by_themselves(tmp_path: Path) -> None:
+    environ = {"JWT_SECRET": "short", "SESSION_SECRET": "short", "TURNSTILE_SECRET_KEY": "x"}
+    config = proxy.load_config(Path(write(tmp_path, "")), environ)
+    assert (config.jwt, config.session) == (None, None)
+    with pytest.raises(proxy.ConfigError, match=r"session\.secret \(from SESSION_SECRET\): .* 32 "):
+        proxy.load_config(Path(write(tmp_path, "[session]")), environ)
+    good = {**environ, "SESSION_SECRET": "é" * 16, "JWT_SECRET": "j" * 32}  # 32 bytes each
+    config = proxy.load_config(Path(write(tmp_path, "[session]\n[jwt]")), good)
+    assert (config.session.secret, config.jwt.secret) == ("é" * 16, "j" * 32)
+    assert config.session.turnstile_secret == "x"
 
 
 def test_variables_of_the_reference_proxies_and_of_a_paas_work() -> None:
