@@ -1112,16 +1112,20 @@ class KeySet:
     a token names another, but not twice in 30 s, whatever tokens name; while the issuer is away the
     old ones serve on."""
 
+    fresh, pause, patience = 600.0, 30.0, 5.0  # seconds
+
     def __init__(self, url: str) -> None:
         self.url, self.lock = url, asyncio.Lock()
         self.keys: dict[str | None, Any] = {}
         self.fetched = self.tried = -math.inf
 
     async def find(self, key_id: str | None, http: httpx.AsyncClient) -> Any:
+        if self.lock.locked() and key_id in self.keys:  # no need to wait for another's fetch
+            return self.keys[key_id]
         async with self.lock:
             now = time.monotonic()
-            stale = now - self.fetched > 600 or key_id not in self.keys
-            if stale and now - self.tried > 30:
+            stale = now - self.fetched > self.fresh or key_id not in self.keys
+            if stale and now - self.tried > self.pause:
                 self.tried = now
                 await self.fetch(http)
         if not self.keys:
@@ -1133,11 +1137,12 @@ class KeySet:
         import jwt
 
         try:
-            reply = (await http.get(self.url)).raise_for_status()
+            async with asyncio.timeout(self.patience):
+                reply = (await http.get(self.url)).raise_for_status()
             self.keys = {key.key_id: key for key in jwt.PyJWKSet.from_json(reply.text).keys}
             self.fetched = self.tried
-        except (httpx.HTTPError, aiohttp.ClientError, OSError, ValueError, jwt.PyJWTError) as error:
-            LOG.error("jwt.jwks_url: %s gave no keys (%s)", self.url, redact(str(error)))
+        except Exception as error:  # whatever the issuer sends
+            LOG.error("jwt.jwks_url: %s gave no keys (%s)", self.url, redact(repr(error)))
 
 
 def read_token(headers: Headers) -> str:
@@ -1171,6 +1176,7 @@ class Clients:
         if config.jwt or config.session:
             try:
                 importlib.import_module("jwt")
+                importlib.import_module("cryptography")
             except ImportError:
                 fix = "pip install 'pyjwt[crypto]', or uv run --with 'pyjwt[crypto]' proxy.py"
                 raise ConfigError(f"jwt, session: need a package more: {fix}") from None
@@ -1214,7 +1220,7 @@ class Clients:
         return Client(id, **{"limits": self.config.limits} | caps | more)
 
     def by_address(self, scope: Scope, headers: Headers) -> Client:
-        return self.client(f"ip:{self.address(scope, headers)}")
+        return self.client(f"ip:{network(self.address(scope, headers))}")
 
     def by_key(self, token: str) -> Client | None:
         digest = sha256(token)  # compared with every key: no timing to learn from
@@ -1247,7 +1253,7 @@ class Clients:
             return None
         user, group = (read_claim(claims, c) for c in (table.client_claim, table.group_claim))
         more = {"models": table.models, "group": group}
-        return self.client(f"jwt:{user}", **more) if user else None
+        return self.client(f"jwt:{user}", **more) if user and group is not None else None
 
     def by_session(self, token: str, origin: str) -> Client | None:
         if self.config.session is None:
@@ -1269,9 +1275,10 @@ class Clients:
         """A token for what `parent` may do, from `origin` alone and for a few minutes."""
         import jwt
 
-        assert self.config.session
-        now, seconds = int(time.time()), int(self.config.session.ttl)
-        models = parent.models if parent.models != ("*",) else self.config.session.models
+        table = self.config.session
+        assert table
+        now, seconds = int(time.time()), int(table.ttl)
+        models = table.models if table.models != ("*",) else parent.models
         claims: dict[str, Any] = {"iss": SESSION_ISSUER, "sub": parent.id, "group": parent.group}
         claims |= {"jti": secrets.token_hex(12), "origin": origin, "models": models}
         claims |= {"iat": now, "exp": now + seconds}
@@ -1280,7 +1287,7 @@ class Clients:
 
     def address(self, scope: Scope, headers: Headers) -> str:
         """The n-th X-Forwarded-For value from the right, n being the proxies we trust; the
-        connection's own when there are fewer. An IPv6 customer has a /64."""
+        connection's own when there are fewer."""
         peer = str((scope.get("client") or ("unknown", 0))[0])
         values = headers.get("x-forwarded-for", "").split(",")
         text = values[-self.proxies].strip() if 0 < self.proxies <= len(values) else peer
@@ -1289,18 +1296,25 @@ class Clients:
             address = ipaddress.ip_address(text.partition("%")[0])
         except ValueError:
             return peer
-        address = getattr(address, "ipv4_mapped", None) or address
-        whole = address.version == 4
-        return str(address if whole else ipaddress.ip_network((address, 64), strict=False))
+        return str(getattr(address, "ipv4_mapped", None) or address)
 
 
-def read_claim(claims: dict[str, Any], name: str) -> str:
-    """A claim by its name, or by a path such as app_metadata.team; "" where it cannot be a name."""
-    value: Any = claims if name else ""
+def network(address: str) -> str:
+    """What counts as one caller: an IPv6 customer has a /64."""
+    if ":" not in address:
+        return address
+    return str(ipaddress.ip_network((address.partition("%")[0], 64), strict=False))
+
+
+def read_claim(claims: dict[str, Any], name: str) -> str | None:
+    """A claim by its name, or by a path such as app_metadata.team; "" where there is none, and None
+    where it cannot be a name: nobody gets out of a group by an odd one."""
+    value: Any = claims if name else None
     for key in (name,) if name in claims else name.split("."):
         value = value.get(key) if isinstance(value, dict) else None
-    text = str(value) if isinstance(value, str | int) else ""
-    return text if len(text) <= 200 and text.isprintable() else ""
+    text = "" if value is None else str(value)
+    usable = isinstance(value, str | int | None) and len(text) <= 200 and text.isprintable()
+    return text if usable else None
 
 
 # ---- Limiter -----------------------------------------------------------------------------------
@@ -1405,7 +1419,7 @@ def client_caps(client: Client, table: BudgetTable, now: float) -> list[Cap]:
         Cap(scope, window, limit)
         for scope, limits in scopes.items()
         for window, limit in zip(windows, limits, strict=True)
-        if limit < UNLIMITED and not scope.endswith(" ")
+        if limit < UNLIMITED and scope not in ("group ", "session ")  # of nobody
     ]
 
 
@@ -2917,7 +2931,7 @@ class Proxy:
             raise ProxyError(429, "too_many_streams", message, after=1)
         self.live.add(call)
 
-    async def new_session(self, scope: Scope, body: bytes) -> dict[str, Any]:
+    async def new_session(self, scope: Scope, receive: Receive) -> dict[str, Any]:
         """Exchange a proof, a Turnstile token or the app's JWT, for a session token."""
         headers, table = scope["state"]["call"].headers, self.config.session
         if table is None:
@@ -2930,12 +2944,13 @@ class Proxy:
         taken = await self.limiter.take(f"session {parent.id}", limits, 1, 0)
         if taken.refused:
             raise ProxyError(429, "rate_limited", "too many sessions; try later", after=taken.wait)
+        body = await read_body(receive, headers, replace(limits, max_body=Size(65536)))
         try:
             proof = msgspec.json.decode(body, type=SessionRequest)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise BadRequest(f"body (JSON): {error}") from None
         if proof.turnstile and table.turnstile_secret:
-            await self.check_turnstile(proof.turnstile, parent.id.removeprefix("ip:"), table)
+            await self.check_turnstile(proof.turnstile, self.clients.address(scope, headers), table)
         elif (user := await self.clients.by_jwt(read_token(headers))) is None:
             message = "send a Turnstile token as `turnstile`, or the app's JWT as a bearer token"
             raise ProxyError(401, "invalid_key", message, retry=False)
@@ -2954,9 +2969,13 @@ class Proxy:
         form = {"secret": table.turnstile_secret, "response": token, "remoteip": address}
         try:
             reply = await self.http.post(table.siteverify_url, data=form)
-            good = reply.raise_for_status().json().get("success") is True
-        except (httpx.HTTPError, aiohttp.ClientError, OSError, ValueError, AttributeError):
-            del self.used_proofs[digest]
+            said = reply.raise_for_status().json()
+            good, codes = said.get("success") is True, str(said.get("error-codes"))
+            if "secret" in codes or "internal-error" in codes:  # no fault of the token
+                raise ValueError(codes)
+        except (httpx.HTTPError, aiohttp.ClientError, OSError, ValueError, AttributeError) as error:
+            LOG.error("session.siteverify_url: no verdict (%s)", redact(repr(error), self.secrets))
+            self.used_proofs.pop(digest, None)
             message = "the challenge cannot be checked now"
             raise ProxyError(503, "identity_unavailable", message, after=5) from None
         if not good:
@@ -2975,7 +2994,9 @@ class Proxy:
         call.request = request
         call.writer = (FrameWriter if parsed.stream else Writer)(bool(request.thinking))
         targets = self.templates.get(parsed.template) or self.resolve(provider, request.model)
-        if not matches(request.model, call.client.models):
+        # an alias by its name, any other model by its own: "openai/gpt-5" is no o*
+        name = request.model if self.resolve_alias(request.model) else targets[0][1]
+        if not matches(name, call.client.models):
             allowed = f"this caller may use {', '.join(call.client.models)}"
             message = f"model: {allowed}, not {redact(request.model)!r}"
             raise ProxyError(403, "model_not_allowed", message)
@@ -3517,7 +3538,7 @@ class App(litestar.Litestar):
         if not allowed:
             fix = "its owner can add it to server.cors_origins"
             message = f"origin {redact(str(origin))} may not call this proxy; {fix}"
-            call.entry.client = f"ip:{proxy.clients.address(scope, headers)}"
+            call.entry.client = proxy.clients.by_address(scope, headers).id
             call.failure = ProxyError(403, "origin_not_allowed", message)
             await proxy.settle(call)
         elif scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
@@ -3617,9 +3638,9 @@ def create_app(
     async def document() -> dict[str, Any]:
         return describe(proxy.keys)
 
-    @litestar.post("/session", status_code=200, request_max_body_size=65536)
+    @litestar.post("/session", status_code=200)
     async def session(request: litestar.Request[Any, Any, Any]) -> dict[str, Any]:
-        return await proxy.new_session(request.scope, await request.body())
+        return await proxy.new_session(request.scope, request.receive)
 
     @litestar.get("/")
     async def page(scope: Scope) -> litestar.Response[str]:

@@ -8,12 +8,14 @@ scripts. What is missing on a machine skips its tests and says so: the recording
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import enum
 import fnmatch
 import functools
 import gzip
 import hashlib
+import hmac
 import http.server
 import itertools
 import json
@@ -37,12 +39,16 @@ from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import parse_qsl
 
 import anthropic
 import httpx
+import jwt
 import msgspec
 import openai
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -1050,6 +1056,67 @@ def write(directory: Path, config: str) -> str:
         pytest.param("[server]\nport = 70000", ["server.port"], id="port out of range"),
         pytest.param("[server]\nping = '0s'", ["server.ping"], id="pings without a pause"),
         pytest.param("[server]\ntrusted_proxies = -1", ["server.trusted_proxies"], id="negative"),
+        pytest.param(
+            f"[clients.a]\nkey_sha256 = '{'0' * 64}'\nlimits = {{ bursts = 1 }}",
+            ["clients.a.limits", "bursts"],
+            id="a key's unknown limit",
+        ),
+        pytest.param(
+            f"[clients.a]\nkey_sha256 = '{'0' * 64}'\nlimits = {{ burst = 0 }}",
+            ["clients.a.limits.burst", "above 0"],
+            id="a key's limit of nothing",
+        ),
+        pytest.param(
+            f"[clients.a]\nkey_sha256 = '{'0' * 64}'\nlimits = {{ concurrent_total = 5 }}",
+            ["clients.a.limits.concurrent_total", "[limits]"],
+            id="a key's limit that is for all",
+        ),
+        pytest.param(
+            f"[clients.a]\nkey_sha256 = '{'0' * 64}'\nbudget = {{ per_week = 1 }}",
+            ["clients.a.budget", "per_week"],
+            id="a key's unknown budget",
+        ),
+        pytest.param("[jwt]\naudience = 'app'", ["jwt.jwks_url", "JWT_SECRET"], id="no JWT key"),
+        pytest.param(
+            "[jwt]\njwks_url = 'https://x.example/k'\nsecret = '0123456789abcdef0123456789abcdef'",
+            ["jwt.jwks_url", "not both"],
+            id="two kinds of JWT keys",
+        ),
+        pytest.param(
+            "[jwt]\njwks_url = 'https://x.example/k'", ["jwt.issuer", "iss"], id="no issuer"
+        ),
+        pytest.param(
+            "[jwt]\njwks_url = 'file:///etc/keys'\nissuer = 'x'", ["jwt.jwks_url"], id="JWKS URL"
+        ),
+        pytest.param(
+            "[jwt]\nsecret = '0123456789abcdef0123456789abcde'",
+            ["jwt.secret", "32 bytes", "openssl"],
+            id="a short JWT secret",
+        ),
+        pytest.param("[jwt]\nsecrets = 'x'", ["jwt", "secrets"], id="unknown JWT key"),
+        pytest.param(
+            "[session]\nturnstile_secret = 'x'", ["session.secret", "32 bytes"], id="no secret"
+        ),
+        pytest.param(
+            "[session]\nturnstile_secret = 'x'\nsecret = '0123456789abcdef0123456789abcde'",
+            ["session.secret", "32 bytes", "openssl"],
+            id="a short session secret",
+        ),
+        pytest.param(
+            "[session]\nsecret = '0123456789abcdef0123456789abcdef'",
+            ["session.turnstile_secret", "TURNSTILE_SECRET_KEY", "[jwt]"],
+            id="a session for nothing",
+        ),
+        pytest.param(
+            "[session]\nttl = '601s'\nturnstile_secret = 'x'\nsecret = '" + "x" * 32 + "'",
+            ["session.ttl", "10m"],
+            id="a long session",
+        ),
+        pytest.param(
+            "[session]\nsiteverify_url = 'x'\nturnstile_secret = 'x'\nsecret = '" + "x" * 32 + "'",
+            ["session.siteverify_url", "URL"],
+            id="siteverify URL",
+        ),
     ],
 )
 def test_a_wrong_setting_names_its_key_and_the_fix(
@@ -1075,6 +1142,18 @@ def test_a_wrong_setting_names_its_key_and_the_fix(
 def test_a_wrong_variable_is_named_as_the_source(environ: dict[str, str], said: str) -> None:
     with pytest.raises(proxy.ConfigError, match=said):
         proxy.load_config(None, environ)
+
+
+def test_secrets_in_the_environment_ask_for_nothing_by_themselves(tmp_path: Path) -> None:
+    environ = {"JWT_SECRET": "short", "SESSION_SECRET": "short", "TURNSTILE_SECRET_KEY": "x"}
+    config = proxy.load_config(Path(write(tmp_path, "")), environ)
+    assert (config.jwt, config.session) == (None, None)
+    with pytest.raises(proxy.ConfigError, match=r"session\.secret \(from SESSION_SECRET\): .* 32 "):
+        proxy.load_config(Path(write(tmp_path, "[session]")), environ)
+    good = {**environ, "SESSION_SECRET": "é" * 16, "JWT_SECRET": "j" * 32}  # 32 bytes each
+    config = proxy.load_config(Path(write(tmp_path, "[session]\n[jwt]")), good)
+    assert (config.session.secret, config.jwt.secret) == ("é" * 16, "j" * 32)
+    assert config.session.turnstile_secret == "x"
 
 
 def test_variables_of_the_reference_proxies_and_of_a_paas_work() -> None:
@@ -2108,14 +2187,1501 @@ def test_the_address_behind_one_trusted_proxy(
     assert client_of(public_server, *forwarded) == client
 
 
-def test_the_address_behind_none_and_two_trusted_proxies(serve: Serve) -> None:
-    config = f"[server]\ncors_origins = ['{ORIGIN}']\ntrusted_proxies = "
-    none = serve(config + "0", arguments=("--host", "0.0.0.0"))
+def test_the_address_behind_none_and_two_trusted_proxies(behind: dict[int, Server]) -> None:
+    none, two = behind[0], behind[2]
     assert client_of(none, "203.0.113.7") == "ip:127.0.0.1"
-    two = serve(config + "2", arguments=("--host", "0.0.0.0"))
     assert client_of(two, "6.6.6.6, 203.0.113.7, 198.51.100.1") == "ip:203.0.113.7"
     assert client_of(two, "203.0.113.7", "198.51.100.1") == "ip:203.0.113.7"
     assert client_of(two, "198.51.100.1") == "ip:127.0.0.1"  # fewer than there should be
+
+
+# Who pays does not change with what a caller claims: raw bytes on a socket, and the ledger's rows.
+
+
+@pytest.fixture(scope="module")
+def behind(serve_module: Serve, public_server: Server) -> dict[int, Server]:
+    """Public binds that know their callers by address, by the number of proxies in front."""
+    config = f"[server]\ncors_origins = ['{ORIGIN}']\ntrusted_proxies = "
+    others = {n: serve_module(f"{config}{n}", arguments=("--host", "0.0.0.0")) for n in (0, 2)}
+    return {1: public_server, **others}
+
+
+def send_raw(server: Server, target: str, *lines: str, body: bytes = b"") -> tuple[int, bytes]:
+    """The status and the whole reply of a POST whose request line and headers are these."""
+    body = body or json.dumps(ask()).encode()
+    head = [f"POST {target} HTTP/1.1", "Content-Type: application/json", "Connection: close"]
+    head += [f"Content-Length: {len(body)}", *lines]
+    if not any(line.lower().startswith("host:") for line in lines):
+        head.append(f"Host: 127.0.0.1:{server.port}")
+    data = b""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall("\r\n".join([*head, "", ""]).encode("latin-1") + body)
+        while chunk := connection.recv(65536):
+            data += chunk
+    return int(data.split()[1]), data
+
+
+def new_rows(server: Server, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    ids = {row["id"] for row in known}
+    return [row for row in ledger(server) if row["id"] not in ids]
+
+
+@pytest.mark.parametrize(
+    ("lines", "clients"),
+    [
+        pytest.param(["X-Forwarded-For: 6.6.6.6"], ("127.0.0.1", "6.6.6.6", None), id="short"),
+        pytest.param(
+            ["X-Forwarded-For: 6.6.6.6, 198.51.100.1, 192.0.2.1"],
+            (None, "192.0.2.1", "198.51.100.1"),
+            id="long",
+        ),
+        pytest.param(
+            ["X-Forwarded-For: 6.6.6.6", "x-forwarded-for: 198.51.100.1, 192.0.2.1"],
+            (None, "192.0.2.1", "198.51.100.1"),
+            id="repeated",
+        ),
+        pytest.param(
+            ["X-FORWARDED-FOR: 198.51.100.1", "Cookie: a=b", "X-Forwarded-For: 192.0.2.1"],
+            (None, "192.0.2.1", "198.51.100.1"),
+            id="one each",
+        ),
+        pytest.param(["X-Forwarded-For: ,,,,"], (None, None, None), id="commas"),
+        pytest.param(["X-Forwarded-For:", "X-Forwarded-For:"], (None, None, None), id="empty"),
+        pytest.param(["X-Forwarded-For: \xff\xfe, \xb2"], (None, None, None), id="not ASCII"),
+        pytest.param(["X-Forwarded-For: 127.1, 0x7f000001"], (None, None, None), id="odd numbers"),
+        pytest.param(["X-Forwarded-For: " + "6.6.6.6," * 900], (None, None, "6.6.6.6"), id="many"),
+        pytest.param(
+            ["X-Forwarded-For: 198.51.100.1:1, 192.0.2.1:65535"],
+            (None, "192.0.2.1", "198.51.100.1"),
+            id="ports",
+        ),
+        pytest.param(
+            ["X-Forwarded-For : 6.6.6.6"], (None, None, None), id="a space before the colon"
+        ),
+        pytest.param(["X_Forwarded_For: 6.6.6.6"], (None, None, None), id="underscores"),
+        pytest.param(["Forwarded: for=6.6.6.6", "X-Real-IP: 6.6.6.6"], (None,) * 3, id="others"),
+        pytest.param(["X-User-ID: 6", "X-Client-IP: 6.6.6.6"], (None,) * 3, id="claims"),
+        pytest.param(
+            ["True-Client-IP: 6.6.6.6", "CF-Connecting-IP: 6.6.6.6"], (None,) * 3, id="CDN"
+        ),
+        pytest.param(["Host: localhost"], (None, None, None), id="host of this machine"),
+        pytest.param(["Host: a.example", "Host: b.example"], (None, None, None), id="two hosts"),
+        pytest.param(["X-Request-ID: a", "X-Request-ID: b"], (None, None, None), id="two ids"),
+    ],
+)
+def test_no_header_changes_who_pays_but_what_trusted_proxies_add(
+    behind: dict[int, Server],
+    upstream: Upstream,
+    lines: list[str],
+    clients: tuple[str | None, ...],
+) -> None:
+    for proxies, client in enumerate(clients):
+        upstream.requests.clear()
+        known = ledger(behind[proxies])
+        status, data = send_raw(behind[proxies], "/api/anthropic", *lines)
+        rows = new_rows(behind[proxies], known)
+        if status == 400:  # what is no HTTP is not answered as if it were
+            assert (rows, upstream.requests) == ([], [])
+            continue
+        assert status == 200, data
+        charged = [(row["client"], row["outcome"], row["cost"]) for row in rows]
+        assert charged == [(f"ip:{client or '127.0.0.1'}", "ok", "0.000035")]
+        assert len(upstream.requests) == 1
+
+
+KEY_LINE = f"Authorization: Bearer {CLIENT_KEY}"
+
+SPELLINGS = pytest.mark.parametrize(
+    "target",
+    [
+        "//api/anthropic",
+        "/api//anthropic",
+        "/api/anthropic/",
+        "/./api/anthropic",
+        "/api/./anthropic",
+        "/api/../api/anthropic",
+        "/health/../api/anthropic",
+        "/%61pi/anthropic",
+        "/api/%61nthropic",
+        "/api%2fanthropic",
+        "/%2e/api/anthropic",
+        "/%2e%2e/api/anthropic",
+        "/api/anthropic%00",
+        "/api/anthropic;x=1",
+        "/api/anthropic?provider=openai&key=1",
+        "/api\\anthropic",
+        "/API/Anthropic",
+        "http://evil.example/api/anthropic",
+        "http://127.0.0.1/api/anthropic",
+        "https://api.anthropic.com/v1/messages",
+        "*",
+        "api/anthropic",
+    ],
+)
+
+
+@SPELLINGS
+def test_no_spelling_of_a_path_gets_past_the_key(
+    keyed_server: Server, upstream: Upstream, target: str
+) -> None:
+    known = ledger(keyed_server)
+    status, _ = send_raw(keyed_server, target, "X-User-ID: web")
+    assert status in (400, 401, 404, 405)
+    assert upstream.requests == []
+    assert {(row["outcome"], row["cost"]) for row in new_rows(keyed_server, known)} <= {
+        ("rejected", "0")
+    }
+
+
+@SPELLINGS
+def test_every_spelling_of_a_path_that_is_served_is_charged_alike(
+    keyed_server: Server, upstream: Upstream, target: str
+) -> None:
+    known = ledger(keyed_server)
+    status, data = send_raw(keyed_server, target, KEY_LINE, "X-User-ID: narrow")
+    assert status in (200, 400, 404, 405)
+    rows = [(row["client"], row["provider"], row["cost"]) for row in new_rows(keyed_server, known)]
+    if status == 200:
+        assert rows == [("key:web", "anthropic", "0.000035")]
+        assert [request.path for request in upstream.requests] == ["/v1/messages"]
+        assert b"Hello" in data
+    else:
+        assert {cost for _, _, cost in rows} <= {"0"}
+        assert upstream.requests == []
+
+
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1"])
+def test_an_absolute_target_is_no_word_of_this_machine(
+    plain_server: Server, upstream: Upstream, host: str
+) -> None:
+    """What a proxy before us would send on: the name in it counts as little as that in Host."""
+    target = f"http://{host}:{plain_server.port}/api/anthropic"
+    status, _ = send_raw(plain_server, target, "Host: evil.example")
+    assert status in (400, 401, 403, 404)
+    assert upstream.requests == []
+
+
+def test_a_caller_without_a_host_is_not_this_machines_user(
+    plain_server: Server, upstream: Upstream
+) -> None:
+    with socket.create_connection(("127.0.0.1", plain_server.port), timeout=10) as connection:
+        body = json.dumps(ask()).encode()
+        head = f"POST /api/anthropic HTTP/1.0\r\nContent-Length: {len(body)}\r\n"
+        connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+        assert connection.recv(4096).split()[1] in (b"400", b"403")
+    assert upstream.requests == []
+
+
+def test_headers_that_name_a_client_twice_name_none(
+    keyed_server: Server, upstream: Upstream
+) -> None:
+    for lines in (
+        [KEY_LINE, "Authorization: Bearer narrow-key"],
+        ["X-API-Key: narrow-key", f"X-API-Key: {CLIENT_KEY}"],
+        [f"{KEY_LINE}, Bearer narrow-key"],
+    ):
+        assert send_raw(keyed_server, "/api/anthropic", *lines)[0] == 401
+    assert upstream.requests == []
+
+
+# Keys that are clients of their own.
+
+
+@pytest.fixture(scope="module")
+def tenants(serve_module: Serve) -> Server:
+    """A server whose keys differ in what they may do."""
+    config = """
+    [limits]
+    requests_per_minute = 1_000_000
+    burst = 1_000_000
+    tokens_per_minute = 1_000_000
+    [models.fast]
+    target = "anthropic/claude-haiku-4-5"
+    [budget]
+    total_per_day = 1_000_000
+    group_per_day = 0.012
+    """
+    tables = {
+        "free": "",
+        "slow": "limits = { requests_per_minute = 1, burst = 2 }",
+        "single": "limits = { concurrent = 1 }",
+        "short": "limits = { max_tokens = 7, max_characters = 100, max_messages = 2 }",
+        "plain": "limits = { allow_tools = false, allow_system = false }",
+        "small": "limits = { tokens_per_minute = 500, max_body = '1KiB' }",
+        "alias": "models = ['fast', 'o*']",
+        "poor": "budget = { per_day = 0.006 }",
+        "broke": "budget = { per_month = 0 }",
+        "red": "group = 'team'",
+        "blue": "group = 'team'",
+    }
+    for name, table in tables.items():
+        config += f"[clients.{name}]\nkey_sha256 = '{digest(f'{name}-key')}'\n{table}\n"
+    return serve_module(config)
+
+
+def holding(name: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {name}-key"}
+
+
+LONG = stream(messages_sse(output_tokens=1000))  # with 1,000 tokens of output half a cent
+
+
+def test_a_key_has_a_rate_of_its_own(tenants: Server, upstream: Upstream) -> None:
+    statuses = [tenants.post(headers=holding("slow")).status_code for _ in range(3)]
+    assert statuses == [200, 200, 429]
+    assert tenants.post(headers=holding("free")).headers["x-ratelimit-limit-requests"] == "1000000"
+
+
+def test_a_key_has_a_number_of_streams_of_its_own(tenants: Server, upstream: Upstream) -> None:
+    upstream.play(stream(HALF[0], HANG), answer)
+    with tenants.connect(headers=holding("single")):
+        wait_for(lambda: upstream.requests)
+        check_error(tenants.post(headers=holding("single")), 429, "too_many_streams")
+        assert tenants.post(headers=holding("free")).status_code == 200
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "status", "said"),
+    [
+        pytest.param("short", ask("x" * 101), 400, "messages: 103", id="characters"),
+        pytest.param("short", ask(system="x" * 100), 400, "messages: 104", id="and of the system"),
+        pytest.param("plain", ask(tools=[TOOL]), 400, "tools", id="tools"),
+        pytest.param("plain", ask(system="Be brief"), 400, "system", id="system"),
+        pytest.param("small", ask(max_tokens=600), 400, "max_tokens", id="tokens"),
+        pytest.param("small", ask("x" * 1100, max_tokens=9), 413, "1024", id="body"),
+        pytest.param("alias", ask(), 403, "fast", id="the model behind its alias"),
+        pytest.param("alias", ask(model="openai/gpt-5-pro"), 403, "model", id="by the vendor"),
+        pytest.param("alias", ask(model="anthropic/fast"), 403, "model", id="alias by a vendor"),
+        pytest.param("broke", ask(), 402, "this client", id="a month without money"),
+    ],
+)
+def test_a_key_has_limits_models_and_a_budget_of_its_own(
+    tenants: Server, upstream: Upstream, name: str, body: Any, status: int, said: str
+) -> None:
+    refused = tenants.post(json=body, headers=holding(name))
+    assert refused.status_code == status
+    assert said in refused.json()["error"]
+    assert upstream.requests == []
+
+
+def test_a_key_may_do_what_is_within_its_limits(tenants: Server, upstream: Upstream) -> None:
+    short = tenants.post(json=ask(max_tokens=100), headers=holding("short"))
+    assert (short.status_code, short.headers["x-dropped-params"]) == (200, "max_tokens")
+    assert upstream.requests[-1].json["max_tokens"] == 7
+    assert tenants.post(json=ask(model="fast"), headers=holding("alias")).status_code == 200
+    mini = ask(model="o3")
+    assert tenants.post("/api/openai", json=mini, headers=holding("alias")).status_code == 200
+    free = ask("x" * 1100, tools=[TOOL], system="Be brief")
+    assert tenants.post(json=free, headers=holding("free")).status_code == 200
+    assert len(upstream.requests) == 4
+
+
+def test_a_key_spends_its_own_budget(tenants: Server, upstream: Upstream) -> None:
+    upstream.play(LONG)
+    body = ask(max_tokens=1000)
+    assert tenants.post(json=body, headers=holding("poor")).status_code == 200
+    check_error(tenants.post(json=body, headers=holding("poor")), 402, "budget_exceeded")
+    assert tenants.post(json=body, headers=holding("free")).status_code == 200
+    usage = tenants.get("/usage", headers=holding("poor")).json()
+    assert usage["client"] == "key:poor"
+    [cap] = usage["budget"]
+    assert (cap["scope"], cap["limitUsd"]) == ("client key:poor", 0.006)
+    assert cap["leftUsd"] == pytest.approx(0.006 - 0.00501)
+    assert [row["group"] for row in ledger(tenants) if row["client"] == "key:poor"] == ["", ""]
+
+
+def test_the_keys_of_a_group_share_its_budget(tenants: Server, upstream: Upstream) -> None:
+    upstream.play(LONG)
+    body = ask(max_tokens=1000)
+    for name in ("red", "blue"):
+        assert tenants.post(json=body, headers=holding(name)).status_code == 200
+    for name in ("red", "blue"):
+        refused = check_error(
+            tenants.post(json=body, headers=holding(name)), 402, "budget_exceeded"
+        )
+        assert "this group" in refused["error"]
+
+
+# Tokens of the app's own login. The issuer's keys come from a server on loopback.
+
+
+def b64(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def craft(header: Any, claims: Any, sign: Callable[[bytes], bytes] = lambda _: b"") -> str:
+    """A token of any header and claims; strings are sent as they are."""
+    parts = (p if isinstance(p, str) else json.dumps(p) for p in (header, claims))
+    signed = ".".join(b64(part.encode()) for part in parts)
+    return f"{signed}.{b64(sign(signed.encode()))}"
+
+
+def mac(secret: bytes | str) -> Callable[[bytes], bytes]:
+    key = secret if isinstance(secret, bytes) else secret.encode()
+    return lambda signed: hmac.digest(key, signed, "sha256")
+
+
+APP_SECRET = "the secret of an app, of more than 32 bytes"
+NEW_KEY: dict[str, Callable[[], Any]] = {
+    "RS256": lambda: rsa.generate_private_key(65537, 2048),
+    "ES256": lambda: ec.generate_private_key(ec.SECP256R1()),
+    "EdDSA": ed25519.Ed25519PrivateKey.generate,
+}
+
+
+class Issuer:
+    """A login that signs tokens, and publishes its public keys over HTTP. The id of a key begins
+    with its algorithm."""
+
+    name = "https://login.example"
+
+    def __init__(self, *ids: str) -> None:
+        self.http = Upstream()
+        self.url = f"{self.http.url}/.well-known/jwks.json"
+        self.keys = {key_id: NEW_KEY[key_id.partition("-")[0]]() for key_id in ids}
+        self.publish(*ids)
+
+    def publish(self, *ids: str) -> None:
+        self.http.play(reply(200, {"keys": [self.jwk(key_id) for key_id in ids]}))
+
+    def jwk(self, key_id: str) -> dict[str, Any]:
+        algorithm = key_id.partition("-")[0]
+        public = jwt.get_algorithm_by_name(algorithm).to_jwk(self.keys[key_id].public_key(), True)
+        return {"kid": key_id, "use": "sig", "alg": algorithm, **public}
+
+    def claims(self, **more: Any) -> dict[str, Any]:
+        """Good ones, but for what is given; None leaves one out."""
+        claims = {"iss": self.name, "aud": "app", "sub": "alice", "exp": int(time.time()) + 60}
+        claims |= {"app_metadata": {"team": "blue"}, **more}
+        return {name: value for name, value in claims.items() if value is not None}
+
+    def token(self, key_id: str = "ES256-1", header: Mapping[str, Any] = {}, **more: Any) -> str:
+        algorithm = key_id.partition("-")[0]
+        headers = {"kid": key_id, **header}
+        return jwt.encode(self.claims(**more), self.keys[key_id], algorithm, headers)
+
+
+SESSION_SECRET = "a session secret of more than 32 bytes"
+
+
+@pytest.fixture(scope="module")
+def issuer() -> Iterator[Issuer]:
+    issuer = Issuer("RS256-1", "ES256-1", "EdDSA-1")
+    yield issuer
+    issuer.http.stop()
+
+
+def jwt_block(issuer: Issuer) -> str:
+    return f"""
+    [jwt]
+    jwks_url = "{issuer.url}"
+    issuer = "{issuer.name}"
+    audience = "app"
+    leeway = "10s"
+    group_claim = "app_metadata.team"
+    """
+
+
+class Challenges:
+    """A loopback endpoint that behaves as Cloudflare's siteverify is documented to."""
+
+    secret = "0x4AAAAAAA-turnstile-secret"
+
+    def __init__(self) -> None:
+        self.http = Upstream()
+        self.used: set[str] = set()
+        self.http.play(self.answer)
+
+    def answer(self, received: Received) -> list[Any]:
+        kind, form = received.headers["content-type"], dict(parse_qsl(received.body.decode()))
+        assert (received.method, received.path) == ("POST", "/turnstile/v0/siteverify")
+        assert kind == "application/x-www-form-urlencoded"
+        response, codes = form.get("response", ""), []
+        if form.get("secret") != self.secret:
+            codes = ["invalid-input-secret"]
+        elif response in self.used or response.startswith("late"):
+            codes = ["timeout-or-duplicate"]
+        elif not response.startswith("good"):
+            codes = ["invalid-input-response"]
+        self.used.add(response)
+        said: dict[str, Any] = {"success": not codes, "error-codes": codes}
+        if not codes:
+            said |= {"challenge_ts": "2026-11-21T10:00:00.000Z", "hostname": "app.example"}
+            said |= {"action": "", "cdata": ""}
+        return [reply(200, said)]
+
+
+@pytest.fixture(scope="module")
+def challenges_module() -> Iterator[Challenges]:
+    challenges = Challenges()
+    yield challenges
+    challenges.http.stop()
+
+
+@pytest.fixture
+def challenges(challenges_module: Challenges) -> Iterator[Challenges]:
+    challenges_module.http.requests.clear()
+    yield challenges_module
+    challenges_module.http.play(challenges_module.answer)
+
+
+def session_block(challenges: Challenges, **more: Any) -> str:
+    table = {"secret": SESSION_SECRET, "turnstile_secret": challenges.secret}
+    table |= {"siteverify_url": f"{challenges.http.url}/turnstile/v0/siteverify", **more}
+    return "[session]\n" + "".join(f"{name} = {value!r}\n" for name, value in table.items())
+
+
+@pytest.fixture(scope="module")
+def login(serve_module: Serve, issuer: Issuer, challenges_module: Challenges) -> Server:
+    """A public bind behind one proxy, for users of an app and for pages without a login."""
+    config = f"""
+    [server]
+    cors_origins = ["{ORIGIN}", "https://other.example"]
+    trusted_proxies = 1
+    {NO_LIMITS}
+    body_timeout = "300ms"
+    [clients.web]
+    key_sha256 = "{digest(CLIENT_KEY)}"
+    {jwt_block(issuer)}
+    {session_block(challenges_module, models=["claude-haiku-*"])}
+    """
+    return serve_module(config, arguments=("--host", "0.0.0.0"))
+
+
+@pytest.fixture(scope="module")
+def shared_secret(serve_module: Serve, challenges_module: Challenges) -> Server:
+    """A server with one secret for the app's tokens and its own sessions, and little to spend."""
+    config = f"""
+    [server]
+    cors_origins = ["{ORIGIN}"]
+    trusted_proxies = 1
+    [limits]
+    requests_per_minute = 1
+    burst = 4
+    concurrent = 1
+    [budget]
+    client_per_day = 0.012
+    group_per_day = 0.012
+    total_per_day = 1000
+    [jwt]
+    secret = "{APP_SECRET}"
+    group_claim = "team"
+    {session_block(challenges_module, secret=APP_SECRET, budget=0.006)}
+    """
+    return serve_module(config, arguments=("--host", "0.0.0.0"))
+
+
+def bearer(token: str, **more: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {token}", **more}
+
+
+def app_token(**claims: Any) -> str:
+    """As an app makes it that signs with a secret."""
+    return jwt.encode({"sub": "alice", "exp": time.time() + 60} | claims, APP_SECRET, "HS256")
+
+
+@pytest.mark.parametrize("key_id", ["RS256-1", "ES256-1", "EdDSA-1"])
+def test_a_token_of_each_algorithm_is_a_client(
+    login: Server, upstream: Upstream, issuer: Issuer, key_id: str
+) -> None:
+    token = issuer.token(key_id, sub=f"user of {key_id}")
+    number = next(IDS)
+    assert login.post(headers=bearer(token, **{"x-request-id": number})).status_code == 200
+    row = last_row(login, number)
+    assert (row["client"], row["group"], row["session"]) == (f"jwt:user of {key_id}", "blue", "")
+    served = login.post(headers={"x-api-key": token})
+    assert served.status_code == 200
+    assert token not in str([request.headers for request in upstream.requests])
+
+
+def test_a_token_signed_with_the_secret_is_a_client(
+    shared_secret: Server, upstream: Upstream
+) -> None:
+    headers = bearer(app_token(sub="by secret", team="green"))
+    usage = shared_secret.get("/usage", headers=headers).json()
+    assert usage["client"] == "jwt:by secret"
+    scopes = {"client jwt:by secret", "group green"}
+    assert {cap["scope"] for cap in usage["budget"]} == scopes
+    assert shared_secret.post(json=ask(max_tokens=100), headers=headers).status_code == 200
+
+
+def now(seconds: float) -> int:
+    return int(time.time() + seconds)
+
+
+@pytest.mark.parametrize(
+    "claims",
+    [
+        pytest.param(lambda: {"exp": now(-60)}, id="expired"),
+        pytest.param(lambda: {"exp": None}, id="no end"),
+        pytest.param(lambda: {"exp": "never"}, id="an end that is no time"),
+        pytest.param(lambda: {"exp": [now(60)]}, id="an end that is a list"),
+        pytest.param(lambda: {"nbf": now(60)}, id="not yet valid"),
+        pytest.param(lambda: {"iat": now(60)}, id="issued in the future"),
+        pytest.param(lambda: {"aud": "another"}, id="audience"),
+        pytest.param(lambda: {"aud": ["another", "app2"]}, id="audiences"),
+        pytest.param(lambda: {"aud": None}, id="no audience"),
+        pytest.param(lambda: {"aud": "ap"}, id="part of the audience"),
+        pytest.param(lambda: {"iss": "https://evil.example"}, id="issuer"),
+        pytest.param(lambda: {"iss": Issuer.name + "/"}, id="almost the issuer"),
+        pytest.param(lambda: {"iss": None}, id="no issuer"),
+        pytest.param(lambda: {"iss": [Issuer.name]}, id="a list of issuers"),
+        pytest.param(lambda: {"sub": None}, id="nobody"),
+        pytest.param(lambda: {"sub": ""}, id="an empty name"),
+        pytest.param(lambda: {"sub": "x" * 201}, id="a name too long"),
+        pytest.param(lambda: {"sub": "x" * 20_000}, id="a huge name"),
+        pytest.param(lambda: {"sub": "a\nb"}, id="a line break in a name"),
+        pytest.param(lambda: {"sub": "\u202eecila"}, id="a name that turns around"),
+        pytest.param(lambda: {"sub": "\ud800"}, id="half a character"),
+        pytest.param(lambda: {"sub": ["alice"]}, id="a list for a name"),
+        pytest.param(lambda: {"sub": {"id": "alice"}}, id="an object for a name"),
+        pytest.param(lambda: {"app_metadata": {"team": ["blue"]}}, id="a list of groups"),
+        pytest.param(lambda: {"app_metadata": {"team": "x" * 201}}, id="a group too long"),
+        pytest.param(lambda: {"app_metadata": {"team": "blue\u00a0"}}, id="an odd group"),
+    ],
+)
+def test_a_token_with_wrong_claims_is_refused(
+    login: Server, upstream: Upstream, issuer: Issuer, claims: Callable[[], dict[str, Any]]
+) -> None:
+    key = issuer.keys["EdDSA-1"]
+    header = {"alg": "EdDSA", "kid": "EdDSA-1", "typ": "JWT"}
+    token = craft(header, issuer.claims(**claims()), key.sign)
+    check_error(login.post(headers=bearer(token)), 401, "invalid_key")
+    assert upstream.requests == []
+    control = craft(header, issuer.claims(), key.sign)
+    assert login.get("/usage", headers=bearer(control)).json()["client"] == "jwt:alice"
+
+
+@pytest.mark.parametrize(
+    "claims",
+    [
+        pytest.param(lambda: {"exp": now(-5)}, id="just expired"),
+        pytest.param(lambda: {"nbf": now(5), "iat": now(5)}, id="valid in a moment"),
+        pytest.param(lambda: {"aud": ["another", "app"]}, id="one of two audiences"),
+        pytest.param(lambda: {"exp": time.time() + 9.5}, id="a fraction of a second"),
+    ],
+)
+def test_clocks_may_differ_by_the_leeway(
+    login: Server, issuer: Issuer, claims: Callable[[], dict[str, Any]]
+) -> None:
+    assert login.get("/usage", headers=bearer(issuer.token(**claims()))).status_code == 200
+
+
+def public_pem(issuer: Issuer) -> bytes:
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    key = issuer.keys["RS256-1"].public_key()
+    return bytes(key.public_bytes(serialization.Encoding.PEM, form))
+
+
+def public_jwk(issuer: Issuer) -> bytes:
+    return json.dumps(issuer.jwk("RS256-1")).encode()
+
+
+def foreign(issuer: Issuer) -> str:
+    key = ed25519.Ed25519PrivateKey.generate()
+    embedded = jwt.get_algorithm_by_name("EdDSA").to_jwk(key.public_key(), True)
+    header = {"alg": "EdDSA", "kid": "EdDSA-1", "jwk": embedded, "jku": "http://127.0.0.1:1/"}
+    return craft(header, issuer.claims(), key.sign)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda i: craft({"alg": "none"}, i.claims()), id="none"),
+        pytest.param(lambda i: craft({"alg": "None", "kid": "RS256-1"}, i.claims()), id="None"),
+        pytest.param(lambda i: craft({"alg": ""}, i.claims()), id="empty"),
+        pytest.param(lambda i: craft({}, i.claims()), id="no algorithm"),
+        pytest.param(lambda i: craft({"alg": ["RS256"]}, i.claims()), id="a list of algorithms"),
+        pytest.param(lambda i: craft("[]", i.claims()), id="a header that is no object"),
+        pytest.param(lambda i: craft("[" * 20_000, i.claims()), id="a deep header"),
+        pytest.param(
+            lambda i: craft({"alg": "ES256", "kid": 7}, i.claims()), id="a number for kid"
+        ),
+        pytest.param(
+            lambda i: craft({"alg": "ES256", "kid": {}}, i.claims()), id="an object for kid"
+        ),
+        pytest.param(
+            lambda i: craft({"alg": "RS256", "kid": "RS256-1"}, i.claims()), id="unsigned"
+        ),
+        pytest.param(
+            lambda i: craft({"alg": "ES256", "kid": "ES256-1"}, i.claims(), lambda _: bytes(64)),
+            id="a signature of zeros",
+        ),
+        pytest.param(
+            lambda i: craft({"alg": "HS256", "kid": "RS256-1"}, i.claims(), mac(public_pem(i))),
+            id="HS256 by the public key's PEM",
+        ),
+        pytest.param(
+            lambda i: craft({"alg": "HS256", "kid": "RS256-1"}, i.claims(), mac(public_jwk(i))),
+            id="HS256 by the public JWK",
+        ),
+        pytest.param(
+            lambda i: craft({"alg": "RS256", "kid": "RS256-1"}, i.claims(), mac(public_pem(i))),
+            id="HS256 that says RS256",
+        ),
+        pytest.param(
+            lambda i: jwt.encode(i.claims(), APP_SECRET, "HS256", {"kid": "RS256-1"}), id="HS256"
+        ),
+        pytest.param(
+            lambda i: jwt.encode(i.claims(), i.keys["RS256-1"], "PS256", {"kid": "RS256-1"}),
+            id="another algorithm of the key",
+        ),
+        pytest.param(
+            lambda i: i.token("ES256-1", {"kid": "RS256-1"}), id="the algorithm of another key"
+        ),
+        pytest.param(lambda i: i.token("EdDSA-1", {"kid": "ES256-1"}), id="the id of another key"),
+        pytest.param(lambda i: i.token("EdDSA-1", {"kid": "nobody's"}), id="an unknown id"),
+        pytest.param(foreign, id="a key that the token brings along"),
+        pytest.param(lambda i: i.token(header={"crit": ["exp"]}), id="a critical extension"),
+        pytest.param(lambda i: i.token() + ".x", id="four parts"),
+        pytest.param(lambda i: "..", id="two dots"),
+        pytest.param(lambda i: "\xff.\xfe.\xfd", id="not ASCII"),
+    ],
+)
+def test_a_token_that_the_issuer_did_not_sign_is_refused(
+    login: Server, upstream: Upstream, issuer: Issuer, make: Callable[[Issuer], str]
+) -> None:
+    headers = {"authorization": f"Bearer {make(issuer)}".encode("latin-1")}
+    check_error(login.post(headers=headers), 401, "invalid_key")
+    assert upstream.requests == []
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda i: i.token("RS256-1"), id="RS256"),
+        pytest.param(lambda i: i.token("EdDSA-1", {"alg": "EdDSA"}), id="EdDSA"),
+        pytest.param(lambda i: craft({"alg": "none"}, i.claims()), id="none"),
+        pytest.param(lambda i: craft({"alg": "HS256"}, i.claims(), mac(b"")), id="no secret"),
+        pytest.param(
+            lambda i: jwt.encode(i.claims(), APP_SECRET * 2, "HS256"), id="another secret"
+        ),
+        pytest.param(lambda i: jwt.encode(i.claims(), APP_SECRET * 2, "HS512"), id="HS512"),
+    ],
+)
+def test_where_a_secret_signs_nothing_else_does(
+    shared_secret: Server, upstream: Upstream, issuer: Issuer, make: Callable[[Issuer], str]
+) -> None:
+    check_error(shared_secret.post(headers=bearer(make(issuer))), 401, "invalid_key")
+    assert upstream.requests == []
+
+
+def login_clients(tmp_path: Path, config: str) -> Any:
+    """What decides who a caller is, without a server; for thousands of tokens."""
+    config += "[server]\ncors_origins = ['*']"
+    return proxy.Clients(proxy.load_config(Path(write(tmp_path, config)), {}), {}, True)
+
+
+async def users(clients: Any, tokens: Iterable[str]) -> list[str | None]:
+    """The client that each of the tokens names."""
+    found = []
+    async with httpx.AsyncClient(trust_env=False, timeout=5) as http:
+        clients.http = http
+        for token in tokens:
+            client = clients.by_session(token, ORIGIN) or await clients.by_jwt(token)
+            found.append(client.id if client else None)
+    return found
+
+
+@pytest.mark.parametrize("key_id", ["HS256", "RS256-1", "ES256-1", "EdDSA-1"])
+def test_no_part_of_a_token_is_a_token_and_no_byte_of_it_can_change(
+    tmp_path: Path, issuer: Issuer, key_id: str
+) -> None:
+    signed = f"[jwt]\nsecret = '{APP_SECRET}'\n"
+    clients = login_clients(tmp_path, signed if key_id == "HS256" else jwt_block(issuer))
+    good = app_token() if key_id == "HS256" else issuer.token(key_id)
+    parts = [good[:n] for n in range(len(good))] + [good[n:] for n in range(1, len(good))]
+    # the last character of a signature has bits that mean nothing
+    for n, character in enumerate(good[:-1]):
+        parts.append(good[:n] + ("A" if character != "A" else "B") + good[n + 1 :])
+    first, *rest, last = asyncio.run(users(clients, [good, *parts, good]))
+    assert (first, last) == ("jwt:alice", "jwt:alice")
+    assert set(rest) == {None}
+
+
+def test_a_part_of_a_token_that_was_just_good_is_refused(
+    login: Server, upstream: Upstream, issuer: Issuer
+) -> None:
+    good = issuer.token()
+    for length in (len(good) - 1, len(good) - 20, good.rindex(".") + 1, good.rindex("."), 40):
+        assert login.get("/usage", headers=bearer(good)).status_code == 200
+        check_error(login.post(headers=bearer(good[:length])), 401, "invalid_key")
+    assert upstream.requests == []
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=5,
+)
+NAMES = st.sampled_from(["sub", "exp", "nbf", "iat", "iss", "aud", "jti", "team", "crit", "b64"])
+SECRET_LOGIN = proxy.Config(
+    server=proxy.Server(cors_origins=("*",)),
+    jwt=proxy.Jwt(secret=APP_SECRET, group_claim="team.name"),
+    session=proxy.Session(secret=SESSION_SECRET, turnstile_secret="x"),
+)
+
+
+@settings(max_examples=150)
+@given(
+    st.dictionaries(NAMES | st.just("kid") | st.just("typ"), JSON),
+    st.dictionaries(NAMES, JSON),
+    st.booleans(),
+)
+def test_odd_claims_of_a_good_signature_name_a_user_or_nobody(
+    header: dict[str, Any], claims: dict[str, Any], good: bool
+) -> None:
+    """Whoever signs them: they are the app's, which may copy a user's wishes into them."""
+    clients = proxy.Clients(SECRET_LOGIN, {}, True)
+    claims |= {"sub": "alice", "exp": now(60)} if good else {}
+    token = craft({"alg": "HS256", **header}, claims, mac(APP_SECRET))
+    assert clients.by_session(token, ORIGIN) is None
+    client = asyncio.run(clients.by_jwt(token))
+    assert client is None or client.id == f"jwt:{claims['sub']}"
+
+
+@settings(max_examples=300)
+@given(st.text(st.characters(max_codepoint=255)) | st.lists(st.binary(), max_size=4))
+def test_no_text_crashes_the_reader_of_tokens(given: str | list[bytes]) -> None:
+    clients = proxy.Clients(SECRET_LOGIN, {}, True)
+    token = given if isinstance(given, str) else ".".join(map(b64, given))
+    assert clients.by_key(token) is None
+    assert clients.by_session(token, ORIGIN) is None
+    assert asyncio.run(clients.by_jwt(token)) is None
+
+
+CLAIMS = {
+    "sub": "alice",
+    "number": 42,
+    "app_metadata": {
+        "team": "blue",
+        "deep": {"er": "x"},
+        "list": ["a"],
+        "long": "x" * 201,
+        "line": "a\nb",
+        "null": None,
+    },
+    "https://app.example/team": "red",
+    "a.b": "a name with a dot",
+    "a": {"b": "a path"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        pytest.param("sub", "alice", id="a claim"),
+        pytest.param("number", "42", id="a number"),
+        pytest.param("app_metadata.team", "blue", id="a path"),
+        pytest.param("app_metadata.deep.er", "x", id="a deep path"),
+        pytest.param("https://app.example/team", "red", id="a URL"),
+        pytest.param("a.b", "a name with a dot", id="a name before a path"),
+        pytest.param("https://other.example/team", "", id="no such URL"),
+        pytest.param("app_metadata.none", "", id="no such path"),
+        pytest.param("sub.alice", "", id="a path into a text"),
+        pytest.param("app_metadata.null", "", id="null"),
+        pytest.param("app_metadata.deep", None, id="an object"),
+        pytest.param("app_metadata.list", None, id="a list"),
+        pytest.param("app_metadata.long", None, id="too long"),
+        pytest.param("app_metadata.line", None, id="a line break"),
+        pytest.param("", "", id="no name"),
+    ],
+)
+def test_a_claim_is_found_by_its_name_or_its_path(name: str, value: str | None) -> None:
+    assert proxy.read_claim(CLAIMS, name) == value
+
+
+@pytest.mark.parametrize("end", ["", " ", "'", '"', "/", ":"])
+def test_every_user_and_every_group_has_its_budget_whatever_its_name(
+    shared_secret: Server, end: str
+) -> None:
+    """No name may look like nobody's to the budget."""
+    headers = bearer(app_token(sub=f"name{end}", team=f"team{end}"))
+    caps = shared_secret.get("/usage", headers=headers).json()["budget"]
+    assert [cap["scope"] for cap in caps] == [f"client jwt:name{end}", f"group team{end}"]
+
+
+# How the keys of an issuer are fetched.
+
+
+async def fetched(keys: Any, *ids: str | None) -> list[bool]:
+    """Which of the ids the key set has, asked for at the same time."""
+    async with httpx.AsyncClient(trust_env=False, timeout=5) as http:
+        found = await asyncio.gather(*(keys.find(key_id, http) for key_id in ids))
+    return [key is not None for key in found]
+
+
+def test_many_tokens_need_one_fetch(
+    serve: Serve, upstream: Upstream, issuer: Issuer, challenges: Challenges
+) -> None:
+    issuer.http.requests.clear()
+    server = serve(jwt_block(issuer) + "[server]\ntrusted_proxies = 0\n")
+    tokens = [issuer.token(f"{kind}-1") for kind in NEW_KEY for _ in range(10)]
+    tokens += [issuer.token(header={"kid": f"random {n}"}) for n in range(10)]
+    with ThreadPoolExecutor(10) as pool:
+        codes = list(pool.map(lambda t: server.post(headers=bearer(t)).status_code, tokens))
+    assert codes == [200] * 30 + [401] * 10
+    assert [request.method for request in issuer.http.requests] == ["GET"]
+
+
+def test_random_key_ids_do_not_make_it_fetch_again() -> None:
+    issuer = Issuer("EdDSA-1")
+    keys = proxy.KeySet(issuer.url)
+    found = asyncio.run(fetched(keys, "EdDSA-1", *map(str, range(200)), None))
+    assert found == [True] + [False] * 201
+    assert len(issuer.http.requests) == 1
+    issuer.http.stop()
+
+
+def test_a_new_key_is_found_after_the_pause_and_an_old_one_forgotten() -> None:
+    issuer = Issuer("EdDSA-1", "EdDSA-2")
+    issuer.publish("EdDSA-1")
+    keys = proxy.KeySet(issuer.url)
+    assert asyncio.run(fetched(keys, "EdDSA-1", "EdDSA-2")) == [True, False]
+    issuer.publish("EdDSA-2")
+    assert asyncio.run(fetched(keys, "EdDSA-2", "EdDSA-1")) == [False, True]
+    keys.pause = 0
+    assert asyncio.run(fetched(keys, "EdDSA-2")) == [True]
+    assert asyncio.run(fetched(keys, "EdDSA-1")) == [False]
+    issuer.http.stop()
+
+
+def test_keys_that_are_old_are_fetched_again() -> None:
+    issuer = Issuer("EdDSA-1", "EdDSA-2")
+    keys = proxy.KeySet(issuer.url)
+    assert asyncio.run(fetched(keys, "EdDSA-1")) == [True]
+    issuer.publish("EdDSA-2")
+    keys.pause, keys.fresh = 0, 0
+    assert asyncio.run(fetched(keys, "EdDSA-1")) == [False]
+    issuer.http.stop()
+
+
+GARBAGE = [
+    pytest.param(reply(500, b"broken"), id="500"),
+    pytest.param(reply(404, b"{}"), id="404"),
+    pytest.param(reply(302, b"", {"Location": "http://127.0.0.1:1/"}), id="redirect"),
+    pytest.param(reply(200, b"<html>"), id="HTML"),
+    pytest.param(reply(200, b""), id="nothing"),
+    pytest.param(reply(200, b"\xff\xfe"), id="not text"),
+    pytest.param(reply(200, b"[]"), id="a list"),
+    pytest.param(reply(200, b"null"), id="null"),
+    pytest.param(reply(200, {"keys": []}), id="no keys"),
+    pytest.param(reply(200, {"keys": [1, None, {}]}), id="keys that are none"),
+    pytest.param(reply(200, {"keys": [{"kty": "RSA", "n": "AA", "e": "AA"}]}), id="a bad key"),
+    pytest.param(reply(200, {"keys": [{"kty": "oct", "k": "AA", "kid": []}]}), id="a bad id"),
+    pytest.param(reply(200, b"[" * 100_000), id="deep"),
+    pytest.param([RESET], id="reset"),
+    pytest.param([b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", CLOSE], id="cut"),
+    pytest.param([HANG], id="silence"),
+    pytest.param([b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n", *[b" ", 0.1] * 60], id="drops"),
+]
+
+
+@pytest.mark.parametrize("script", GARBAGE)
+def test_an_issuer_that_fails_is_503_at_first_and_later_its_old_keys_serve_on(
+    script: Any,
+) -> None:
+    issuer = Issuer("EdDSA-1")
+    issuer.http.play(script)
+    keys = proxy.KeySet(issuer.url)
+    keys.patience = 0.3
+    with pytest.raises(proxy.ProxyError) as raised:
+        asyncio.run(fetched(keys, "EdDSA-1"))
+    assert (raised.value.status, raised.value.code) == (503, "identity_unavailable")
+    keys.pause = 0
+    issuer.publish("EdDSA-1")
+    assert asyncio.run(fetched(keys, "EdDSA-1")) == [True]
+    keys.fresh = 0
+    issuer.http.play(script)
+    assert asyncio.run(fetched(keys, "EdDSA-1", "another")) == [True, False]
+    issuer.http.stop()
+
+
+def test_nobody_whose_key_is_known_waits_for_a_slow_issuer() -> None:
+    issuer = Issuer("EdDSA-1")
+    keys = proxy.KeySet(issuer.url)
+    assert asyncio.run(fetched(keys, "EdDSA-1")) == [True]
+    keys.pause = 0
+    gate = threading.Event()
+    issuer.http.play([until(gate), RESET])
+
+    async def both() -> tuple[bool, bool]:
+        async with httpx.AsyncClient(trust_env=False, timeout=5) as http:
+            waiting = asyncio.create_task(keys.find("another", http))
+            await asyncio.to_thread(wait_for, lambda: len(issuer.http.requests) == 2)
+            known, waits = await keys.find("EdDSA-1", http), not waiting.done()
+            gate.set()
+            await waiting
+        return known is not None, waits
+
+    assert asyncio.run(both()) == (True, True)
+    issuer.http.stop()
+
+
+def test_an_issuer_that_is_down_keeps_out_its_users_and_nobody_else(
+    serve: Serve, upstream: Upstream, challenges: Challenges
+) -> None:
+    issuer = Issuer("ES256-1")
+    issuer.http.play([RESET])
+    key = f"[clients.web]\nkey_sha256 = '{digest(CLIENT_KEY)}'\n"
+    server = serve(key + jwt_block(issuer) + session_block(challenges))
+    refused = server.post(headers=bearer(issuer.token()))
+    error = check_error(refused, 503, "identity_unavailable")
+    assert refused.headers["retry-after"] == "30"
+    assert issuer.url not in error["error"]
+    check_error(server.post(headers=bearer("garbage")), 401, "invalid_key")
+    assert upstream.requests == []
+    assert server.post(headers=bearer(CLIENT_KEY)).status_code == 200
+    proof = server.post("/session", json={"turnstile": "good while the issuer is down"})
+    assert server.post(headers=bearer(proof.json()["token"])).status_code == 200
+    assert any("jwks_url" in str(line) for line in server.log())
+    issuer.http.stop()
+
+
+# The blocks of the README, and the claims that these logins put into their tokens.
+
+LOGINS = {
+    "Supabase": """
+[jwt]
+jwks_url = "https://PROJECT.supabase.co/auth/v1/.well-known/jwks.json"
+issuer = "https://PROJECT.supabase.co/auth/v1"
+audience = "authenticated"
+group_claim = "app_metadata.team"
+""",
+    "Clerk": """
+[jwt]
+jwks_url = "https://clerk.example.com/.well-known/jwks.json"
+issuer = "https://clerk.example.com"
+group_claim = "o.id"
+""",
+    "Auth0": """
+[jwt]
+jwks_url = "https://TENANT.us.auth0.com/.well-known/jwks.json"
+issuer = "https://TENANT.us.auth0.com/"
+audience = "https://api.example.com"
+group_claim = "https://example.com/team"
+""",
+    "Firebase": """
+[jwt]
+jwks_url = "https://www.googleapis.com/service_accounts/v1/jwk/securetoken@system.gserviceaccount.com"
+issuer = "https://securetoken.google.com/PROJECT"
+audience = "PROJECT"
+group_claim = "firebase.tenant"
+""",
+}  # fmt: skip
+
+LOGIN_TOKENS: list[Any] = [
+    pytest.param(
+        "Supabase",
+        "ES256-1",
+        {
+            "iss": "https://PROJECT.supabase.co/auth/v1",
+            "sub": "f0c2a1de-6d0f-4b5e-9a5e-0b2c5c1f7a11",
+            "aud": "authenticated",
+            "role": "authenticated",
+            "email": "alice@example.com",
+            "phone": "",
+            "app_metadata": {"provider": "email", "providers": ["email"], "team": "blue"},
+            "user_metadata": {"team": "forged"},
+            "aal": "aal1",
+            "amr": [{"method": "password", "timestamp": 1763700000}],
+            "session_id": "0a1b2c3d-0000-4000-8000-000000000000",
+            "is_anonymous": False,
+        },
+        ("jwt:f0c2a1de-6d0f-4b5e-9a5e-0b2c5c1f7a11", "blue"),
+        {"iss": "https://ANOTHER.supabase.co/auth/v1"},
+        id="Supabase",
+    ),
+    pytest.param(
+        "Clerk",
+        "RS256-1",
+        {
+            "azp": "https://app.example",
+            "iss": "https://clerk.example.com",
+            "sub": "user_2abcDEF",
+            "sid": "sess_2abcDEF",
+            "sts": "active",
+            "jti": "5f0a1b",
+            "fva": [0, -1],
+            "v": 2,
+            "o": {"id": "org_2abcDEF", "rol": "admin", "slg": "blue"},
+            "pla": "u:free",
+        },
+        ("jwt:user_2abcDEF", "org_2abcDEF"),
+        {"iss": "https://another.clerk.accounts.dev"},
+        id="Clerk",
+    ),
+    pytest.param(
+        "Auth0",
+        "RS256-1",
+        {
+            "https://example.com/team": "blue",
+            "iss": "https://TENANT.us.auth0.com/",
+            "sub": "auth0|507f1f77bcf86cd799439011",
+            "aud": ["https://api.example.com", "https://TENANT.us.auth0.com/userinfo"],
+            "azp": "my_client_id",
+            "scope": "openid profile email",
+        },
+        ("jwt:auth0|507f1f77bcf86cd799439011", "blue"),
+        {"aud": "my_client_id"},  # as an ID token has it
+        id="Auth0",
+    ),
+    pytest.param(
+        "Firebase",
+        "RS256-1",
+        {
+            "name": "Alice",
+            "iss": "https://securetoken.google.com/PROJECT",
+            "aud": "PROJECT",
+            "auth_time": 1763700000,
+            "user_id": "rBXqLmcBfvMn2a",
+            "sub": "rBXqLmcBfvMn2a",
+            "email": "alice@example.com",
+            "email_verified": True,
+            "firebase": {
+                "identities": {"email": ["alice@example.com"]},
+                "sign_in_provider": "password",
+                "tenant": "blue-1a2b3",
+            },
+        },
+        ("jwt:rBXqLmcBfvMn2a", "blue-1a2b3"),
+        {"iss": "https://securetoken.google.com/ANOTHER", "aud": "ANOTHER"},
+        id="Firebase",
+    ),
+]
+
+
+@pytest.mark.parametrize(("vendor", "key_id", "claims", "who", "foreign"), LOGIN_TOKENS)
+def test_tokens_of_the_known_logins_work_with_the_readmes_block(
+    serve: Serve,
+    upstream: Upstream,
+    issuer: Issuer,
+    vendor: str,
+    key_id: str,
+    claims: dict[str, Any],
+    who: tuple[str, str],
+    foreign: dict[str, Any],
+) -> None:
+    block = re.sub(r'jwks_url = ".*"', f'jwks_url = "{issuer.url}"', LOGINS[vendor])
+    server = serve(block)
+    times = {"iat": now(-10), "exp": now(3600)}
+
+    def ask_with(more: dict[str, Any]) -> httpx.Response:
+        token = jwt.encode(claims | times | more, issuer.keys[key_id], key_id[:5], {"kid": key_id})
+        return server.post(headers=bearer(token))
+
+    assert ask_with({}).status_code == 200
+    [row] = ledger(server)
+    assert (row["client"], row["group"]) == who
+    check_error(ask_with(foreign), 401, "invalid_key")
+    assert len(upstream.requests) == 1
+
+
+@pytest.mark.parametrize("vendor", LOGINS)
+def test_the_readmes_blocks_are_settings_as_they_stand(tmp_path: Path, vendor: str) -> None:
+    config = proxy.load_config(Path(write(tmp_path, LOGINS[vendor])), {})
+    assert config.jwt.jwks_url.startswith("https://")
+
+
+def test_supabases_public_key_is_no_user(tmp_path: Path) -> None:
+    """It is a token signed with the secret of the project, and stands in every page."""
+    block = f"[jwt]\nsecret = '{APP_SECRET}'\nissuer = 'https://PROJECT.supabase.co/auth/v1'\n"
+    block += "audience = 'authenticated'\n"
+    public = {"iss": "supabase", "ref": "PROJECT", "role": "anon", "exp": now(10**8)}
+    issued = {"iss": "https://PROJECT.supabase.co/auth/v1", "aud": "authenticated"}
+    tokens = [jwt.encode(public, APP_SECRET, "HS256"), app_token(**issued)]
+    assert asyncio.run(users(login_clients(tmp_path, block), tokens)) == [None, "jwt:alice"]
+
+
+# Sessions of pages without a login. Each test comes from an address of its own.
+
+ADDRESSES = map("198.51.{}.{}".format, itertools.repeat(100), range(1, 255))
+
+
+@pytest.fixture
+def address() -> str:
+    return next(ADDRESSES)
+
+
+def prove(
+    server: Server, address: str, turnstile: str = "", token: str = "", origin: str | None = ORIGIN
+) -> httpx.Response:
+    """POST /session with a Turnstile token, or with the app's."""
+    headers = {"x-forwarded-for": address} | (bearer(token) if token else {})
+    headers |= {} if origin is None else {"origin": origin}
+    body = {"turnstile": turnstile} if turnstile else {}
+    return server.post("/session", content=json.dumps(body).encode(), headers=headers)
+
+
+PROOFS = map("good-{}".format, itertools.count())
+
+
+def new_session(server: Server, address: str, **more: Any) -> str:
+    proof = {} if "token" in more else {"turnstile": next(PROOFS)}
+    answered = prove(server, address, **proof, **more)
+    assert answered.status_code == 200, answered.text
+    return str(answered.json()["token"])
+
+
+def with_session(token: str, address: str = "192.0.2.99", origin: str | None = ORIGIN) -> Any:
+    headers = bearer(token, **{"x-forwarded-for": address})
+    return headers | ({} if origin is None else {"origin": origin})
+
+
+def test_a_turnstile_token_buys_a_session_of_its_address(
+    login: Server, upstream: Upstream, challenges: Challenges, address: str
+) -> None:
+    answered = prove(login, address, next(PROOFS))
+    assert answered.status_code == 200
+    session = answered.json()
+    assert session.keys() == {"token", "expiresIn", "models"}
+    assert (session["expiresIn"], session["models"]) == (600, ["claude-haiku-*"])
+    assert answered.headers[CORS[0]] == ORIGIN
+    [checked] = challenges.http.requests
+    form = dict(parse_qsl(checked.body.decode()))
+    assert form.keys() == {"secret", "response", "remoteip"}
+    assert (form["secret"], form["remoteip"]) == (challenges.secret, address)
+    number = next(IDS)
+    headers = with_session(session["token"]) | {"x-request-id": number}
+    assert login.post(headers=headers).status_code == 200
+    row = last_row(login, number)
+    assert (row["client"], row["group"]) == (f"ip:{address}", "")  # whoever holds it now
+    assert re.fullmatch("[0-9a-f]{24}", row["session"])
+    assert session["token"] not in str([request.headers for request in upstream.requests])
+    headers = {"origin": ORIGIN, "x-api-key": session["token"]}
+    assert login.post(headers=headers).status_code == 200
+    claims = jwt.decode(session["token"], options={"verify_signature": False})
+    assert claims["exp"] - claims["iat"] == 600
+    for secret in (session["token"], form["response"], challenges.secret, SESSION_SECRET):
+        assert secret not in str(login.log())
+
+
+def test_the_address_of_an_ipv6_page_is_told_whole_and_counted_by_its_network(
+    login: Server, challenges: Challenges
+) -> None:
+    token = new_session(login, "2001:db8:7:7::1")
+    form = dict(parse_qsl(challenges.http.requests[-1].body.decode()))
+    assert form["remoteip"] == "2001:db8:7:7::1"
+    usage = login.get("/usage", headers=with_session(token)).json()
+    assert usage["client"] == "ip:2001:db8:7:7::/64"
+
+
+def test_a_turnstile_token_works_once_also_when_sent_often_at_once(
+    login: Server, challenges: Challenges
+) -> None:
+    proof, addresses = next(PROOFS), [next(ADDRESSES) for _ in range(20)]
+    with ThreadPoolExecutor(20) as pool:
+        codes = list(pool.map(lambda a: prove(login, a, proof).status_code, addresses))
+    assert sorted(codes) == [200] + [403] * 19
+    assert len(challenges.http.requests) == 1
+    check_error(prove(login, next(ADDRESSES), proof), 403, "challenge_failed")
+
+
+@pytest.mark.parametrize("proof", ["bad token", "late token", "good" * 4000])
+def test_a_turnstile_token_that_is_not_good_buys_nothing(
+    login: Server, challenges: Challenges, address: str, proof: str
+) -> None:
+    if proof.startswith("good"):
+        challenges.used.add(proof)
+    refused = prove(login, address, proof)
+    error = check_error(refused, 403, "challenge_failed")
+    assert refused.headers["x-should-retry"] == "false"
+    assert challenges.secret not in str(error)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param([RESET], id="reset"),
+        pytest.param([CLOSE], id="close"),
+        pytest.param(reply(500, b"broken"), id="500"),
+        pytest.param(reply(200, b"<html>"), id="HTML"),
+        pytest.param(reply(200, b"[true]"), id="a list"),
+        pytest.param(reply(302, b"", {"Location": "/turnstile/v0/siteverify"}), id="redirect"),
+        pytest.param(
+            reply(200, {"success": False, "error-codes": ["internal-error"]}), id="its own error"
+        ),
+        pytest.param(
+            reply(200, {"success": False, "error-codes": ["invalid-input-secret"]}),
+            id="a wrong secret",
+        ),
+    ],
+)
+def test_a_proof_that_cannot_be_checked_can_be_used_later(
+    login: Server, challenges: Challenges, address: str, script: Any
+) -> None:
+    proof = next(PROOFS)
+    challenges.http.play(script)
+    refused = prove(login, address, proof)
+    check_error(refused, 503, "identity_unavailable")
+    assert refused.headers["retry-after"] == "5"
+    challenges.http.play(challenges.answer)
+    assert prove(login, address, proof).status_code == 200
+
+
+def test_success_must_be_true_itself(login: Server, challenges: Challenges, address: str) -> None:
+    for said in ("true", 1, {}, None):
+        challenges.http.play(reply(200, {"success": said}))
+        assert prove(login, address, next(PROOFS)).status_code in (403, 503)
+
+
+def test_a_slow_siteverify_holds_up_nobody_else(
+    login: Server, upstream: Upstream, challenges: Challenges, address: str
+) -> None:
+    gate = threading.Event()
+    challenges.http.play([until(gate), RESET])
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(prove, login, address, next(PROOFS))
+        wait_for(lambda: challenges.http.requests)
+        assert login.post(headers=bearer(CLIENT_KEY)).status_code == 200
+        assert not waiting.done()
+        gate.set()
+        check_error(waiting.result(), 503, "identity_unavailable")
+
+
+def test_a_users_token_buys_a_session_of_that_user(
+    login: Server, upstream: Upstream, issuer: Issuer, challenges: Challenges, address: str
+) -> None:
+    token = new_session(login, address, token=issuer.token(sub="carol"))
+    assert challenges.http.requests == []
+    number = next(IDS)
+    headers = with_session(token) | {"x-request-id": number}
+    assert login.post(headers=headers).status_code == 200
+    row = last_row(login, number)
+    assert (row["client"], row["group"], bool(row["session"])) == ("jwt:carol", "blue", True)
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "status"),
+    [
+        pytest.param(b"{}", {"content-type": "text/plain"}, 415, id="text"),
+        pytest.param(b"turnstile=x", {"content-type": "application/x-www-form-urlencoded"}, 415,
+                     id="form"),
+        pytest.param(b"{", {}, 400, id="half"),
+        pytest.param(b"", {}, 400, id="nothing"),
+        pytest.param(b"[]", {}, 400, id="list"),
+        pytest.param(b"\xff", {}, 400, id="not text"),
+        pytest.param(b"[" * 60_000, {}, 400, id="deep"),
+        pytest.param(b'{"turnstile": 7}', {}, 400, id="number"),
+        pytest.param(b'{"turnstile": "good-x", "models": ["*"]}', {}, 400, id="unknown field"),
+        pytest.param(b'{"turnstile": "good-x", "sub": "ip:6.6.6.6"}', {}, 400, id="a claim"),
+        pytest.param(b'{"turnstile": "' + b"x" * 70_000 + b'"}', {}, 413, id="too large"),
+        pytest.param(b"{}", {}, 401, id="no proof"),
+        pytest.param(b"{}", bearer("garbage"), 401, id="garbage for a token"),
+        pytest.param(b"{}", bearer(CLIENT_KEY), 401, id="a key"),
+    ],
+)  # fmt: skip
+def test_what_is_no_proof_buys_nothing(
+    login: Server,
+    challenges: Challenges,
+    address: str,
+    content: bytes,
+    headers: dict[str, str],
+    status: int,
+) -> None:
+    headers = {"x-forwarded-for": address, "origin": ORIGIN, **headers}
+    refused = login.post("/session", content=content, headers=headers)
+    assert refused.status_code == status, refused.text
+    assert set(refused.json()) == {"error", "type", "code", "requestId"}
+    assert refused.headers[CORS[0]] == ORIGIN
+    assert challenges.http.requests == []
+
+
+def test_the_body_of_a_proof_must_come_in_time(login: Server) -> None:
+    with login.connect("/session", {"turnstile": "good-slow"}, length=1000) as connection:
+        assert b" 408 " in read_until(connection, b"body_timeout").partition(b"\r\n")[0]
+    with login.connect("/session", {"turnstile": "good-gone"}, length=1000) as connection:
+        pass
+    assert login.get("/health").status_code == 200
+    assert not [
+        line for line in login.log() if line.get("level") == "error" and "route" in str(line)
+    ]
+
+
+def test_sessions_are_limited_for_each_address(login: Server, challenges: Challenges) -> None:
+    address, another = next(ADDRESSES), next(ADDRESSES)
+    codes = [prove(login, address, "bad").status_code for _ in range(3)]
+    codes += [prove(login, address, next(PROOFS)).status_code for _ in range(3)]
+    assert codes == [403] * 3 + [200] * 3
+    refused = prove(login, address, next(PROOFS))
+    check_error(refused, 429, "rate_limited")
+    assert 1 <= int(refused.headers["retry-after"]) <= 10
+    forged = login.post(
+        "/session",
+        json={"turnstile": next(PROOFS)},
+        headers={"x-forwarded-for": f"6.6.6.6, {address}", "x-user-id": "x"},
+    )
+    assert forged.status_code == 429
+    assert prove(login, another, next(PROOFS)).status_code == 200
+
+
+def test_a_session_is_bound_to_its_origin(
+    login: Server, upstream: Upstream, challenges: Challenges, address: str
+) -> None:
+    token = new_session(login, address)
+    for origin in ("https://other.example", None):
+        refused = login.post(headers=with_session(token, origin=origin))
+        check_error(refused, 401, "invalid_key")
+    without = new_session(login, address, origin=None)
+    check_error(login.post(headers=with_session(without)), 401, "invalid_key")
+    assert upstream.requests == []
+    assert login.post(headers=with_session(token)).status_code == 200
+
+
+def test_a_session_is_bound_to_its_models(
+    login: Server, upstream: Upstream, challenges: Challenges, address: str
+) -> None:
+    headers = with_session(new_session(login, address))
+    for model in ("claude-opus-5", "anthropic/claude-opus-5", "openai/gpt-5-mini"):
+        refused = login.post(json=ask(model=model), headers=headers)
+        check_error(refused, 403, "model_not_allowed")
+    assert upstream.requests == []
+    assert login.post(headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("users", "sessions", "models"),
+    [
+        pytest.param(["*"], ["*"], ["*"], id="all"),
+        pytest.param(["claude-*"], ["*"], ["claude-*"], id="the user's"),
+        pytest.param(["*"], ["fast"], ["fast"], id="the sessions'"),
+        pytest.param(["claude-*"], ["claude-haiku-*"], ["claude-haiku-*"], id="fewer in sessions"),
+    ],
+)
+def test_a_users_session_is_bound_to_the_models_of_sessions_or_else_of_users(
+    tmp_path: Path, challenges: Challenges, users: list[str], sessions: list[str], models: list[str]
+) -> None:
+    block = f"[jwt]\nsecret = '{APP_SECRET}'\nmodels = {users}\n"
+    clients = login_clients(tmp_path, block + session_block(challenges, models=sessions))
+    session = clients.new_session(asyncio.run(clients.by_jwt(app_token())), ORIGIN)
+    assert list(session["models"]) == models
+    assert list(clients.by_session(session["token"], ORIGIN).models) == models
+
+
+def test_a_session_token_cannot_be_changed_or_made_to_last(
+    tmp_path: Path, login: Server, upstream: Upstream, challenges: Challenges, address: str
+) -> None:
+    token = new_session(login, address)
+    claims = jwt.decode(token, options={"verify_signature": False})
+    clients = login_clients(tmp_path, session_block(challenges))
+    parts = [token[:n] for n in range(len(token))]
+    for n, character in enumerate(token[:-1]):
+        parts.append(token[:n] + ("A" if character != "A" else "B") + token[n + 1 :])
+    assert set(asyncio.run(users(clients, parts))) == {None}
+    assert asyncio.run(users(clients, [token])) == [f"ip:{address}"]
+
+    def signed(key: Any, **more: Any) -> str:
+        changed = {k: v for k, v in (claims | more).items() if v is not None}
+        return jwt.encode(changed, key, "HS256")
+
+    another = login_clients(tmp_path, session_block(challenges, secret=SESSION_SECRET[::-1]))
+    key = clients.session_key
+    assert login.get("/usage", headers=with_session(signed(key))).status_code == 200
+    for forged in (
+        signed(key, exp=now(-1)),
+        signed(key, exp=None),
+        signed(key, iss="another"),
+        signed(key, iss=None),
+        signed(SESSION_SECRET),
+        signed(another.session_key),
+        craft({"alg": "none"}, claims),
+        craft({"alg": "HS512"}, claims, mac(key)),
+    ):
+        check_error(login.post(headers=with_session(forged)), 401, "invalid_key")
+    assert upstream.requests == []
+
+
+def test_a_session_is_no_proof_for_another(
+    login: Server, shared_secret: Server, challenges: Challenges, address: str
+) -> None:
+    for server in (login, shared_secret):
+        token = new_session(server, address)
+        assert server.get("/usage", headers=with_session(token)).status_code == 200
+        check_error(prove(server, address, token=token), 401, "invalid_key")
+
+
+def test_sessions_and_the_apps_tokens_are_told_apart_though_their_secret_is_one(
+    tmp_path: Path, challenges: Challenges
+) -> None:
+    block = f"[jwt]\nsecret = '{APP_SECRET}'\n" + session_block(challenges, secret=APP_SECRET)
+    clients = login_clients(tmp_path, block)
+    session = clients.new_session(clients.client("ip:192.0.2.1"), ORIGIN)["token"]
+    claims = jwt.decode(session, options={"verify_signature": False})
+    assert asyncio.run(users(clients, [session, app_token()])) == ["ip:192.0.2.1", "jwt:alice"]
+    assert asyncio.run(clients.by_jwt(session)) is None
+    assert clients.by_session(app_token(**claims), ORIGIN) is None  # with a session's claims
+    assert clients.by_session(session, "") is None
+
+
+def test_collecting_sessions_buys_no_money(
+    shared_secret: Server, upstream: Upstream, challenges: Challenges, address: str
+) -> None:
+    upstream.play(LONG)
+    body = ask(max_tokens=1000)
+    first, second, third = (new_session(shared_secret, address) for _ in range(3))
+    assert shared_secret.post(json=body, headers=with_session(first)).status_code == 200
+    refused = shared_secret.post(json=body, headers=with_session(first))
+    assert "this session" in check_error(refused, 402, "budget_exceeded")["error"]
+    assert shared_secret.post(json=body, headers=with_session(second)).status_code == 200
+    refused = shared_secret.post(json=body, headers=with_session(third))
+    assert "this client" in check_error(refused, 402, "budget_exceeded")["error"]
+    assert len(upstream.requests) == 2
+    usage = shared_secret.get("/usage", headers=with_session(third)).json()
+    left = {cap["scope"].partition(" ")[0]: cap["leftUsd"] for cap in usage["budget"]}
+    assert left == {"client": pytest.approx(0.012 - 2 * 0.00501), "session": 0.006}
+
+
+def test_the_sessions_of_a_groups_users_spend_its_budget(
+    shared_secret: Server, upstream: Upstream, challenges: Challenges
+) -> None:
+    upstream.play(LONG)
+    body, codes = ask(max_tokens=1000), []
+    for name in ("dave", "erin", "frank"):
+        proof = app_token(sub=name, team="collectors")
+        headers = with_session(new_session(shared_secret, next(ADDRESSES), token=proof))
+        codes.append(shared_secret.post(json=body, headers=headers).status_code)
+    assert codes == [200, 200, 402]
+
+
+def test_collecting_sessions_buys_no_requests_and_no_streams(
+    shared_secret: Server, upstream: Upstream, challenges: Challenges, address: str
+) -> None:
+    sessions = [with_session(new_session(shared_secret, address)) for _ in range(5)]
+    small = ask(max_tokens=10)
+    gate = threading.Event()
+    upstream.play(stream(HALF[0], until(gate), *messages_events()[1:]), answer)
+    with shared_secret.connect(json_body=small, headers=sessions[0]) as connection:
+        wait_for(lambda: upstream.requests)
+        refused = shared_secret.post(json=small, headers=sessions[1])
+        check_error(refused, 429, "too_many_streams")
+        gate.set()
+        read_until(connection, b"[DONE]")
+    codes = [shared_secret.post(json=small, headers=headers).status_code for headers in sessions]
+    assert codes == [200, 200, 200, 429, 429]
+
+
+def test_without_a_session_block_there_are_no_sessions(plain_server: Server) -> None:
+    error = check_error(plain_server.post("/session", {"turnstile": "x"}), 404, "not_found")
+    assert "[session]" in error["error"]
+
+
+def test_a_preflight_for_a_session_is_allowed_to_listed_origins(login: Server) -> None:
+    headers = {
+        "origin": ORIGIN,
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization,content-type",
+    }
+    allowed = login.http.options("/session", headers=headers)
+    assert (allowed.status_code, allowed.headers[CORS[0]]) == (204, ORIGIN)
+    assert allowed.headers["access-control-allow-headers"] == "authorization,content-type"
+    refused = login.http.options("/session", headers=headers | {"origin": "https://evil.example"})
+    assert refused.status_code == 403
+    assert CORS[0] not in refused.headers
+    evil = prove(login, "192.0.2.1", next(PROOFS), origin="https://evil.example")
+    check_error(evil, 403, "origin_not_allowed")
 
 
 # ---- Limiter -----------------------------------------------------------------------------------
@@ -5860,6 +7426,67 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(
     assert done.returncode == 2, done
     assert said in done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_key_is_printed_once_with_a_block_that_works_until_it_is_removed(
+    tmp_path: Path, serve: Serve, upstream: Upstream
+) -> None:
+    empty = ("--config", write(tmp_path, ""))
+    done = run_proxy(*empty, "key", "web-app_2")
+    assert (done.returncode, done.stderr) == (0, "")
+    text, _, block = done.stdout.partition("[clients.web-app_2]")
+    [key] = re.findall(r"^pk-[\w-]{43}$", text, re.MULTILINE)
+    assert key not in block
+    assert key not in run_proxy(*empty, "key", "web-app_2").stdout  # each is a new one
+    other = f"[clients.other]\nkey_sha256 = '{digest(CLIENT_KEY)}'\n"
+    server = serve(f"[clients.web-app_2]{block}{other}")
+    assert server.post(headers={"authorization": f"Bearer {key}"}).status_code == 200
+    assert ledger(server)[0]["client"] == "key:web-app_2"
+    assert key not in str(server.log())
+    without = serve(other)
+    check_error(without.post(headers={"authorization": f"Bearer {key}"}), 401, "invalid_key")
+    assert without.post(headers={"authorization": f"Bearer {CLIENT_KEY}"}).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a.b", "a]", "é", "a\nb", '"a"', "x" * 65, "../a"])
+def test_a_name_that_is_no_bare_key_gets_no_key(name: str) -> None:
+    done = run_proxy("key", name)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "letters, digits" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("missing", "block"),
+    [
+        pytest.param("jwt", f"[jwt]\nsecret = '{APP_SECRET}'", id="for a secret"),
+        pytest.param(
+            "cryptography",
+            f"[jwt]\njwks_url = 'https://x.example/keys'\nissuer = '{Issuer.name}'",
+            id="for an issuer's keys",
+        ),
+        pytest.param(
+            "jwt",
+            f"[session]\nsecret = '{SESSION_SECRET}'\nturnstile_secret = 'x'",
+            id="for sessions",
+        ),
+    ],
+)
+def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(
+    tmp_path: Path, missing: str, block: str
+) -> None:
+    program = tmp_path / "without.py"
+    program.write_text(
+        f"import runpy, sys\nsys.modules[{missing!r}] = None\n"
+        f"runpy.run_path({str(PROXY)!r}, run_name='__main__')\n"
+    )
+    file = write(tmp_path, block)
+    done = run_proxy("--config", file, program=program)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert "pip install 'pyjwt[crypto]'" in done.stderr
+    assert "uv run --with 'pyjwt[crypto]'" in done.stderr
+    checked = run_proxy("--check", "--config", file, program=program)
+    assert checked.returncode == 2
+    assert "pyjwt[crypto]" in checked.stdout
 
 
 def test_a_custom_provider_needs_its_key(tmp_path: Path) -> None:
