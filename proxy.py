@@ -3031,6 +3031,8 @@ class Proxy:
             return targets
         prefix, _, rest = name.partition("/")
         offers = {p: self.config.providers[p].models for p in self.keys}
+        if prefix == provider and matches(rest, offers[provider]):  # before o* takes openai/…
+            return [(provider, rest)]
         if matches(name, offers[provider]):
             return [(provider, name)]
         if rest and matches(rest, offers.get(prefix, ())):

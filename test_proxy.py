@@ -6869,6 +6869,17 @@ def test_an_alias_works_on_every_endpoint(
     assert "authorization" not in upstream.requests[0].headers
 
 
+@pytest.mark.parametrize("provider", ["anthropic", "openai"])
+def test_a_model_may_be_named_with_its_provider(
+    vendors: Server, upstream: Upstream, provider: str
+) -> None:
+    """Although o*, which OpenAI offers, matches the whole name as well."""
+    upstream.play(stream(MAKE["responses"]()))
+    answered = vendors.post(f"/api/{provider}", ask(model="openai/gpt-5-mini"))
+    assert check_frames(answered.text)["model"] == "gpt-5-mini"
+    assert upstream.requests[0].json["model"] == "gpt-5-mini"
+
+
 def test_what_a_browser_adds_never_goes_upstream(vendors: Server, upstream: Upstream) -> None:
     """Anthropic answers 401 when it sees an Origin; the rest tells the vendor who asks."""
     added = {
