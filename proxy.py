@@ -1466,10 +1466,12 @@ class MemoryBudget:
             raise BudgetExceeded(tightest, granted)
         self.holds[id] = caps, granted + self.holds.get(id, (caps, Decimal(0)))[1]
         for cap in caps:
-            if cap.window not in self.windows:  # a new day or month: the past ones are forgotten
-                current = {w: s for w, s in self.windows.items() if w >= cap.window[: len(w)]}
-                self.windows = current | {cap.window: {}}
-            self.windows[cap.window].setdefault(cap.scope, Spending()).held += granted
+            window = self.windows.setdefault(cap.window, {})
+            window.setdefault(cap.scope, Spending()).held += granted
+            # requests that began in the one before may still come: older ones are forgotten
+            alike = sorted(name for name in self.windows if len(name) == len(cap.window))
+            for past in alike[:-2]:
+                del self.windows[past]
         return granted
 
     async def settle(self, id: str, usd: Decimal) -> None:
