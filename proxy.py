@@ -1460,7 +1460,8 @@ class MemoryBudget:
         if granted < least:
             tightest = caps[left.index(min(left))]
             spending = self.of(tightest)
-            if spending.settled >= tightest.limit * Decimal("0.8") and not spending.told:
+            nearly = 0 < tightest.limit * Decimal("0.8") <= spending.settled
+            if nearly and not spending.told:
                 spending.told = True
                 self.tell(tightest, 100)
             raise BudgetExceeded(tightest, granted)
