@@ -1405,7 +1405,7 @@ def client_caps(client: Client, table: BudgetTable, now: float) -> list[Cap]:
         Cap(scope, window, limit)
         for scope, limits in scopes.items()
         for window, limit in zip(windows, limits, strict=True)
-        if limit < UNLIMITED and not scope.endswith(" ")
+        if limit < UNLIMITED and scope not in ("group ", "session ")
     ]
 
 
