@@ -3247,7 +3247,7 @@ class Proxy:
         fields["cost"] = entry.cost and float(entry.cost)
         LOG.info("request", extra={"fields": {k: v for k, v in fields.items() if v}})
         # what asked nothing of a vendor costs nothing: a flood of it must not fill the disk
-        if entry.outcome == "rejected" or not entry.model:
+        if (entry.outcome == "rejected" or not entry.model) and not call.held:
             if self.rejected_rows.refill(time.monotonic()) < 1:
                 return
             self.rejected_rows.level -= 1
