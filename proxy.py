@@ -444,6 +444,8 @@ def check_values(config: Config) -> None:
     monthly += [key.budget.per_month or UNLIMITED for key in config.clients.values()]
     if min(monthly) < UNLIMITED and config.ledger.keep < 31 * 86400:
         raise ConfigError('ledger.keep: must be at least "31d" where a month has a budget')
+    if config.ledger.keep < 86400:
+        raise ConfigError('ledger.keep: must be at least "1d"; a day\'s budget is read from it')
     check_secrets(config)
     for name, template in config.templates.items():
         check_template(f"templates.{name}", template)
@@ -2862,7 +2864,12 @@ class Proxy:
         config, aliases = self.config, map(self.resolve_alias, self.config.models)
         defaults = [(p, config.providers[p].default_model) for p in self.keys]
         named = itertools.chain(defaults, *aliases, *self.templates.values())
-        capped = client_caps(self.clients.client("ip:"), config.budget, 0) and not config.demo
+        by_address = config.session or not self.clients.closed
+        caller = self.clients.client("ip:" if by_address else "key:", group="any")
+        limits = [cap.limit for cap in client_caps(caller, config.budget, 0)]
+        limits += [usd for key in config.clients.values() for usd in astuple(key.budget) if usd]
+        limits += [config.session.budget] if config.session else []
+        capped = min(limits, default=UNLIMITED) < UNLIMITED and not config.demo
         for _, model in named:
             if capped and model and self.prices.of(model) is None:
                 raise ConfigError(f'prices."{model}": {unpriced(model)}')
