@@ -2283,6 +2283,8 @@ def cost(usage: Usage, price: Price | None) -> Decimal | None:
 
 def cost_bound(price: Price, inputs: int) -> tuple[Decimal, Decimal]:
     """The most USD that so many tokens of input can cost, and that one token of output can."""
+    if price.free:
+        return Decimal(0), Decimal(0)
     tiers = (price, price.above) if price.above else (price,)
     kinds = ("input", "cache_read", "cache_write_5m", "cache_write_1h")
     dearest = max(getattr(tier, kind) or Decimal(0) for tier in tiers for kind in kinds)
