@@ -1521,7 +1521,7 @@ class Webhook:
                     reply = await http.post(self.url, content=body, headers=headers)
                     reply.raise_for_status()
                     break
-                except (httpx.HTTPError, aiohttp.ClientError, OSError) as error:
+                except Exception as error:  # whatever it is, the next one may get through
                     LOG.warning("budget.webhook: not delivered (%s)", redact(str(error)))
 
 
