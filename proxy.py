@@ -1962,7 +1962,7 @@ class Responses(OpenAI):
 
     def body(self, request: Request) -> dict[str, Any]:
         self.cut = request.stop
-        tokens = max(16, request.max_tokens)  # the least the vendor takes
+        tokens = max(LEAST_OUTPUT, request.max_tokens)
         if tokens > request.max_tokens:
             self.dropped.append("max_tokens")
         summary = "auto" if request.thinking else None
@@ -2291,16 +2291,19 @@ def cost_bound(price: Price, inputs: int) -> tuple[Decimal, Decimal]:
     return inputs * dearest / 1_000_000, max(tier.output for tier in tiers) / 1_000_000
 
 
-IMAGE_TOKENS = 5000  # more than any vendor counts for one image
+LEAST_OUTPUT = 16  # OpenAI Responses takes no lower limit, and is sent this instead
+IMAGE_TOKENS = 7000  # more than any vendor counts for one image, but for
+MINI_IMAGE_TOKENS = 50_000  # gpt-4o-mini: 2,833 and 5,667 for each of up to 8 tiles
 TOOL_TOKENS = 1000  # what a vendor writes before the tools
 
 
-def input_bound(request: Request) -> int:
+def input_bound(request: Request, model: str = "") -> int:
     """The most tokens a request can be billed for as input: a token is at least a byte."""
+    image = MINI_IMAGE_TOKENS if model.startswith("gpt-4o-mini") else IMAGE_TOKENS
     images = [part for part in request.parts() if isinstance(part, Image)]
     data = sum(len(image.source.get("data", "")) for image in images)
     size = len(msgspec.json.encode(request)) - data
-    return size + IMAGE_TOKENS * len(images) + (TOOL_TOKENS if request.tools else 0)
+    return size + image * len(images) + (TOOL_TOKENS if request.tools else 0)
 
 
 # ---- Ledger ------------------------------------------------------------------------------------
@@ -2764,8 +2767,8 @@ async def read_refusal(response: httpx.Response) -> UpstreamError:
     message = str(error.get("message") or f"the vendor answered {response.status_code}")
     names = [str(name) for name in (error.get("type"), error.get("code"), deep)]
     wait, advice = read_retry_after(response.headers), response.headers.get("x-should-retry", "")
-    # an answer of 400 or above is not billed
-    return UpstreamError(response.status_code, message, names, wait=wait, advice=advice, sent=False)
+    status, billed = response.status_code, response.status_code < 400
+    return UpstreamError(status, message, names, wait=wait, advice=advice, sent=billed)
 
 
 def read_retry_after(headers: Map[str, str]) -> float | None:
@@ -3101,10 +3104,10 @@ class Proxy:
         for _, model in targets:
             if (price := self.prices.of(model)) is None:
                 raise BadRequest(f"model: {unpriced(model)}")
-            bounds.append(cost_bound(price, input_bound(request)))
+            bounds.append(cost_bound(price, input_bound(request, model)))
 
         def most(tokens: int) -> Decimal:
-            return max(fixed + max(16, tokens) * each for fixed, each in bounds)
+            return max(fixed + max(LEAST_OUTPUT, tokens) * each for fixed, each in bounds)
 
         call.most = most(request.max_tokens)
         least = call.most if call.chosen else most(min(256, request.max_tokens))
@@ -3156,10 +3159,10 @@ class Proxy:
                 account.attempts += 1
                 account.provider, account.model = provider, model
                 account.dropped = attempt.adapter.dropped
-                account.bound = input_bound(call.request)
+                account.bound = input_bound(call.request, model)
                 # thinking that is not shown, or only its summary, is billed all the same
-                summarized = bool(call.request.thinking) and "adaptive" in attempt.adapter.can
-                account.hidden = attempt.adapter.reasons or summarized
+                asked = call.request.thinking and "enable_thinking" not in account.dropped
+                account.hidden = attempt.adapter.reasons or bool(asked)
                 account.billed = True  # until it is known better; also where the caller leaves
                 begun, began = False, now() - account.seconds
                 try:
@@ -3192,7 +3195,8 @@ class Proxy:
                 if error.sent and (price := self.prices.of(model)):  # it may be billed in part
                     fixed, each = cost_bound(price, account.bound)
                     whole = error.status == 504 or account.hidden
-                    account.lost += fixed + (each * call.request.max_tokens if whole else 0)
+                    output = max(LEAST_OUTPUT, call.request.max_tokens) if whole else 0
+                    account.lost += fixed + each * output
             if error and not error.worth_fallback:
                 break
         raise error or refusal or UpstreamError(504, "the vendor did not answer in time")
@@ -3237,7 +3241,7 @@ class Proxy:
             entry.cost = "0"
             return
         if account.billed and not usage.known:
-            entry.estimated, most = True, call.request.max_tokens
+            entry.estimated, most = True, max(LEAST_OUTPUT, call.request.max_tokens)
             inputs = max(usage.input_tokens, account.bound)
             output = most if account.hidden else min(most, account.produced)
             output = max(usage.output_tokens, output)
@@ -3246,6 +3250,8 @@ class Proxy:
             setattr(entry, name, getattr(usage, name))
         entry.provider, entry.model = account.provider, account.model
         entry.attempts = account.attempts
+        if entry.estimated:  # some vendors write all of it to a cache, at another price
+            usage = replace(usage, cache_read_tokens=0, cache_write_tokens=usage.input_tokens)
         usd = cost(usage, self.prices.of(account.model))
         entry.cost = None if usd is None else f"{(usd + account.lost).normalize():f}"
 
