@@ -2818,6 +2818,7 @@ class Proxy:
         self.cache = Cache(config.cache, time.monotonic) if config.cache.enabled else None
         # a flight is over when nobody holds it
         self.flights: weakref.WeakValueDictionary[str, Flight] = weakref.WeakValueDictionary()
+        self.leading: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self.used_proofs: cachetools.TTLCache[str, bool] = cachetools.TTLCache(100_000, 600)
         self.templates = self.template_targets()
         self.check_prices()
@@ -3081,17 +3082,16 @@ class Proxy:
         if account := self.cache.get(key):
             call.entry.cache, call.account = "hit", account
             return replay(account.batches)
-        flight = self.flights.get(key)
-        if not (flight and flight.readers and not flight.task.done()):
-            await self.hold(call, targets)
-            flight = self.flights.get(key)  # another may have taken off meanwhile
-        if flight and flight.readers and not flight.task.done():
-            call.entry.cache, call.account = "coalesced", flight.account
-        else:
-            call.entry.cache = "miss"
-            keep = functools.partial(self.cache.put, key, call.account)
-            flight = Flight(self.upstream(call, targets), call.account, keep)
-            call.leads = self.flights[key] = flight
+        async with self.leading.setdefault(key, asyncio.Lock()):  # only one of them holds money
+            flight = self.flights.get(key)
+            if flight and flight.readers and not flight.task.done():
+                call.entry.cache, call.account = "coalesced", flight.account
+            else:
+                await self.hold(call, targets)
+                call.entry.cache = "miss"
+                keep = functools.partial(self.cache.put, key, call.account)
+                flight = Flight(self.upstream(call, targets), call.account, keep)
+                call.leads = self.flights[key] = flight
         return flight.read()
 
     async def hold(self, call: Call, targets: list[Target]) -> None:

@@ -3048,6 +3048,22 @@ def test_who_shares_a_call_or_an_answer_holds_and_pays_nothing(
     assert (len(upstream.requests), open_rows(sharing)) == (1, [])
 
 
+def test_of_those_who_come_at_once_only_one_holds(sharing: Server, upstream: Upstream) -> None:
+    """Twenty identical requests and money for one: one of them leads, and all are served."""
+    gate, body, client = threading.Event(), even(messages=fresh()["messages"]), as_client("s3")
+    upstream.play([until(gate), *spend(90)])
+    with ThreadPoolExecutor(20) as pool:
+        posts = [pool.submit(sharing.post, "/api/local", body, headers=client) for _ in range(20)]
+        wait_for(lambda: metric(sharing, "proxy_streams_in_flight") == 20)
+        gate.set()
+        answered = [post.result() for post in posts]
+    assert [reply.status_code for reply in answered] == [200] * 20
+    seen = sorted(reply.headers["x-cache"] for reply in answered)
+    assert seen == ["coalesced"] * 19 + ["miss"]
+    assert left_of(sharing, "s3") == pytest.approx(0.06)
+    assert (len(upstream.requests), open_rows(sharing)) == (1, [])
+
+
 def test_all_that_share_a_call_leave_and_only_the_leader_pays(
     sharing: Server, upstream: Upstream
 ) -> None:
