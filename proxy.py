@@ -444,6 +444,8 @@ def check_values(config: Config) -> None:
     monthly += [key.budget.per_month or UNLIMITED for key in config.clients.values()]
     if min(monthly) < UNLIMITED and config.ledger.keep < 31 * 86400:
         raise ConfigError('ledger.keep: must be at least "31d" where a month has a budget')
+    if config.ledger.keep < 86400:
+        raise ConfigError('ledger.keep: must be at least "1d"; a day\'s budget is read from it')
     check_secrets(config)
     for name, template in config.templates.items():
         check_template(f"templates.{name}", template)
@@ -1474,16 +1476,19 @@ class MemoryBudget:
         if granted < least:
             tightest = caps[left.index(min(left))]
             spending = self.of(tightest)
-            if spending.settled >= tightest.limit * Decimal("0.8") and not spending.told:
+            nearly = 0 < tightest.limit * Decimal("0.8") <= spending.settled
+            if nearly and not spending.told:
                 spending.told = True
                 self.tell(tightest, 100)
             raise BudgetExceeded(tightest, granted)
         self.holds[id] = caps, granted + self.holds.get(id, (caps, Decimal(0)))[1]
         for cap in caps:
-            if cap.window not in self.windows:  # a new day or month: the past ones are forgotten
-                current = {w: s for w, s in self.windows.items() if w >= cap.window[: len(w)]}
-                self.windows = current | {cap.window: {}}
-            self.windows[cap.window].setdefault(cap.scope, Spending()).held += granted
+            window = self.windows.setdefault(cap.window, {})
+            window.setdefault(cap.scope, Spending()).held += granted
+            # requests that began in the one before may still come: older ones are forgotten
+            alike = sorted(name for name in self.windows if len(name) == len(cap.window))
+            for past in alike[:-2]:
+                del self.windows[past]
         return granted
 
     async def settle(self, id: str, usd: Decimal) -> None:
@@ -1530,7 +1535,7 @@ class Webhook:
                     reply = await http.post(self.url, content=body, headers=headers)
                     reply.raise_for_status()
                     break
-                except (httpx.HTTPError, aiohttp.ClientError, OSError) as error:
+                except Exception as error:  # whatever it is, the next one may get through
                     LOG.warning("budget.webhook: not delivered (%s)", redact(str(error)))
 
 
@@ -1971,7 +1976,7 @@ class Responses(OpenAI):
 
     def body(self, request: Request) -> dict[str, Any]:
         self.cut = request.stop
-        tokens = max(16, request.max_tokens)  # the least the vendor takes
+        tokens = max(LEAST_OUTPUT, request.max_tokens)
         if tokens > request.max_tokens:
             self.dropped.append("max_tokens")
         summary = "auto" if request.thinking else None
@@ -2292,22 +2297,27 @@ def cost(usage: Usage, price: Price | None) -> Decimal | None:
 
 def cost_bound(price: Price, inputs: int) -> tuple[Decimal, Decimal]:
     """The most USD that so many tokens of input can cost, and that one token of output can."""
+    if price.free:
+        return Decimal(0), Decimal(0)
     tiers = (price, price.above) if price.above else (price,)
     kinds = ("input", "cache_read", "cache_write_5m", "cache_write_1h")
     dearest = max(getattr(tier, kind) or Decimal(0) for tier in tiers for kind in kinds)
     return inputs * dearest / 1_000_000, max(tier.output for tier in tiers) / 1_000_000
 
 
-IMAGE_TOKENS = 5000  # more than any vendor counts for one image
+LEAST_OUTPUT = 16  # OpenAI Responses takes no lower limit, and is sent this instead
+IMAGE_TOKENS = 7000  # more than any vendor counts for one image, but for
+MINI_IMAGE_TOKENS = 50_000  # gpt-4o-mini: 2,833 and 5,667 for each of up to 8 tiles
 TOOL_TOKENS = 1000  # what a vendor writes before the tools
 
 
-def input_bound(request: Request) -> int:
+def input_bound(request: Request, model: str = "") -> int:
     """The most tokens a request can be billed for as input: a token is at least a byte."""
+    image = MINI_IMAGE_TOKENS if model.startswith("gpt-4o-mini") else IMAGE_TOKENS
     images = [part for part in request.parts() if isinstance(part, Image)]
     data = sum(len(image.source.get("data", "")) for image in images)
     size = len(msgspec.json.encode(request)) - data
-    return size + IMAGE_TOKENS * len(images) + (TOOL_TOKENS if request.tools else 0)
+    return size + image * len(images) + (TOOL_TOKENS if request.tools else 0)
 
 
 # ---- Ledger ------------------------------------------------------------------------------------
@@ -2771,8 +2781,8 @@ async def read_refusal(response: httpx.Response) -> UpstreamError:
     message = str(error.get("message") or f"the vendor answered {response.status_code}")
     names = [str(name) for name in (error.get("type"), error.get("code"), deep)]
     wait, advice = read_retry_after(response.headers), response.headers.get("x-should-retry", "")
-    # an answer of 400 or above is not billed
-    return UpstreamError(response.status_code, message, names, wait=wait, advice=advice, sent=False)
+    status, billed = response.status_code, response.status_code < 400
+    return UpstreamError(status, message, names, wait=wait, advice=advice, sent=billed)
 
 
 def read_retry_after(headers: Map[str, str]) -> float | None:
@@ -2822,6 +2832,7 @@ class Proxy:
         self.cache = Cache(config.cache, time.monotonic) if config.cache.enabled else None
         # a flight is over when nobody holds it
         self.flights: weakref.WeakValueDictionary[str, Flight] = weakref.WeakValueDictionary()
+        self.leading: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self.used_proofs: cachetools.TTLCache[str, bool] = cachetools.TTLCache(100_000, 600)
         self.templates = self.template_targets()
         self.check_prices()
@@ -2873,7 +2884,12 @@ class Proxy:
         config, aliases = self.config, map(self.resolve_alias, self.config.models)
         defaults = [(p, config.providers[p].default_model) for p in self.keys]
         named = itertools.chain(defaults, *aliases, *self.templates.values())
-        capped = client_caps(self.clients.client("ip:"), config.budget, 0) and not config.demo
+        by_address = config.session or not self.clients.closed
+        caller = self.clients.client("ip:" if by_address else "key:", group="any")
+        limits = [cap.limit for cap in client_caps(caller, config.budget, 0)]
+        limits += [usd for key in config.clients.values() for usd in astuple(key.budget) if usd]
+        limits += [config.session.budget] if config.session else []
+        capped = min(limits, default=UNLIMITED) < UNLIMITED and not config.demo
         for _, model in named:
             if capped and model and self.prices.of(model) is None:
                 raise ConfigError(f'prices."{model}": {unpriced(model)}')
@@ -3089,17 +3105,16 @@ class Proxy:
         if account := self.cache.get(key):
             call.entry.cache, call.account = "hit", account
             return replay(account.batches)
-        flight = self.flights.get(key)
-        if not (flight and flight.readers and not flight.task.done()):
-            await self.hold(call, targets)
-            flight = self.flights.get(key)  # another may have taken off meanwhile
-        if flight and flight.readers and not flight.task.done():
-            call.entry.cache, call.account = "coalesced", flight.account
-        else:
-            call.entry.cache = "miss"
-            keep = functools.partial(self.cache.put, key, call.account)
-            flight = Flight(self.upstream(call, targets), call.account, keep)
-            call.leads = self.flights[key] = flight
+        async with self.leading.setdefault(key, asyncio.Lock()):  # only one of them holds money
+            flight = self.flights.get(key)
+            if flight and flight.readers and not flight.task.done():
+                call.entry.cache, call.account = "coalesced", flight.account
+            else:
+                await self.hold(call, targets)
+                call.entry.cache = "miss"
+                keep = functools.partial(self.cache.put, key, call.account)
+                flight = Flight(self.upstream(call, targets), call.account, keep)
+                call.leads = self.flights[key] = flight
         return flight.read()
 
     async def hold(self, call: Call, targets: list[Target]) -> None:
@@ -3112,10 +3127,10 @@ class Proxy:
         for _, model in targets:
             if (price := self.prices.of(model)) is None:
                 raise BadRequest(f"model: {unpriced(model)}")
-            bounds.append(cost_bound(price, input_bound(request)))
+            bounds.append(cost_bound(price, input_bound(request, model)))
 
         def most(tokens: int) -> Decimal:
-            return max(fixed + max(16, tokens) * each for fixed, each in bounds)
+            return max(fixed + max(LEAST_OUTPUT, tokens) * each for fixed, each in bounds)
 
         call.most = most(request.max_tokens)
         least = call.most if call.chosen else most(min(256, request.max_tokens))
@@ -3167,10 +3182,10 @@ class Proxy:
                 account.attempts += 1
                 account.provider, account.model = provider, model
                 account.dropped = attempt.adapter.dropped
-                account.bound = input_bound(call.request)
+                account.bound = input_bound(call.request, model)
                 # thinking that is not shown, or only its summary, is billed all the same
-                summarized = bool(call.request.thinking) and "adaptive" in attempt.adapter.can
-                account.hidden = attempt.adapter.reasons or summarized
+                asked = call.request.thinking and "enable_thinking" not in account.dropped
+                account.hidden = attempt.adapter.reasons or bool(asked)
                 account.billed = True  # until it is known better; also where the caller leaves
                 begun, began = False, now() - account.seconds
                 try:
@@ -3203,7 +3218,8 @@ class Proxy:
                 if error.sent and (price := self.prices.of(model)):  # it may be billed in part
                     fixed, each = cost_bound(price, account.bound)
                     whole = error.status == 504 or account.hidden
-                    account.lost += fixed + (each * call.request.max_tokens if whole else 0)
+                    output = max(LEAST_OUTPUT, call.request.max_tokens) if whole else 0
+                    account.lost += fixed + each * output
             if error and not error.worth_fallback:
                 break
         raise error or refusal or UpstreamError(504, "the vendor did not answer in time")
@@ -3248,7 +3264,7 @@ class Proxy:
             entry.cost = "0"
             return
         if account.billed and not usage.known:
-            entry.estimated, most = True, call.request.max_tokens
+            entry.estimated, most = True, max(LEAST_OUTPUT, call.request.max_tokens)
             inputs = max(usage.input_tokens, account.bound)
             output = most if account.hidden else min(most, account.produced)
             output = max(usage.output_tokens, output)
@@ -3257,6 +3273,8 @@ class Proxy:
             setattr(entry, name, getattr(usage, name))
         entry.provider, entry.model = account.provider, account.model
         entry.attempts = account.attempts
+        if entry.estimated:  # some vendors write all of it to a cache, at another price
+            usage = replace(usage, cache_read_tokens=0, cache_write_tokens=usage.input_tokens)
         usd = cost(usage, self.prices.of(account.model))
         entry.cost = None if usd is None else f"{(usd + account.lost).normalize():f}"
 
@@ -3267,7 +3285,7 @@ class Proxy:
         fields["cost"] = entry.cost and float(entry.cost)
         LOG.info("request", extra={"fields": {k: v for k, v in fields.items() if v}})
         # what asked nothing of a vendor costs nothing: a flood of it must not fill the disk
-        if entry.outcome == "rejected" or not entry.model:
+        if (entry.outcome == "rejected" or not entry.model) and not call.held:
             if self.rejected_rows.refill(time.monotonic()) < 1:
                 return
             self.rejected_rows.level -= 1

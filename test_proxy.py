@@ -1304,7 +1304,7 @@ def test_what_the_vendor_answers_and_what_the_caller_sees(
     assert len(upstream.requests) == 1  # no retry, and no redirect followed
     row = last_row(trouble, number)
     assert (row["outcome"], row["status"], row["code"]) == ("error", status, code)
-    assert Decimal(row["cost"]) == 0  # an answer of 400 or above is not billed
+    assert (Decimal(row["cost"]) > 0) == (vendor < 400)  # an answer of 400 or above is not billed
 
 
 def test_a_huge_error_body_is_reduced(trouble: Server, upstream: Upstream) -> None:
@@ -3890,6 +3890,1040 @@ def test_a_million_addresses_do_not_grow_the_memory() -> None:
     assert asyncio.run(flood()) < 100 * 2**20
 
 
+# ---- Budget ------------------------------------------------------------------------------------
+# A token of output of the models named "…-flat" costs 0.001 USD and one of input 0.000001, so that
+# a request for 100 tokens holds 0.1 USD and the bytes of its input. "…-even" has free input.
+
+FLAT = """
+[providers.local]
+adapter = "chat"
+base_url = "{url}/v1"
+[prices."*-flat"]
+input = 1
+output = 1000
+[prices."*-even"]
+input = 0
+output = 1000
+[prices."*-dear"]
+input = 0
+output = 2000
+[prices."*-gift"]
+free = true
+"""
+FLAT_PRICE = proxy.Price(input=Decimal(1), output=Decimal(1000))
+
+
+DAY, MONTH = "%Y-%m-%d", "%Y-%m"
+
+
+def keyed(name: str, group: str = "", budget: str = "") -> str:
+    """A client's block; as_client has its key."""
+    lines = [f"[clients.{name}]", f'key_sha256 = "{digest(f"budget-key-{name}")}"']
+    return "\n".join([*lines, f'group = "{group}"', f"budget = {{ {budget} }}", ""])
+
+
+def as_client(name: str, **more: str) -> dict[str, str]:
+    return {"x-api-key": f"budget-key-{name}", **more}
+
+
+def even(tokens: int | None = 100, model: str = "m-even", **fields: Any) -> dict[str, Any]:
+    return ask(model=model, **({"max_tokens": tokens} if tokens else {}), **fields)
+
+
+def spend(tokens: int = 100) -> list[Any]:
+    """An answer that is billed for so many tokens of output."""
+    return stream(chat_sse(output_tokens=tokens))
+
+
+def budgets(server: Server, headers: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """The caller's caps as /usage tells them, by scope and length of window."""
+    rows = server.get("/usage", headers=headers).json()["budget"]
+    kinds = {7: "month", 10: "day"}
+    return {f"{row['scope'].partition(' ')[0]} {kinds[len(row['window'])]}": row for row in rows}
+
+
+def open_rows(server: Server) -> list[dict[str, Any]]:
+    path = server.directory / "proxy.sqlite3"
+    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
+        database.row_factory = sqlite3.Row
+        return [dict(r) for r in database.execute("SELECT * FROM entries WHERE outcome = 'open'")]
+
+
+CAP_A = "client_per_day = 0.25\ngroup_per_month = 0.25"
+CAP_B = "client_per_month = 0.25\ngroup_per_day = 0.25"
+GROUPED = {"u": "", "g": "team", "h": "team", "i": "other"}
+
+
+@pytest.fixture(scope="module")
+def capped(serve_module: Serve, upstream_module: Upstream) -> Callable[[str], Server]:
+    """A server for some caps. Clients "p" and "q" have no budget of their own, "o" has one, "z" may
+    spend nothing, and for the others only the caps of their groups and of all hold."""
+    free = "per_day = 'unlimited', per_month = 'unlimited'"
+    clients = keyed("p") + keyed("q") + keyed("z", budget="per_day = 0, per_month = 'unlimited'")
+    clients += "".join(keyed(name, group, free) for name, group in GROUPED.items())
+
+    @functools.cache
+    def serve_caps(caps: str) -> Server:
+        own = "per_day = 'unlimited', per_month = 0.25"
+        own = own if caps == CAP_A else "per_day = 0.25, per_month = 'unlimited'"
+        total = "" if "total_per_day" in caps else 'total_per_day = "unlimited"\n'
+        config = FLAT.format(url=upstream_module.url) + clients + keyed("o", budget=own)
+        return serve_module(f"{config}[budget]\n{total}{caps}\n")
+
+    return serve_caps
+
+
+@pytest.mark.parametrize(
+    ("caps", "spenders", "whose", "form", "other", "served"),
+    [
+        pytest.param("total_per_day = 0.25", "pu", "all clients", DAY, "g", False, id="all, day"),
+        pytest.param("total_per_month = 0.25", "pu", "all clients", MONTH, "g", False,
+                     id="all, month"),
+        pytest.param(CAP_A, "pp", "this client", DAY, "q", True, id="client, day"),
+        pytest.param(CAP_B, "pp", "this client", MONTH, "q", True, id="client, month"),
+        pytest.param(CAP_B, "gh", "this group", DAY, "i", True, id="group, day"),
+        pytest.param(CAP_A, "gh", "this group", MONTH, "i", True, id="group, month"),
+        pytest.param(CAP_B, "oo", "this client", DAY, "q", True, id="key's own, day"),
+        pytest.param(CAP_A, "oo", "this client", MONTH, "q", True, id="key's own, month"),
+    ],
+)  # fmt: skip
+def test_a_cap_refuses_what_it_has_no_money_for(
+    capped: Callable[[str], Server],
+    upstream: Upstream,
+    caps: str,
+    spenders: str,
+    whose: str,
+    form: str,
+    other: str,
+    served: bool,
+) -> None:
+    """Two requests cost 0.2 of 0.25 USD, the third would hold 0.1."""
+    server, number, last = capped(caps), next(IDS), spenders[-1]
+    upstream.play(spend())
+    for name in spenders:
+        assert server.post("/api/local", even(), headers=as_client(name)).status_code == 200
+    refused = server.post("/api/local", even(), headers=as_client(last, **{"x-request-id": number}))
+    error = check_error(refused, 402, "budget_exceeded")
+    assert error["type"] == "billing_error"
+    assert refused.headers["x-should-retry"] == "false"
+    window = time.strftime(form, time.gmtime())
+    assert f"0.05 USD are left of 0.25 USD for {whose} in {window}," in error["error"]
+    assert f"whole again at {proxy.Cap('all', window, Decimal(1)).resets()}" in error["error"]
+    row = last_row(server, number)
+    assert (row["outcome"], row["status"], row["cost"]) == ("rejected", 402, "0")
+    assert (len(upstream.requests), open_rows(server)) == (2, [])
+    cheaper = server.post("/api/local", even(50), headers=as_client(last))
+    assert cheaper.status_code == 200  # what is left can be spent
+    answered = server.post("/api/local", even(), headers=as_client(other))
+    assert answered.status_code == (200 if served else 402)
+
+
+@pytest.mark.parametrize(
+    ("window", "resets"),
+    [
+        pytest.param("2026-11-21", "2026-11-22", id="day"),
+        pytest.param("2026-11-30", "2026-12-01", id="last day of a month"),
+        pytest.param("2026-11-01", "2026-11-02", id="first day of a month"),
+        pytest.param("2026-12-31", "2027-01-01", id="last day of a year"),
+        pytest.param("2028-02-28", "2028-02-29", id="leap year"),
+        pytest.param("2026-11", "2026-12-01", id="month"),
+        pytest.param("2026-12", "2027-01-01", id="December"),
+        pytest.param("2027-01", "2027-02-01", id="January"),
+    ],
+)
+def test_when_a_window_ends(window: str, resets: str) -> None:
+    assert proxy.Cap("all", window, Decimal(1)).resets() == f"{resets}T00:00:00Z"
+
+
+@pytest.mark.parametrize(
+    ("client", "scopes"),
+    [
+        pytest.param({"id": "jwt:ann"}, ["all", "client jwt:ann"], id="client"),
+        pytest.param({"id": "jwt:ann "}, ["all", "client jwt:ann "], id="a name ends in a space"),
+        pytest.param({"id": "jwt:ann", "group": "team "},
+                     ["all", "client jwt:ann", "group team "], id="a group ends in a space"),
+        pytest.param({"id": "jwt:ann", "session": "s", "per_session": proxy.Usd(1)},
+                     ["all", "client jwt:ann", "session s"], id="session"),
+    ],
+)  # fmt: skip
+def test_each_scope_that_a_client_has_is_capped(client: dict[str, Any], scopes: list[str]) -> None:
+    caller = proxy.Client(limits=proxy.Limits(), per_day=proxy.Usd(1), **client)
+    table = proxy.BudgetTable(group_per_day=proxy.Usd(1))
+    caps = proxy.client_caps(caller, table, 1795305600)
+    assert [(cap.scope, cap.window) for cap in caps] == [(scope, "2026-11-22") for scope in scopes]
+
+
+def test_zero_allows_only_what_is_free_and_unlimited_allows_all(
+    capped: Callable[[str], Server], upstream: Upstream
+) -> None:
+    server, nothing, anything = capped(CAP_A), as_client("z"), as_client("u")
+    refused = server.post("/api/local", even(1), headers=nothing)
+    assert "0 USD are left of 0 USD" in check_error(refused, 402, "budget_exceeded")["error"]
+    check_error(server.post("/api/local", even(None), headers=nothing), 402, "budget_exceeded")
+    assert upstream.requests == []
+    free = server.post("/api/local", even(model="m-gift", stream=False), headers=nothing)
+    assert (free.status_code, free.headers["x-cost-usd"]) == (200, "0")
+    assert server.post("/api/local", even(4000), headers=anything).status_code == 200
+    assert budgets(server, anything) == {}
+    assert budgets(server, nothing)["client day"]["leftUsd"] == 0
+
+
+def test_a_model_without_a_price_is_refused_under_a_budget_with_the_line_to_add(
+    capped: Callable[[str], Server], upstream: Upstream
+) -> None:
+    server = capped(CAP_A)
+    for name in "qz":
+        refused = server.post("/api/local", ask(model="new-model"), headers=as_client(name))
+        error = check_error(refused, 400, "invalid_request")
+        assert '[prices."new-model"]' in error["error"] and "free = true" in error["error"]
+    assert (upstream.requests, open_rows(server)) == ([], [])
+    served = server.post("/api/local", ask(model="new-model"), headers=as_client("u"))
+    assert (served.status_code, frames(served.text)[-2]["costUsd"]) == (200, None)
+
+
+UNLIMITED_BUDGET = {"budget.total_per_day": "unlimited", "budget.client_per_day": "unlimited"}
+A_KEY = {"key_sha256": digest("a key")}
+
+
+@pytest.mark.parametrize(
+    ("settings_of", "refused"),
+    [
+        pytest.param({"providers.anthropic.default_model": "new"}, True, id="default model"),
+        pytest.param({"models.fast": {"target": "anthropic/new"}}, True, id="alias"),
+        pytest.param({"models.fast": {"target": "anthropic/claude-haiku-4-5",
+                                      "fallback": ["anthropic/new"]}}, True, id="fallback"),
+        pytest.param({"templates.t": {"model": "claude-new", "prompt": "Hi"}}, True, id="template"),
+        pytest.param({"models.fast": {"target": "anthropic/new"}, **UNLIMITED_BUDGET,
+                      "clients.a": {**A_KEY, "budget": {"per_month": 1}}}, True, id="key's budget"),
+        pytest.param({"models.fast": {"target": "anthropic/new"}, **UNLIMITED_BUDGET,
+                      "clients.a": A_KEY, "budget.group_per_day": 1}, True, id="group's budget"),
+        pytest.param({"models.fast": {"target": "anthropic/new"}, **UNLIMITED_BUDGET},
+                     False, id="no budget"),
+        pytest.param({"models.fast": {"target": "anthropic/new"}, "clients.a": A_KEY,
+                      "budget.total_per_day": "unlimited"}, False, id="no budget for keys"),
+        pytest.param({"models.fast": {"target": "anthropic/new"}, "prices.new": {"free": True}},
+                     False, id="free"),
+        pytest.param({"models.fast": {"target": "anthropic/claude-haiku-4-5"}}, False, id="known"),
+    ],
+)  # fmt: skip
+def test_it_does_not_start_under_a_budget_with_a_model_that_has_no_price(
+    settings_of: dict[str, Any], refused: bool
+) -> None:
+    environ = {"ANTHROPIC_API_KEY": ANTHROPIC_KEY}
+    config = proxy.load_config(None, environ, **settings_of)
+    if not refused:
+        proxy.create_app(config, environ, public=False)
+        return
+    with pytest.raises(proxy.ConfigError, match=r'prices\."(claude-)?new"'):
+        proxy.create_app(config, environ, public=False)
+
+
+@pytest.mark.parametrize(
+    ("keep", "budget", "refused"),
+    [
+        pytest.param("30d", {"budget.total_per_month": 1}, True, id="month"),
+        pytest.param("30d", {"clients.a": {**A_KEY, "budget": {"per_month": 1}}}, True, id="key"),
+        pytest.param("31d", {"budget.group_per_month": 1}, False, id="long enough"),
+        pytest.param("1d", {}, False, id="day"),
+        pytest.param("23h", {}, True, id="shorter than a day"),
+    ],
+)
+def test_the_ledger_keeps_what_a_budget_must_remember(
+    keep: str, budget: dict[str, Any], refused: bool
+) -> None:
+    settings_of = {"ledger.keep": keep, **budget}
+    if refused:
+        with pytest.raises(proxy.ConfigError, match=r"ledger\.keep"):
+            proxy.load_config(None, {}, **settings_of)
+    else:
+        proxy.load_config(None, {}, **settings_of)
+
+
+# How much is held.
+
+HOLDERS = iter([f"h{number}" for number in range(16)])
+
+
+@pytest.fixture(scope="module")
+def holding(serve_module: Serve, upstream_module: Upstream) -> Server:
+    """Sixteen clients with 0.6 USD each."""
+    aliases = '[models.twice]\ntarget = "local/m-even"\nfallback = ["local/m-dear"]\n'
+    clients = "".join(keyed(f"h{number}", budget="per_day = 0.6") for number in range(16))
+    return serve_module(FLAT.format(url=upstream_module.url) + aliases + clients)
+
+
+@pytest.mark.parametrize(
+    ("fields", "model", "sent_tokens"),
+    [
+        pytest.param({}, "m-even", 600, id="not set"),
+        pytest.param({}, "twice", 300, id="not set, with a dearer fallback"),
+        pytest.param({"max_tokens": 600}, "m-even", 600, id="set, and it fits"),
+        pytest.param({"max_tokens": 601}, "m-even", None, id="set, and one too many"),
+        pytest.param({"max_tokens": 301}, "twice", None, id="set, too many for the fallback"),
+        pytest.param({"max_output_tokens": 601}, "m-even", None, id="set as Responses has it"),
+        pytest.param({"max_completion_tokens": 601}, "m-even", None, id="set as Chat has it"),
+        pytest.param({"max_new_tokens": 601}, "m-even", None, id="set as others have it"),
+    ],
+)
+def test_max_tokens_that_nobody_set_is_lowered_to_what_is_left(
+    holding: Server, upstream: Upstream, fields: dict[str, Any], model: str, sent_tokens: int | None
+) -> None:
+    client, asked = as_client(next(HOLDERS)), ask(model=model, **fields)
+    replied = holding.post("/api/local", asked, headers=client)
+    if sent_tokens is None:
+        check_error(replied, 402, "budget_exceeded")
+        assert upstream.requests == []
+    else:
+        assert upstream.requests[0].json["max_tokens"] == sent_tokens
+        lowered = "max_tokens" in replied.headers.get("x-dropped-params", "")
+        assert (replied.status_code, lowered) == (200, not fields)
+    assert open_rows(holding) == []
+
+
+def test_an_answer_is_not_lowered_to_next_to_nothing(holding: Server, upstream: Upstream) -> None:
+    client = as_client(next(HOLDERS))
+    upstream.play(spend(400))
+    assert holding.post("/api/local", even(400), headers=client).status_code == 200
+    refused = holding.post("/api/local", even(None), headers=client)  # 200 tokens are left
+    check_error(refused, 402, "budget_exceeded")
+    assert len(upstream.requests) == 1
+
+
+# The proof: a flood of first requests against a budget for ten.
+
+
+async def one_request(
+    port: int, headers: Mapping[str, str], body: dict[str, Any], refused: asyncio.Semaphore
+) -> tuple[int, str]:
+    """Status and body of a reply; tells `refused` of a 402."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**20)
+    data = json.dumps(body).encode()
+    lines = {"Host": "localhost", "Connection": "close", "Content-Type": "application/json"}
+    lines |= {"Content-Length": str(len(data)), **headers}
+    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+    writer.write(f"POST /api/local HTTP/1.1\r\n{head}\r\n".encode() + data)
+    data = b""
+    try:
+        while chunk := await reader.read(65536):
+            if not data and b" 402 " in chunk:
+                refused.release()
+            data += chunk
+    finally:
+        writer.close()
+    return int(data.split()[1]), data.decode()
+
+
+@pytest.mark.parametrize("clients", [1, 500], ids=["one unseen client", "500 unseen clients"])
+def test_500_parallel_requests_against_a_budget_for_10_make_10_calls(
+    serve: Serve, upstream: Upstream, clients: int
+) -> None:
+    cap = "client_per_day = 1\ntotal_per_day = 100" if clients == 1 else "total_per_day = 1"
+    public = f"[server]\ncors_origins = ['{ORIGIN}']\ntrusted_proxies = 1\n"
+    config = public + FLAT.format(url=upstream.url) + f"[budget]\n{cap}\n"
+    server = serve(config, arguments=("--host", "0.0.0.0"))
+    gate = threading.Event()
+    upstream.play([until(gate), *spend(100)])  # each costs all that was held
+    hosts = [f"2.0.{n % clients // 250}.{n % clients % 250}" for n in range(500)]
+
+    async def run() -> list[tuple[int, str]]:
+        refused = asyncio.Semaphore(0)
+        asked = [({"X-Forwarded-For": h}, even(stream=n % 2 == 0)) for n, h in enumerate(hosts)]
+        tasks = [asyncio.create_task(one_request(server.port, *each, refused)) for each in asked]
+        async with asyncio.timeout(40):
+            for _ in range(490):
+                await refused.acquire()
+            assert not any(task.done() and task.result()[0] == 200 for task in tasks)
+            gate.set()
+            return await asyncio.gather(*tasks)
+
+    answered = asyncio.run(run())
+    statuses = [status for status, _ in answered]
+    assert (statuses.count(200), statuses.count(402)) == (10, 490)
+    assert len(upstream.requests) == 10
+    assert all("budget_exceeded" in text for status, text in answered if status == 402)
+    rows = ledger(server)
+    assert sum(Decimal(row["cost"]) for row in rows) == 1
+    assert open_rows(server) == []
+
+
+# However a request ends, nothing stays held, and it cost at least what was delivered and at most
+# what was held. `inputs` are times the bound of the input, `outputs` tokens of output.
+
+ENDING = iter([f"u{number}" for number in range(60)])
+
+
+@pytest.fixture(scope="module")
+def ending(serve_module: Serve, upstream_module: Upstream) -> Server:
+    config = f"""
+    [upstream]
+    connect = "500ms"
+    first_byte = "1500ms"
+    idle = "300ms"
+    attempts = 1
+    [providers.nobody]
+    adapter = "chat"
+    base_url = "http://127.0.0.1:1/v1"
+    [providers.once]
+    adapter = "messages"
+    base_url = "{upstream_module.url}"
+    [models.away]
+    target = "nobody/m-flat"
+    fallback = ["local/m-flat"]
+    [models.again]
+    target = "local/m-flat"
+    fallback = ["local/m-flat"]
+    [models.both]
+    target = "local/m-flat"
+    fallback = ["local/m-even", "once/claude-dear"]
+    """
+    clients = "".join(keyed(f"u{number}", budget="per_day = 5") for number in range(60))
+    return serve_module(config + FLAT.format(url=upstream_module.url) + clients)
+
+
+def input_usd(body: dict[str, Any]) -> Decimal:
+    return proxy.cost_bound(FLAT_PRICE, proxy.input_bound(parse(body).request))[0]
+
+
+CHAT_HALF = chat_events(["Hel", "lo"])[:3]
+
+
+@pytest.mark.parametrize("streamed", [True, False], ids=["stream", "JSON"])
+@pytest.mark.parametrize(
+    ("model", "scripts", "ended", "inputs", "outputs", "counted"),
+    [
+        pytest.param("m-flat", [stream(chat_sse())], "ok", 0, 5, 10, id="whole"),
+        pytest.param("m-flat", [stream(chat_sse(output_tokens=100))], "ok", 0, 100, 10,
+                     id="all that was held"),
+        pytest.param("m-flat", [stream(chat_sse(usage=None))], "ok", 1, 5, 0, id="without usage"),
+        pytest.param("m-flat", [stream(chat_sse("x" * 900, usage=None))], "ok", 1, 100, 0,
+                     id="without usage, more bytes than tokens"),
+        pytest.param("m-flat", [[*stream(*CHAT_HALF, end=False), RESET]], "error", 1, 5, 0,
+                     id="cut"),
+        pytest.param("m-flat", [[*stream(*CHAT_HALF, end=False), HANG]], "error", 1, 5, 0,
+                     id="stalled"),
+        pytest.param("gpt-5-flat", [stream(chat_sse("Hi", usage=None))], "ok", 1, 100, 0,
+                     id="without usage, reasoning"),
+        pytest.param("gpt-5-flat", [[*stream(*CHAT_HALF, end=False), RESET]], "error", 1, 100, 0,
+                     id="cut, reasoning"),
+        pytest.param("m-flat", [reply(400, vendor_error())], "error", 0, 0, 0, id="400"),
+        pytest.param("m-flat", [reply(401, vendor_error())], "error", 0, 0, 0, id="401"),
+        pytest.param("m-flat", [reply(429, vendor_error(), ONCE)], "error", 0, 0, 0, id="429"),
+        pytest.param("m-flat", [reply(500, vendor_error(), ONCE)], "error", 0, 0, 0, id="500"),
+        pytest.param("m-flat", [reply(302, b"", {"location": "/"})], "error", 1, 0, 0, id="302"),
+        pytest.param("again", [reply(503, vendor_error()), stream(chat_sse())], "ok", 0, 5, 10,
+                     id="503, then whole"),
+        pytest.param("again", [[RESET], stream(chat_sse())], "ok", 1, 5, 10,
+                     id="reset, then whole"),
+        pytest.param("again", [[RESET], [RESET]], "error", 2, 0, 0, id="reset twice"),
+        pytest.param("nobody/m-flat", [], "error", 0, 0, 0, id="not reached"),
+        pytest.param("away", [stream(chat_sse())], "ok", 0, 5, 10, id="not reached, fallback"),
+        pytest.param("claude-unfilled", [], "rejected", 0, 0, 0, id="cannot be asked"),
+    ],
+)  # fmt: skip
+def test_nothing_stays_held_however_a_request_ends(
+    ending: Server,
+    upstream: Upstream,
+    model: str,
+    scripts: list[Any],
+    ended: str,
+    inputs: int,
+    outputs: int,
+    counted: int,
+    streamed: bool,
+) -> None:
+    client, number = next(ENDING), next(IDS)
+    body = even(model=model, stream=streamed)
+    path = "/api/local"
+    if model == "claude-unfilled":
+        path, body["model"] = "/api/once", "claude-opus-4-6"
+        body["messages"] = [*body["messages"], {"role": "assistant", "content": "{"}]
+    if model.startswith("nobody/"):
+        path = "/api/nobody"
+        body["model"] = model.partition("/")[2]
+    upstream.play(*scripts)
+    ending.post(path, body, headers=as_client(client, **{"x-request-id": number}))
+    row = last_row(ending, number)
+    expected = inputs * input_usd(body) + outputs * Decimal("0.001") + counted / MILLION
+    assert (row["outcome"], Decimal(row["cost"])) == (ended, expected)
+    wait_for(lambda: not open_rows(ending))
+    left = budgets(ending, as_client(client))["client day"]["leftUsd"]
+    assert left == pytest.approx(float(5 - expected), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("scripts", "fallback_tokens", "expected"),
+    [
+        # three targets share first_byte: the first one's hold is kept, the next one is paid
+        pytest.param([[HANG], stream(chat_sse(output_tokens=50))], 50, "0.15", id="then served"),
+        pytest.param([[HANG], reply(401, vendor_error()), stream(messages_sse(output_tokens=9))],
+                     18, "0.118", id="then a dearer one"),
+    ],
+)  # fmt: skip
+def test_an_attempt_that_timed_out_keeps_its_hold_beside_the_fallback(
+    ending: Server, upstream: Upstream, scripts: list[Any], fallback_tokens: int, expected: str
+) -> None:
+    client, number, body = next(ENDING), next(IDS), even(model="both")
+    upstream.play(*scripts)
+    headers = as_client(client, **{"x-request-id": number})
+    assert frames(ending.post("/api/local", body, headers=headers).text)[-1] == "[DONE]"
+    row = last_row(ending, number)
+    # the input of the attempt that timed out at its bound; the other targets' input is free
+    assert Decimal(row["cost"]) == Decimal(expected) + input_usd(body)
+    left = budgets(ending, as_client(client))["client day"]["leftUsd"]
+    assert left == pytest.approx(5 - float(row["cost"]), abs=1e-12)
+    assert open_rows(ending) == []
+
+
+def test_a_second_attempt_is_not_made_where_its_hold_does_not_fit(
+    holding: Server, upstream: Upstream
+) -> None:
+    """400 tokens cost 0.4 of 0.6 USD, and the attempt that is lost keeps them."""
+    client = as_client(next(HOLDERS))
+    upstream.play([RESET], answer)
+    body = even(400, model="gpt-5-even")  # who reasons has perhaps thought all of it
+    failed = holding.post("/api/local", body, headers=client)
+    check_error(failed, 502, "upstream_unreachable")
+    assert len(upstream.requests) == 1
+    assert budgets(holding, client)["client day"]["leftUsd"] == pytest.approx(0.2)
+    assert open_rows(holding) == []
+
+
+@pytest.mark.parametrize("streamed", [True, False], ids=["stream", "JSON"])
+@pytest.mark.parametrize(
+    ("script", "attempts", "outputs"),
+    [
+        pytest.param(None, 0, 0, id="in the body"),
+        pytest.param([], 1, 0, id="before the headers"),
+        pytest.param(stream(end=False), 1, 0, id="before the first event"),
+        pytest.param(stream(*CHAT_HALF, end=False), 1, 5, id="in the middle"),
+    ],
+)
+def test_nothing_stays_held_in_whatever_phase_the_caller_leaves(
+    ending: Server, upstream: Upstream, script: Any, attempts: int, outputs: int, streamed: bool
+) -> None:
+    client, number, body = next(ENDING), next(IDS), even(model="m-flat", stream=streamed)
+    headers = as_client(client, **{"X-Request-ID": number})
+    reached = threading.Event()
+    upstream.play([*(script or []), tell(reached), HANG])
+    held, least = Decimal("0.1") + input_usd(body), input_usd(body) if attempts else Decimal(0)
+    length = 5000 if script is None else None
+    with ending.connect("/api/local", body, headers, length=length) as connection:
+        if attempts:
+            assert reached.wait(5)
+            assert [Decimal(row["cost"]) for row in open_rows(ending)] == [held]
+            during = budgets(ending, as_client(client))["client day"]["leftUsd"]
+            assert during == pytest.approx(float(5 - held), abs=1e-12)
+        if outputs and streamed:
+            read_until(connection, b'"lo"')
+            least += outputs * Decimal("0.001")
+    row = last_row(ending, number)
+    assert (row["outcome"], row["attempts"]) == ("cancelled", attempts)
+    most = input_usd(body) + outputs * Decimal("0.001") if attempts else least
+    assert least <= Decimal(row["cost"]) <= most < held
+    assert open_rows(ending) == []
+    left = budgets(ending, as_client(client))["client day"]["leftUsd"]
+    assert left == pytest.approx(5 - float(row["cost"]), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("first", "inputs"),
+    [
+        pytest.param(reply(503, vendor_error(), AGAIN), 0, id="refused"),
+        pytest.param([RESET], 1, id="reset"),
+    ],
+)
+def test_a_retry_holds_beside_what_the_first_attempt_may_have_cost(
+    holding: Server, upstream: Upstream, first: Any, inputs: int
+) -> None:
+    client, number, body = as_client(next(HOLDERS)), next(IDS), even(500, model="m-flat")
+    gate = threading.Event()
+    upstream.play(first, [until(gate), *stream(chat_sse(output_tokens=500))])
+    headers = {**client, "X-Request-ID": number}
+    with holding.connect("/api/local", body, headers) as connection:
+        wait_for(lambda: len(upstream.requests) == 2)
+        [row] = open_rows(holding)
+        assert Decimal(row["cost"]) == Decimal("0.5") + input_usd(body) * (1 + inputs)
+        gate.set()
+        read_until(connection, b"[DONE]")
+    row = last_row(holding, number)
+    assert Decimal(row["cost"]) == Decimal("0.50001") + input_usd(body) * inputs
+    left = budgets(holding, client)["client day"]["leftUsd"]
+    assert left == pytest.approx(0.6 - float(row["cost"]), abs=1e-12)
+
+
+def test_nothing_stays_held_by_who_leaves_in_a_retry_pause(
+    holding: Server, upstream: Upstream
+) -> None:
+    client, number = as_client(next(HOLDERS)), next(IDS)
+    upstream.play(reply(503, vendor_error()), answer)
+    with holding.connect("/api/local", even(), {**client, "X-Request-ID": number}):
+        wait_for(lambda: upstream.requests and upstream.requests[0].closed.is_set())
+    row = last_row(holding, number)
+    assert (row["outcome"], row["attempts"], row["cost"]) == ("cancelled", 1, "0")
+    assert budgets(holding, client)["client day"]["leftUsd"] == 0.6
+    assert (len(upstream.requests), open_rows(holding)) == (1, [])
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "millionths"),
+    [
+        # a vendor that writes its cache unasked says so only at the end: 1 x 5, not 1 x 4
+        pytest.param("gpt-5.6", {}, (5, 20 * 64), id="what is written to a cache"),
+        # what is shown of its thinking may be a summary
+        pytest.param("claude-haiku-4-5", {"enable_thinking": True, "max_tokens": 2000},
+                     (Decimal("1.25"), 5 * 2000), id="thinking"),
+    ],
+)  # fmt: skip
+def test_an_estimate_is_no_less_than_the_vendor_may_bill(
+    plain_server: Server,
+    upstream: Upstream,
+    model: str,
+    more: dict[str, Any],
+    millionths: tuple[Any, int],
+) -> None:
+    dialect = "messages" if model.startswith("claude") else "responses"
+    path = "/api/anthropic" if dialect == "messages" else "/api/openai"
+    upstream.play([*stream(*MAKE_EVENTS[dialect](["Hel", "lo"])[:3], end=False), RESET])
+    number, body = next(IDS), ask(model=model, **{"max_tokens": 64, **more})
+    plain_server.post(path, body, headers={"x-request-id": number})
+    row, inputs = last_row(plain_server, number), proxy.input_bound(parse(body).request)
+    assert (row["outcome"], row["estimated"]) == ("error", 1)
+    assert Decimal(row["cost"]) == (millionths[0] * inputs + millionths[1]) / MILLION
+
+
+def test_the_least_a_vendor_takes_is_what_may_be_billed(
+    plain_server: Server, upstream: Upstream
+) -> None:
+    """OpenAI Responses answers with at least 16 tokens, whatever a caller asked."""
+    upstream.play([*stream(*responses_events("x" * 40)[:2], end=False), RESET])
+    number, body = next(IDS), ask(model="gpt-4o", max_tokens=1)
+    plain_server.post("/api/openai", body, headers={"x-request-id": number})
+    assert upstream.requests[0].json["max_output_tokens"] == 16
+    row, inputs = last_row(plain_server, number), proxy.input_bound(parse(body).request)
+    assert Decimal(row["cost"]) == (inputs * Decimal("2.5") + 16 * 10) / MILLION
+
+
+def test_a_flood_of_refused_rows_leaves_no_row_open(serve: Serve, upstream: Upstream) -> None:
+    """More requests than have rows are refused; one that was held and then refused is closed."""
+    server = serve(FLAT.format(url=upstream.url))
+    head = "POST /api/local HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+    def flood(_: int) -> None:
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(f"{head}Content-Length: 1\r\n\r\n{{".encode() * 53)
+            answered = b""
+            while answered.count(b"HTTP/1.1 400") < 53:
+                answered += connection.recv(65536)
+
+    with ThreadPoolExecutor(20) as pool:
+        list(pool.map(flood, range(20)))
+    assert len(ledger(server)) < 1060
+    said = [*ask()["messages"], {"role": "assistant", "content": "{"}]
+    for _ in range(3):
+        replied = server.post(json=ask(model="claude-opus-4-6", messages=said))
+        assert "last message" in check_error(replied, 400, "invalid_request")["error"]
+    assert (upstream.requests, open_rows(server)) == ([], [])
+
+
+# What is held survives the process.
+
+
+def restart(server: Server, upstream: Upstream) -> Server:
+    """kill -9, and the same again."""
+    server.kill()
+    config = (server.directory / "config.toml").read_text()
+    return start_server(server.directory, upstream, config)
+
+
+def test_spending_and_open_holds_survive_kill_9(serve: Serve, upstream: Upstream) -> None:
+    clients = keyed("a", "team") + keyed("b", "team")
+    caps = "[budget]\ntotal_per_day = 2\ntotal_per_month = 3\nclient_per_day = 0.35\n"
+    caps += "client_per_month = 0.5\ngroup_per_day = 0.8\ngroup_per_month = 0.9\n"
+    server = serve(FLAT.format(url=upstream.url) + clients + caps)
+    a, b = as_client("a"), as_client("b")
+    upstream.play(spend(100), [*stream(*CHAT_HALF, end=False), HANG])
+    server.post("/api/local", even(), headers=a)
+    number = next(IDS)
+    with server.connect("/api/local", even(200), {**a, "X-Request-ID": number}) as connection:
+        read_until(connection, b'"lo"')
+        assert [row["cost"] for row in open_rows(server)] == ["0.200"]
+        before = budgets(server, a), budgets(server, b)
+        again = restart(server, upstream)
+    try:
+        row = last_row(again, number)
+        assert (row["outcome"], row["code"], row["estimated"]) == ("error", "proxy_died", 1)
+        assert (Decimal(row["cost"]), open_rows(again)) == (Decimal("0.2"), [])
+        assert (budgets(again, a), budgets(again, b)) == before
+        left = {kind: row["leftUsd"] for kind, row in before[0].items()}
+        assert left == pytest.approx({"client day": 0.05, "client month": 0.2,
+                                      "group day": 0.5, "group month": 0.6})  # fmt: skip
+        upstream.clear()
+        refused = again.post("/api/local", even(), headers=a)
+        assert "0.05 USD are left" in check_error(refused, 402, "budget_exceeded")["error"]
+        assert again.post("/api/local", even(), headers=b).status_code == 200
+        assert len(upstream.requests) == 1
+    finally:
+        again.stop()
+
+
+# Those who share a call.
+
+
+@pytest.fixture(scope="module")
+def sharing(serve_module: Serve, upstream_module: Upstream) -> Server:
+    clients = "".join(keyed(f"s{number}", budget="per_day = 0.15") for number in range(4))
+    cache = "[cache]\nenabled = true\n"
+    return serve_module(FLAT.format(url=upstream_module.url) + clients + cache)
+
+
+def left_of(server: Server, client: str) -> float:
+    return float(budgets(server, as_client(client))["client day"]["leftUsd"])
+
+
+def test_who_shares_a_call_or_an_answer_holds_and_pays_nothing(
+    sharing: Server, upstream: Upstream
+) -> None:
+    """There is money for one call; the leader leaves, the followers stay, and a hit follows."""
+    gate, body, client = threading.Event(), even(messages=fresh()["messages"]), as_client("s0")
+    events = chat_events("Hello", output_tokens=90)
+    upstream.play(stream(*events[:2], until(gate), *events[2:]))
+    ids = [next(IDS) for _ in range(3)]
+    connections = []
+    for number in ids:
+        headers = {**client, "X-Request-ID": number, "Connection": "close"}
+        connections.append(sharing.connect("/api/local", body, headers))
+        read_until(connections[-1], b"Hello")
+        assert left_of(sharing, "s0") == pytest.approx(0.05)  # what the leader holds
+    connections[0].close()
+    check_error(sharing.post("/api/local", even(), headers=client), 402, "budget_exceeded")
+    assert left_of(sharing, "s0") == pytest.approx(0.05)
+    gate.set()
+    for connection in connections[1:]:
+        with connection:
+            read_until(connection, b"[DONE]")
+    rows = [last_row(sharing, number) for number in ids]
+    assert [row["outcome"] for row in rows] == ["cancelled", "ok", "ok"]
+    costs = [Decimal(row["cost"]) for row in rows]
+    assert costs == [Decimal("0.09"), 0, 0]
+    assert left_of(sharing, "s0") == pytest.approx(0.06)
+    hit = sharing.post("/api/local", body, headers=client)
+    assert (hit.status_code, hit.headers["x-cache"]) == (200, "hit")
+    assert left_of(sharing, "s0") == pytest.approx(0.06)
+    assert (len(upstream.requests), open_rows(sharing)) == (1, [])
+
+
+def test_of_those_who_come_at_once_only_one_holds(sharing: Server, upstream: Upstream) -> None:
+    """Twenty identical requests and money for one: one of them leads, and all are served."""
+    gate, body, client = threading.Event(), even(messages=fresh()["messages"]), as_client("s3")
+    upstream.play([until(gate), *spend(90)])
+    with ThreadPoolExecutor(20) as pool:
+        posts = [pool.submit(sharing.post, "/api/local", body, headers=client) for _ in range(20)]
+        wait_for(lambda: metric(sharing, "proxy_streams_in_flight") == 20)
+        gate.set()
+        answered = [post.result() for post in posts]
+    assert [reply.status_code for reply in answered] == [200] * 20
+    seen = sorted(reply.headers["x-cache"] for reply in answered)
+    assert seen == ["coalesced"] * 19 + ["miss"]
+    assert left_of(sharing, "s3") == pytest.approx(0.06)
+    assert (len(upstream.requests), open_rows(sharing)) == (1, [])
+
+
+def test_all_that_share_a_call_leave_and_only_the_leader_pays(
+    sharing: Server, upstream: Upstream
+) -> None:
+    body, client = even(messages=fresh()["messages"]), as_client("s1")
+    upstream.play([*stream(*CHAT_HALF, end=False), HANG])
+    ids, connections = [next(IDS) for _ in range(2)], []
+    for number in ids:
+        headers = {**client, "X-Request-ID": number}
+        connections.append(sharing.connect("/api/local", body, headers))
+        read_until(connections[-1], b'"lo"')
+    for connection in connections:
+        connection.close()
+    rows = [last_row(sharing, number) for number in ids]
+    assert [row["outcome"] for row in rows] == ["cancelled"] * 2
+    assert [Decimal(row["cost"]) for row in rows] == [Decimal("0.005"), 0]
+    assert left_of(sharing, "s1") == pytest.approx(0.145)
+    assert open_rows(sharing) == []
+
+
+def test_a_leader_that_the_budget_refuses_leads_nobody(sharing: Server, upstream: Upstream) -> None:
+    body = even(160, messages=fresh()["messages"])
+    with ThreadPoolExecutor(8) as pool:
+        posts = [
+            pool.submit(sharing.post, "/api/local", body, headers=as_client("s2")) for _ in range(8)
+        ]
+        for post in posts:
+            check_error(post.result(), 402, "budget_exceeded")
+    assert (upstream.requests, open_rows(sharing)) == ([], [])
+    assert left_of(sharing, "s2") == 0.15
+
+
+# A day that ends. The server's clock is a file.
+
+CLOCKED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {folder!r})
+import proxy
+def clock():
+    return float(Path({clock!r}).read_text())
+app = proxy.create_app(proxy.load_config(), public=False, clock=clock)
+"""
+MIDNIGHT = 1796083200  # the first second of 2026-12-01, of a day and of a month
+
+
+class Clocked(Server):
+    """proxy.py with a clock of its own."""
+
+    def __init__(self, directory: Path, config: str, now: float) -> None:
+        self.clock = directory / "clock"
+        self.set(now)
+        source = CLOCKED.format(folder=str(PROXY.parent), clock=str(self.clock))
+        (directory / "clocked.py").write_text(source)
+        environ = {"PROXY_CONFIG": str(write_config(directory, config))}
+        port = free_port()
+        command = [str(granian()), "--interface", "asgi", "--port", str(port), "clocked:app"]
+        super().__init__(command, directory, port, environ)
+
+    def set(self, now: float) -> None:
+        file = self.clock.with_suffix(".new")
+        file.write_text(str(now))
+        file.rename(self.clock)
+
+
+@pytest.fixture(scope="module")
+def clocked(
+    upstream_module: Upstream, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Clocked]:
+    """Clients with 0.2 USD a day, the first one with 0.5 a month as well."""
+    clients = keyed("a", budget="per_day = 0.2, per_month = 0.5")
+    clients += keyed("b", budget="per_day = 0.2") + keyed("c", budget="per_day = 0.2")
+    config = FLAT.format(url=upstream_module.url) + clients
+    server = Clocked(tmp_path_factory.mktemp("clocked"), config, MIDNIGHT)
+    yield server
+    server.stop()
+
+
+def test_a_new_window_starts_empty(clocked: Clocked, upstream: Upstream) -> None:
+    server, a = clocked, as_client("a")
+    server.set(MIDNIGHT - 2 * 86400 - 1)
+    upstream.play(spend(200))
+    for window, later in (("2026-11-28", 86400), ("2026-11-29", 86400)):
+        assert server.post("/api/local", even(200), headers=a).status_code == 200
+        refused = server.post("/api/local", even(200), headers=a)
+        assert f" in {window}," in check_error(refused, 402, "budget_exceeded")["error"]
+        server.set(float(server.clock.read_text()) + later)
+    refused = server.post("/api/local", even(200), headers=a)  # 0.4 of the month's 0.5
+    error = check_error(refused, 402, "budget_exceeded")["error"]
+    assert " in 2026-11," in error and "2026-12-01T00:00:00Z" in error
+    server.set(MIDNIGHT)
+    left = {kind: row["leftUsd"] for kind, row in budgets(server, a).items()}
+    assert left == {"client day": 0.2, "client month": 0.5}
+    assert server.post("/api/local", even(200), headers=a).status_code == 200
+    assert [row["resetsAt"] for row in budgets(server, a).values()] == [
+        "2026-12-02T00:00:00Z", "2027-01-01T00:00:00Z",
+    ]  # fmt: skip
+
+
+def test_a_request_is_settled_in_the_window_it_was_held_in(
+    clocked: Clocked, upstream: Upstream
+) -> None:
+    server, a, number = clocked, as_client("b"), next(IDS)
+    server.set(MIDNIGHT - 1)
+    events = chat_events("Hello", output_tokens=200)
+    gate = threading.Event()
+    upstream.play(stream(*events[:2], until(gate), *events[2:]), spend(200))
+    with server.connect("/api/local", even(200), {**a, "X-Request-ID": number}) as connection:
+        read_until(connection, b"Hello")
+        server.set(MIDNIGHT + 1)
+        assert budgets(server, a)["client day"]["leftUsd"] == 0.2
+        assert server.post("/api/local", even(200), headers=a).status_code == 200
+        gate.set()
+        read_until(connection, b"[DONE]")
+    row = last_row(server, number)
+    assert (Decimal(row["cost"]), row["time"]) == (Decimal("0.2"), MIDNIGHT - 1)
+    today = budgets(server, a)["client day"]
+    assert (today["window"], today["leftUsd"]) == ("2026-12-01", 0)
+    check_error(server.post("/api/local", even(1), headers=a), 402, "budget_exceeded")
+    assert open_rows(server) == []
+
+
+def test_yesterday_does_not_begin_anew_for_those_who_come_late(
+    clocked: Clocked, upstream: Upstream
+) -> None:
+    """A body that begins before midnight and ends after it is charged to the day it began in,
+    whose money is spent, also when others have opened the new day meanwhile."""
+    server, a, body = clocked, as_client("c"), even(200)
+    server.set(MIDNIGHT - 1)
+    upstream.play(spend(200))
+    assert server.post("/api/local", body, headers=a).status_code == 200
+    more = b" " * 100  # JSON may end in white space
+    length = len(json.dumps(body).encode()) + len(more)
+    number = {"X-Request-ID": next(IDS)}
+    with server.connect("/api/local", body, {**a, **number}, length=length) as connection:
+        wait_for(lambda: metric(server, "proxy_streams_in_flight") == 1)
+        server.set(MIDNIGHT + 1)
+        assert server.post("/api/local", body, headers=a).status_code == 200
+        connection.sendall(more)
+        assert b" 402 " in read_until(connection, b"\r\n\r\n")
+    assert len(upstream.requests) == 2
+
+
+# The store by itself, in any order of holds and settlements.
+
+CAPS = [
+    proxy.Cap(scope, window, Decimal(limit))
+    for scope, limit in (("all", 50), ("client a", 20), ("client b", 0), ("group g", 30))
+    for window in ("2026-11-21", "2026-11")
+]
+HOLD = st.tuples(
+    st.integers(0, 5),
+    st.sets(st.sampled_from(range(len(CAPS))), min_size=1),
+    st.integers(0, 30),
+    st.integers(0, 30),
+)
+SETTLE = st.tuples(st.integers(0, 5), st.integers(0, 4))  # quarters of what is held
+
+
+@given(st.lists(HOLD | SETTLE, max_size=40))
+@settings(max_examples=200)
+def test_no_order_of_holds_and_settlements_passes_a_cap(steps: list[Any]) -> None:
+    """Against a model that keeps a list of who has what of which cap."""
+    told: list[tuple[Any, int]] = []
+    budget = proxy.MemoryBudget({}, lambda cap, percent: told.append((cap, percent)))
+    held: dict[str, tuple[list[Any], Decimal]] = {}
+    settled: list[tuple[list[Any], Decimal]] = []
+
+    def spent(cap: Any) -> Decimal:
+        everything = [*settled, *held.values()]
+        return sum((usd for caps, usd in everything if cap in caps), Decimal(0))
+
+    async def play() -> None:
+        for step in steps:
+            number = str(step[0])
+            if len(step) == 2:
+                caps, usd = held.pop(number, ([], Decimal(0)))
+                settled.append((caps, usd * step[1] / 4))
+                await budget.settle(number, usd * step[1] / 4)
+            else:
+                _, chosen, first, second = step
+                caps = [CAPS[index] for index in sorted(chosen)]
+                caps, before = held.get(number, (caps, Decimal(0)))  # a second hold adds
+                least, most = Decimal(min(first, second)), Decimal(max(first, second))
+                left = min(cap.limit - spent(cap) for cap in caps)
+                try:
+                    granted = await budget.hold(number, caps, least, most)
+                except proxy.BudgetExceeded:
+                    assert left < least
+                else:
+                    assert granted == min(most, left) >= least
+                    held[number] = caps, before + granted
+            assert await budget.spent(CAPS) == [spent(cap) for cap in CAPS]
+            assert all(spent(cap) <= cap.limit for cap in CAPS)
+        for number in range(6):
+            await budget.settle(str(number), Decimal(0))
+        held.clear()
+        assert budget.holds == {}
+        assert await budget.spent(CAPS) == [spent(cap) for cap in CAPS]
+        spending = [s for scopes in budget.windows.values() for s in scopes.values()]
+        assert all(s.settled and not s.held for s in spending)  # what cost nothing is forgotten
+
+    asyncio.run(play())
+    assert len(set(told)) == len(told)  # once each
+
+
+# Telling of a cap that comes to its end.
+
+HOOK_SECRET = "webhook-secret-0123456789abcdef-0123456789"
+
+
+@pytest.fixture(scope="module")
+def hook_module() -> Iterator[Upstream]:
+    """A loopback endpoint of the owner's."""
+    endpoint = Upstream()
+    yield endpoint
+    endpoint.stop()
+
+
+@pytest.fixture
+def hook(hook_module: Upstream) -> Upstream:
+    hook_module.clear()
+    return hook_module
+
+
+@pytest.fixture(scope="module")
+def hooked(serve_module: Serve, upstream_module: Upstream, hook_module: Upstream) -> Server:
+    caps = {"a": "per_day = 1", "b": "per_day = 0.5", "c": "", "z": "per_day = 0"}
+    clients = "".join(keyed(name, budget=cap) for name, cap in caps.items())
+    config = f"[budget]\ntotal_per_day = 100\nwebhook = '{hook_module.url}/hook?a=b'\n"
+    config += FLAT.format(url=upstream_module.url) + clients
+    return serve_module(config, environ={"BUDGET_WEBHOOK_SECRET": HOOK_SECRET})
+
+
+def told_of(hook: Upstream) -> list[tuple[str, int]]:
+    """The scopes and percents that have come, in their order, each signed as it must be."""
+    for received in hook.requests:
+        headers, at = received.headers, received.headers["webhook-timestamp"]
+        signed = f"{headers['webhook-id']}.{at}.".encode() + received.body
+        mac = hmac.digest(HOOK_SECRET.encode(), signed, "sha256")
+        assert headers["webhook-signature"] == f"v1,{base64.b64encode(mac).decode()}"
+        assert abs(int(at) - time.time()) < 60
+        assert headers["content-type"] == "application/json"
+        assert received.json["type"] == "budget"
+    events = [received.json["data"] for received in hook.requests]
+    return [(event["scope"], event["percent"]) for event in events]
+
+
+def test_the_webhook_hears_of_80_and_of_100_percent_once(
+    hooked: Server, upstream: Upstream, hook: Upstream
+) -> None:
+    server, a = hooked, as_client("a")
+    upstream.play(spend(100))
+    hook.play(reply(500), reply(204))
+    for _ in range(7):
+        server.post("/api/local", even(), headers=a)
+    assert hook.requests == []
+    for _ in range(8):
+        server.post("/api/local", even(), headers=a)
+    assert len(upstream.requests) == 10
+    wait_for(lambda: len(hook.requests) == 3)
+    assert told_of(hook) == [("client key:a", 80), ("client key:a", 80), ("client key:a", 100)]
+    first, second, third = (received.headers["webhook-id"] for received in hook.requests)
+    assert first == second != third  # so that the owner can tell a retry from another event
+    data = hook.requests[2].json["data"]
+    assert (data["limitUsd"], data["window"]) == (1, time.strftime("%Y-%m-%d", time.gmtime()))
+    assert data["resetsAt"].endswith("T00:00:00Z")
+    assert hook.requests[0].path == "/hook?a=b"
+    assert [line["percent"] for line in server.log("budget")] == [80, 100]
+
+
+def test_a_cap_of_zero_is_not_told_of(hooked: Server, upstream: Upstream, hook: Upstream) -> None:
+    for _ in range(3):
+        refused = hooked.post("/api/local", even(), headers=as_client("z"))
+        check_error(refused, 402, "budget_exceeded")
+    hooked.post("/api/local", even(), headers=as_client("c"))
+    assert not [line for line in hooked.log("budget") if line["scope"] == "client key:z"]
+    assert hook.requests == []
+
+
+def test_no_request_waits_for_a_webhook_that_hangs(
+    hooked: Server, upstream: Upstream, hook: Upstream
+) -> None:
+    server, a = hooked, as_client("b")
+    gate = threading.Event()
+    hook.play([until(gate), reply(204)])
+    upstream.play(spend(450))
+    assert server.post("/api/local", even(450), headers=a).status_code == 200
+    wait_for(lambda: hook.requests)
+    check_error(server.post("/api/local", even(450), headers=a), 402, "budget_exceeded")
+    assert server.post("/api/local", even(), headers=as_client("c")).status_code == 200
+    assert not hook.requests[0].closed.is_set()  # all that time it hung
+    gate.set()
+    wait_for(lambda: len(hook.requests) == 2)
+    assert told_of(hook) == [("client key:b", 80), ("client key:b", 100)]
+
+
 # ---- Cache -------------------------------------------------------------------------------------
 
 
@@ -5926,6 +6960,64 @@ def test_the_models_the_documents_name_have_a_price(model: str) -> None:
     assert proxy.Prices({}).of(model) is not None
 
 
+def every_price() -> list[Any]:
+    """Those of the public table, the built-in ones, and some nobody sells."""
+    odd = [FULL, TIERED, {"input": 5, "output": 1, "cache_write_5m": 1, "cache_write_1h": 0.5},
+           {"output": 3, "above": {"tokens": 10, "input": 0.5, "output": 1}}]  # fmt: skip
+    found = [*proxy.built_in_prices().values(), *(price(**fields) for fields in odd)]
+    file = SHARED / "prices.json"
+    names = set(proxy.Price.__struct_fields__)
+    for row in json.loads(file.read_text()).values() if file.is_file() else ():
+        above = {k: v for k, v in (row.get("above") or {}).items() if k in names}
+        fields = {k: v for k, v in row.items() if k in names - {"above"}}
+        found.append(msgspec.convert(fields | ({"above": above} if above else {}), proxy.Price))
+    return found
+
+
+@functools.cache
+def cached_prices() -> list[Any]:
+    return list(dict.fromkeys(every_price()))
+
+
+@given(st.data(), st.integers(0, 2_000_000), st.integers(0, 200_000))
+@settings(max_examples=600)
+def test_no_usage_costs_more_than_its_bound(data: Any, inputs: int, outputs: int) -> None:
+    table = data.draw(st.sampled_from(cached_prices()))
+    used = data.draw(st.integers(0, inputs))
+    read = data.draw(st.integers(0, used))
+    write = data.draw(st.integers(0, used - read))
+    write_1h = data.draw(st.integers(0, write))
+    usage = proxy.Usage(used, data.draw(st.integers(0, outputs)), read, write, write_1h)
+    fixed, each = proxy.cost_bound(table, inputs)
+    assert 0 <= proxy.cost(usage, table) <= fixed + outputs * each
+
+
+def test_what_is_free_holds_nothing() -> None:
+    assert proxy.cost_bound(price(free=True, input=1, output=1), 1000) == (0, 0)
+
+
+IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBO"}}
+
+IMAGES = [{"role": "user", "content": [IMAGE] * 3}]
+
+
+@pytest.mark.parametrize(
+    ("body", "least"),
+    [
+        pytest.param(ask("x" * 1000), 1000, id="text"),
+        pytest.param(ask("\U0001f600" * 1000), 4000, id="a token may be a byte"),
+        pytest.param(ask(system="x" * 1000), 1000, id="system"),
+        pytest.param(ask(messages=IMAGES), 3 * 7000, id="images"),
+        pytest.param(ask(messages=IMAGES, model="gpt-4o-mini-2024-07-18"), 3 * 50_000,
+                     id="images for a model that counts more"),
+        pytest.param(ask(tools=[{"name": "f", "description": "x" * 1000}]), 2000, id="tools"),
+    ],
+)  # fmt: skip
+def test_the_input_is_bounded_by_its_bytes(body: dict[str, Any], least: int) -> None:
+    request = parse(body).request
+    assert least < proxy.input_bound(request, request.model) < least + 500
+
+
 # ---- Ledger ------------------------------------------------------------------------------------
 
 
@@ -7291,10 +8383,12 @@ def test_a_body_must_be_declared_as_json(
 
 def test_a_paused_proxy_answers_503_and_stays_alive(serve: Serve, upstream: Upstream) -> None:
     server = serve(environ={"PROXY_PAUSED": "1"})
-    reply = server.post()
-    assert (reply.status_code, reply.json()["code"]) == (503, "paused")
-    assert reply.headers["x-should-retry"] == "false"
-    assert upstream.requests == []
+    for path, model in (("/api/anthropic", "claude-haiku-4-5"), ("/api/openai", "gpt-4o")):
+        reply = server.post(path, ask(model=model))
+        assert (reply.status_code, reply.json()["code"]) == (503, "paused")
+        assert reply.headers["x-should-retry"] == "false"
+    assert (upstream.requests, open_rows(server)) == ([], [])
+    assert [server.get(path).status_code for path in ("/health", "/usage")] == [200, 200]
 
 
 # ---- Demo --------------------------------------------------------------------------------------
