@@ -2419,7 +2419,7 @@ def tenants(serve_module: Serve) -> Server:
     return serve_module(config)
 
 
-def holding(name: str) -> dict[str, str]:
+def with_key(name: str) -> dict[str, str]:
     return {"authorization": f"Bearer {name}-key"}
 
 
@@ -2427,17 +2427,17 @@ LONG = stream(messages_sse(output_tokens=1000))  # with 1,000 tokens of output h
 
 
 def test_a_key_has_a_rate_of_its_own(tenants: Server, upstream: Upstream) -> None:
-    statuses = [tenants.post(headers=holding("slow")).status_code for _ in range(3)]
+    statuses = [tenants.post(headers=with_key("slow")).status_code for _ in range(3)]
     assert statuses == [200, 200, 429]
-    assert tenants.post(headers=holding("free")).headers["x-ratelimit-limit-requests"] == "1000000"
+    assert tenants.post(headers=with_key("free")).headers["x-ratelimit-limit-requests"] == "1000000"
 
 
 def test_a_key_has_a_number_of_streams_of_its_own(tenants: Server, upstream: Upstream) -> None:
     upstream.play(stream(HALF[0], HANG), answer)
-    with tenants.connect(headers=holding("single")):
+    with tenants.connect(headers=with_key("single")):
         wait_for(lambda: upstream.requests)
-        check_error(tenants.post(headers=holding("single")), 429, "too_many_streams")
-        assert tenants.post(headers=holding("free")).status_code == 200
+        check_error(tenants.post(headers=with_key("single")), 429, "too_many_streams")
+        assert tenants.post(headers=with_key("free")).status_code == 200
 
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -2461,31 +2461,31 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
 def test_a_key_has_limits_models_and_a_budget_of_its_own(
     tenants: Server, upstream: Upstream, name: str, body: Any, status: int, said: str
 ) -> None:
-    refused = tenants.post(json=body, headers=holding(name))
+    refused = tenants.post(json=body, headers=with_key(name))
     assert refused.status_code == status
     assert said in refused.json()["error"]
     assert upstream.requests == []
 
 
 def test_a_key_may_do_what_is_within_its_limits(tenants: Server, upstream: Upstream) -> None:
-    short = tenants.post(json=ask(max_tokens=100), headers=holding("short"))
+    short = tenants.post(json=ask(max_tokens=100), headers=with_key("short"))
     assert (short.status_code, short.headers["x-dropped-params"]) == (200, "max_tokens")
     assert upstream.requests[-1].json["max_tokens"] == 7
-    assert tenants.post(json=ask(model="fast"), headers=holding("alias")).status_code == 200
+    assert tenants.post(json=ask(model="fast"), headers=with_key("alias")).status_code == 200
     mini = ask(model="o3")
-    assert tenants.post("/api/openai", json=mini, headers=holding("alias")).status_code == 200
+    assert tenants.post("/api/openai", json=mini, headers=with_key("alias")).status_code == 200
     free = ask("x" * 1100, tools=[TOOL], system="Be brief")
-    assert tenants.post(json=free, headers=holding("free")).status_code == 200
+    assert tenants.post(json=free, headers=with_key("free")).status_code == 200
     assert len(upstream.requests) == 4
 
 
 def test_a_key_spends_its_own_budget(tenants: Server, upstream: Upstream) -> None:
     upstream.play(LONG)
     body = ask(max_tokens=1000)
-    assert tenants.post(json=body, headers=holding("poor")).status_code == 200
-    check_error(tenants.post(json=body, headers=holding("poor")), 402, "budget_exceeded")
-    assert tenants.post(json=body, headers=holding("free")).status_code == 200
-    usage = tenants.get("/usage", headers=holding("poor")).json()
+    assert tenants.post(json=body, headers=with_key("poor")).status_code == 200
+    check_error(tenants.post(json=body, headers=with_key("poor")), 402, "budget_exceeded")
+    assert tenants.post(json=body, headers=with_key("free")).status_code == 200
+    usage = tenants.get("/usage", headers=with_key("poor")).json()
     assert usage["client"] == "key:poor"
     [cap] = usage["budget"]
     assert (cap["scope"], cap["limitUsd"]) == ("client key:poor", 0.006)
@@ -2497,10 +2497,10 @@ def test_the_keys_of_a_group_share_its_budget(tenants: Server, upstream: Upstrea
     upstream.play(LONG)
     body = ask(max_tokens=1000)
     for name in ("red", "blue"):
-        assert tenants.post(json=body, headers=holding(name)).status_code == 200
+        assert tenants.post(json=body, headers=with_key(name)).status_code == 200
     for name in ("red", "blue"):
         refused = check_error(
-            tenants.post(json=body, headers=holding(name)), 402, "budget_exceeded"
+            tenants.post(json=body, headers=with_key(name)), 402, "budget_exceeded"
         )
         assert "this group" in refused["error"]
 
