@@ -289,7 +289,7 @@ BUILT_IN_PROVIDERS: dict[str, dict[str, Any]] = {
     "anthropic": {"adapter": "messages", "base_url": "https://api.anthropic.com",
                   "key_env": "ANTHROPIC_API_KEY", "models": ["claude-*"]},
     "openai": {"adapter": "responses", "base_url": "https://api.openai.com/v1",
-               "key_env": "OPENAI_API_KEY", "models": ["gpt-*", "o*", "chat-*"]},
+               "key_env": "OPENAI_API_KEY", "models": ["gpt-*", "o[1-9]*", "chat-*"]},
 }  # fmt: skip
 
 # Names that a PaaS or the proxies this one replaces made known; read_environment has the others.
@@ -445,6 +445,8 @@ def check_values(config: Config) -> None:
     if min(monthly) < UNLIMITED and config.ledger.keep < 31 * 86400:
         raise ConfigError('ledger.keep: must be at least "31d" where a month has a budget')
     check_secrets(config)
+    if config.limits.templates_only and not config.templates:
+        raise ConfigError("limits.templates_only: needs a [templates.NAME] block to be asked for")
     for name, template in config.templates.items():
         check_template(f"templates.{name}", template)
 
@@ -487,6 +489,8 @@ SLOT = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 
 def check_template(path: str, template: Template) -> None:
+    if not template.prompt.strip():
+        raise ConfigError(f"{path}.prompt: must ask something")
     for place, text in (("user", template.prompt), ("system", template.system)):
         declared = {name for name, v in template.variables.items() if v.place == place}
         used = set(SLOT.findall(text))
@@ -814,18 +818,21 @@ def parse_body(
     dropped = [redact(name, length=50) for name in unknown[:50]]
     if given.template is not None:
         request = read_template(given, templates)
-        dropped += raw.keys() & set(Body.__struct_fields__) - {"template", "variables", "stream"}
+        owned = set(Body.__struct_fields__) - {"template", "variables", "stream"}
+        dropped += sorted(raw.keys() & owned)
+        said: Iterable[Any] = (given.variables or {}).values()
     elif limits.templates_only:
         raise BadRequest(f"template: must be one of {', '.join(templates)}")
     else:
         request = read_request(given, limits, default_model, dropped)
+        said = (*request.texts(), msgspec.json.encode(request.tools).decode())
     request.system = "\n\n".join(filter(None, (limits.system_prompt, request.system)))
     if (count := request.characters()) > limits.max_characters:
         raise BadRequest(
             f"messages: {count} characters, at most {limits.max_characters} are allowed"
         )
-    if limits.denied:
-        text = "\n".join(request.texts()).casefold()
+    if limits.denied:  # to the caller, not to the owner
+        text = "\n".join(map(str, said)).casefold()
         if any(denied.casefold() in text for denied in limits.denied):
             raise BadRequest("messages: hold a text that is not allowed here")
     chosen = any(getattr(given, name) for name in MAX_TOKENS)
@@ -871,6 +878,8 @@ def read_request(given: Body, limits: Limits, default_model: str, dropped: list[
         request.tool_choice = read_tool_choice(given.tool_choice, request.tools)
     elif given.tool_choice is not None:
         dropped.append("tool_choice")
+    if given.variables is not None:
+        dropped.append("variables")
     return request
 
 
@@ -942,7 +951,7 @@ def read_block(block: Any, where: str, dropped: list[str]) -> list[Part]:
             return [read_image(given, where)]
         case "function_call" | "tool_use", {"name": str(name)} if isinstance(call, str):
             given = block.get("arguments", block.get("input"))
-            return [ToolUse(call, name, read_arguments(given, where))]
+            return [ToolUse(call, clean(name), read_arguments(given, where))]
         case "function_call_output" | "tool_result" | "tool", _ if isinstance(call, str):
             given = block.get("result", block.get("output", block.get("content")))
             return [ToolResult(call, read_result(given), bool(block.get("is_error")))]
@@ -989,9 +998,10 @@ def read_tool(tool: Any, where: str) -> Tool:
                 kind = redact(str(kind), length=50)
                 raise BadRequest(f"{where}.type: {kind!r} runs at the vendor and is not allowed")
             schema = inner.get("parameters") or inner.get("input_schema") or {"properties": {}}
-            if isinstance(name := inner.get("name"), str) and name and isinstance(schema, dict):
+            name = inner.get("name")
+            if isinstance(name, str) and (name := clean(name)) and isinstance(schema, dict):
                 about = str(inner.get("description") or "")
-                return Tool(clean(name), about, {"type": "object"} | schema)
+                return Tool(name, about, {"type": "object"} | schema)
     raise BadRequest(f"{where}: needs a name, and parameters that are a JSON schema")
 
 
@@ -1000,8 +1010,9 @@ def read_tool_choice(given: Any, tools: list[Tool]) -> str | dict[str, str]:
     match given:
         case str(mode) | {"type": str(mode)} if mode in ("auto", "none", "required", "any"):
             return "required" if mode == "any" else mode
-        case str(name) | {"function": {"name": str(name)}} | {"name": str(name)} if name in names:
-            return {"type": "function", "name": name}
+        case str(name) | {"function": {"name": str(name)}} | {"name": str(name)}:
+            if (name := clean(name)) in names:
+                return {"type": "function", "name": name}
     raise BadRequest("tool_choice: must be auto, none, required or the name of one of the tools")
 
 
@@ -1045,11 +1056,13 @@ def read_template(given: Body, templates: Map[str, Template]) -> Request:
     def fill(text: str) -> str:
         return SLOT.sub(lambda slot: values[slot[1]], text)
 
+    if not (prompt := fill(template.prompt)).strip():
+        raise BadRequest("variables: leave nothing to ask")
     return Request(
         model=template.model,
         max_tokens=template.max_tokens,
         system=fill(template.system),
-        messages=[Message("user", [Text(fill(template.prompt))])],
+        messages=[Message("user", [Text(prompt)])],
         tools=template_tools(template),
     )
 
