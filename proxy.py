@@ -1743,7 +1743,7 @@ class Adapter:
         self.base_url, self.model = provider.base_url.rstrip("/"), model
         self.can, self.own = capability(model), "api.openai.com" in self.base_url
         self.reasons = not self.can.isdisjoint(("always", "on", "off"))
-        self.sse, self.usage = SSE(), Usage()
+        self.sse, self.usage, self.secret = SSE(), Usage(), b""
         self.counts: dict[str, Any] = {}
         self.calls: dict[Any, ToolUse] = {}
         self.dropped: list[str] = []
@@ -1784,6 +1784,8 @@ class Adapter:
         for data in self.sse.feed(chunk):
             if self.complete:
                 break
+            if self.secret:  # should the vendor say it, nobody hears it
+                data = data.replace(self.secret, b"[removed]")
             try:
                 done = data.strip() == b"[DONE]"
                 event = {"type": "[DONE]"} if done else msgspec.json.decode(data)
@@ -2671,6 +2673,7 @@ class Attempt:
         self.deadline, self.key = call.started + self.times.total, proxy.keys[provider]
         settings = proxy.config.providers[provider]
         self.adapter = ADAPTERS[settings.adapter](settings, model)
+        self.adapter.secret = self.key.encode()
         self.body = msgspec.json.encode(self.adapter.encode(call.request))
         self.cutter = StopCutter(self.adapter.cut) if self.adapter.cut else None
 
@@ -3279,6 +3282,8 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 def check_media_type(headers: Headers) -> None:
     if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ProxyError(415, "not_json", "Content-Type: must be application/json")
+    if headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
+        raise ProxyError(415, "not_json", "Content-Encoding: send the body as it is")
 
 
 async def read_body(receive: Receive, headers: Headers, limits: Limits) -> bytes:

@@ -7,6 +7,7 @@ scripts. What is missing on a machine skips its tests and says so: the recording
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextlib
 import enum
@@ -43,7 +44,7 @@ import httpx
 import msgspec
 import openai
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 import proxy
@@ -6382,6 +6383,499 @@ def test_a_paused_proxy_answers_503_and_stays_alive(serve: Serve, upstream: Upst
     assert (reply.status_code, reply.json()["code"]) == (503, "paused")
     assert reply.headers["x-should-retry"] == "false"
     assert upstream.requests == []
+
+
+# Attacks over a real socket, a row for each known way. Whatever the reply: no more was spent than
+# on the calls that a row says, nothing leaked, and nothing is stuck.
+
+
+@pytest.fixture(scope="module")
+def fortress(serve_module: Serve) -> Server:
+    """A public bind with two keys, a cache and a budget."""
+    config = f"""
+    [server]
+    cors_origins = ["{ORIGIN}"]
+    admin_token = "admin-token-0123456789"
+    [limits]
+    requests_per_minute = 1_000_000
+    burst = 1_000_000
+    max_body = "100KiB"
+    body_timeout = "300ms"
+    [cache]
+    enabled = true
+    [upstream]
+    attempts = 1
+    [clients.web]
+    key_sha256 = "{digest(CLIENT_KEY)}"
+    [clients.other]
+    key_sha256 = "{digest("other-key")}"
+    """
+    return serve_module(config, arguments=("--host", "0.0.0.0"))
+
+
+@pytest.fixture(scope="module")
+def stranger() -> Iterator[Upstream]:
+    """A server of the attacker's, which nothing may ever reach."""
+    server = Upstream()
+    yield server
+    assert server.connections == 0
+    server.stop()
+
+
+GOOD = json.dumps(ask()).encode()
+CHUNKED = b"%x\r\n%b\r\n0\r\n\r\n" % (len(GOOD), GOOD)
+FRESH = {"Cache-Control": "no-cache"}
+
+
+def raw(
+    *lines: str,
+    body: bytes | dict[str, Any] = GOOD,
+    target: str = "/api/anthropic",
+    method: str = "POST",
+    without: tuple[str, ...] = (),
+) -> bytes:
+    """A request as bytes: `lines` stand for those of the same name, and may be repeated."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    usual = [
+        "Host: 127.0.0.1", "Content-Type: application/json", f"Authorization: Bearer {CLIENT_KEY}",
+        f"Content-Length: {len(data)}", "Cache-Control: no-cache", "Connection: close",
+    ]  # fmt: skip
+    given = {line.partition(":")[0].strip().lower() for line in (*lines, *without)}
+    kept = [line for line in usual if line.partition(":")[0].lower() not in given]
+    head = "\r\n".join([f"{method} {target} HTTP/1.1", *kept, *lines])
+    return head.encode("latin-1") + b"\r\n\r\n" + data
+
+
+def exchange(server: Server, data: bytes) -> bytes:
+    """All that comes back; the server must end the connection."""
+    received = b""
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=5)
+    with connection, contextlib.suppress(ConnectionError):
+        connection.sendall(data)
+        while piece := connection.recv(65536):
+            received += piece
+    return received
+
+
+def statuses(received: bytes) -> list[int]:
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 ([2-5]\d\d) ", received)]
+
+
+def spent(server: Server) -> Decimal:
+    return sum((Decimal(row["cost"] or 0) for row in ledger(server)), Decimal(0))
+
+
+def check_unharmed(server: Server, received: bytes | str) -> None:
+    """Nothing leaked, and nothing is stuck."""
+    assert server.process.poll() is None
+    assert server.get("/health").status_code == 200
+    metrics = server.get(
+        "/metrics", headers={"authorization": "Bearer admin-token-0123456789"}
+    ).text
+    in_flight = re.search(r"(?m)^proxy_streams_in_flight (.*)$", metrics)
+    assert in_flight and float(in_flight[1]) == 0
+    path = server.directory / "proxy.sqlite3"
+    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
+        rows = database.execute("SELECT * FROM entries").fetchall()
+        assert not database.execute("SELECT * FROM entries WHERE outcome = 'open'").fetchall()
+    seen = received if isinstance(received, str) else received.decode("latin-1")
+    heads = "\n".join(re.findall(r"(?s)HTTP/1\.1 .*?\r\n\r\n", seen)).lower()
+    assert not re.search(r"(?m)^(x-evil|set-cookie|location)", heads)
+    everything = "\n".join([seen, metrics, str(rows), *server.lines])
+    secrets = (
+        ANTHROPIC_KEY,
+        OPENAI_KEY,
+        CLIENT_KEY,
+        digest(CLIENT_KEY),
+        "admin-token",
+        "Traceback",
+    )
+    assert [secret for secret in secrets if secret in everything] == []
+    for line in server.lines:
+        assert isinstance(json.loads(line), dict)
+        assert line.isprintable(), line
+
+
+NESTED = {depth: b"[" * depth + b"]" * depth for depth in (500, 40_000)}
+EVIL = "https://evil.example"
+STRANGER = "http://127.0.0.1:65535"  # the port becomes the stranger's
+SQL = "x');DROP/**/TABLE/**/entries;--"
+ELSEWHERE = {
+    "base_url": STRANGER, "baseURL": STRANGER, "api_base": STRANGER, "url": STRANGER,
+    "endpoint": STRANGER, "proxy": STRANGER, "provider": {"base_url": STRANGER},
+    "headers": {"Host": "evil.example"}, "extra_headers": {"x-api-key": "k"}, "api_key": "k",
+}  # fmt: skip
+
+
+def nested(form: str, depth: int) -> bytes:
+    return form.encode().replace(b"DEEP", NESTED[depth])
+
+
+DEEP_FORMS = {
+    "body": "DEEP",
+    "unknown field": '{"model":"claude-haiku-4-5","messages":[{"role":"user","content":"Hi"}],'
+                     '"x":DEEP}',
+    "content": '{"model":"claude-haiku-4-5","messages":[{"role":"user","content":DEEP}]}',
+    "result": '{"model":"claude-haiku-4-5","messages":[{"role":"user","content":'
+              '[{"type":"tool_result","tool_use_id":"1","result":[DEEP]}]}]}',
+    "arguments": '{"model":"claude-haiku-4-5","messages":[{"role":"assistant","content":'
+                 '[{"type":"tool_use","id":"1","name":"f","arguments":{"a":DEEP}}]}]}',
+    "schema": '{"model":"claude-haiku-4-5","messages":[{"role":"user","content":"Hi"}],'
+              '"tools":[{"name":"f","parameters":{"a":DEEP}}]}',
+    "variables": '{"template":"t","variables":{"a":DEEP}}',
+}  # fmt: skip
+SMUGGLED = raw("X-Request-ID: smuggled")
+
+ATTACKS = [
+    # where a request goes
+    pytest.param(raw(body=ask() | ELSEWHERE), {200}, 1, id="base URL in the body"),
+    pytest.param(raw(*(f"{name}: {STRANGER}" for name in ("X-Base-URL", "X-Target-URL", "Proxy",
+                     "X-Forwarded-Host", "Referer", "OpenAI-Base-URL"))), {200}, 1,
+                 id="base URL in headers"),
+    pytest.param(raw(target="/api/http:%2f%2f127.0.0.1"), {404}, 0, id="URL as the provider"),
+    pytest.param(raw(target=f"/api/anthropic?url={STRANGER}"), {200}, 1, id="URL in the query"),
+    pytest.param(raw(target=f"{STRANGER}/api/anthropic"), {200}, 1, id="absolute target"),
+    pytest.param(raw(target=STRANGER, method="CONNECT"), {400, 404, 405}, 0, id="CONNECT"),
+    pytest.param(raw(body=ask(model="../../v1/files")), {403}, 0, id="path as the model"),
+    pytest.param(raw(body=ask(model="claude-x/../../files?a=b")), {400}, 0, id="path in a model"),
+    # who calls
+    pytest.param(raw(f"Origin: {EVIL}", "Content-Type: text/plain"), {403}, 0,
+                 id="evil origin with text/plain"),
+    pytest.param(raw("Content-Type: text/plain"), {415}, 0, id="text/plain without an origin"),
+    pytest.param(raw("Content-Type: application/x-www-form-urlencoded"), {415}, 0, id="a form"),
+    pytest.param(raw("Content-Type: multipart/form-data; boundary=application/json"), {415}, 0,
+                 id="JSON as a boundary"),
+    pytest.param(raw("Content-Type: application/json", "Content-Type: text/plain"), {415}, 0,
+                 id="two content types"),
+    pytest.param(raw(f"Origin: {ORIGIN}", f"Origin: {EVIL}"), {403}, 0, id="two origins"),
+    pytest.param(raw(f"Origin: {ORIGIN}.evil.example"), {403}, 0, id="origin as a prefix"),
+    pytest.param(raw("Origin: http://app.example"), {403}, 0, id="origin over HTTP"),
+    pytest.param(raw(f"Origin: {ORIGIN}:8443"), {403}, 0, id="origin with a port"),
+    pytest.param(raw(f"Origin: {ORIGIN} "+ EVIL), {403}, 0, id="two origins in one"),
+    pytest.param(raw("Origin: null"), {403}, 0, id="origin null"),
+    pytest.param(raw(f"Origin: {EVIL}", "Access-Control-Request-Method: POST", method="OPTIONS"),
+                 {403}, 0, id="preflight of an evil origin"),
+    pytest.param(raw("Authorization: Bearer wrong", body={"user": "web", "client": "web",
+                     "api_key": CLIENT_KEY[::-1]}), {401}, 0, id="identity in the body"),
+    pytest.param(raw("X-User-ID: web", "X-Client: key:web", without=("Authorization",)), {401}, 0,
+                 id="identity in a header"),
+    pytest.param(raw(f"Cookie: authorization=Bearer {CLIENT_KEY[::-1]}",
+                     without=("Authorization",)), {401}, 0, id="identity in a cookie"),
+    pytest.param(raw("Authorization: Bearer wrong", "Authorization: Bearer wronger"), {401}, 0,
+                 id="two keys"),
+    pytest.param(raw("Authorization: Bearer wrong", "Content-Length: 1000", body=b""), {401}, 0,
+                 id="wrong key, body that never comes"),
+    pytest.param(raw("Authorization: Bearer wrong", body=b"{" * 1000), {401}, 0,
+                 id="wrong key, broken body"),
+    pytest.param(raw("Authorization: Bearer " + "x" * 50_000), {401, 431}, 0, id="a huge key"),
+    pytest.param(raw("Authorization: Bearer ' OR '1'='1"), {401}, 0, id="SQL as a key"),
+    pytest.param(raw("Authorization: Bearer %s%n{0}"), {401}, 0, id="format as a key"),
+    pytest.param(raw("Authorization: Bearer wrong", target="/metrics", method="GET"), {401}, 0,
+                 id="metrics with a wrong token"),
+    pytest.param(raw(target="/metrics", method="GET"), {401}, 0, id="metrics with a client's key"),
+    pytest.param(raw("Authorization: Bearer wrong", target="/usage?client=key:web", method="GET"),
+                 {401}, 0, id="somebody else's use"),
+    # injection
+    pytest.param(raw(f"X-Request-ID: {SQL}"), {200}, 1, id="SQL in an id"),
+    pytest.param(raw(body=ask(model=f"claude-{SQL}")), {400}, 0, id="SQL in a model"),
+    pytest.param(raw(target="/api/anthropic'%3bDROP%20TABLE%20entries%3b--"), {404}, 0,
+                 id="SQL in a provider"),
+    pytest.param(raw(body=ask() | {"x\r\nX-Evil: 1": 1, "Set-Cookie: a=b\n\n": 2}), {200}, 1,
+                 id="header in an unknown field"),
+    pytest.param(raw("X-Request-ID: a%0d%0aX-Evil:%201"), {200}, 1, id="header in an id"),
+    pytest.param(raw("X-Request-ID: \x1b[2J\x07"), {200, 400}, None, id="escapes in an id"),
+    pytest.param(raw(f"Origin: {ORIGIN}", "Access-Control-Request-Method: POST",
+                     "Access-Control-Request-Headers: a: b", method="OPTIONS"), {204}, 0,
+                 id="header in a preflight"),
+    pytest.param(raw(target="/api/%0d%0aX-Evil:%201%1b[31m"), {404}, 0, id="escapes in a provider"),
+    pytest.param(raw(body=ask(model="claude-\x1b[31m\n{}")), {400}, 0, id="escapes in a model"),
+    pytest.param(raw(body=ask("\x1b]0;x\x07\n\ndata: [DONE]\u2028")), {200}, 1,
+                 id="escapes in a prompt"),
+    # what is too much
+    pytest.param(raw(body=b" " * 200_000 + GOOD), {413}, 0, id="oversized"),
+    pytest.param(raw("Content-Length: 99999999999999999999", body=b""), {400, 413}, 0,
+                 id="a declared size beyond every number"),
+    pytest.param(raw("Content-Length: 1000", body=b"{"), {408}, 0, id="slow body"),
+    pytest.param(raw(body=gzip.compress(GOOD)), {400}, 0, id="compressed, not declared"),
+    *(pytest.param(raw(f"Content-Encoding: {name}", body=gzip.compress(b" " * 10**7)), {415}, 0,
+                   id=f"compressed bomb, {name}")
+      for name in ("gzip", "GZIP", "br", "x-any", "gzip, br")),
+    *(pytest.param(raw(body=nested(form, depth)), {200, 400, 413}, None, id=f"{depth} deep, {name}")
+      for name, form in DEEP_FORMS.items() for depth in NESTED),
+    pytest.param(raw(*("X-A: b" for _ in range(2000))), {431}, 0, id="headers without end"),
+    pytest.param(raw("X-A: " + "b" * 500_000), {200, 431}, None, id="a huge header"),
+    pytest.param(raw(target="/" + "a" * 100_000), {404, 414}, 0, id="a huge path"),
+    # the same twice
+    pytest.param(raw(body=b'{"model":"claude-opus-5","messages":[],' + GOOD[1:]), {200}, 1,
+                 id="repeated keys in JSON"),
+    pytest.param(raw("Host: 127.0.0.1", "Host: evil.example"), {200, 400}, None, id="two hosts"),
+    # where a request ends
+    pytest.param(raw("Transfer-Encoding: chunked", f"Content-Length: {len(GOOD)}"), {400, 500}, 0,
+                 id="CL.TE with a plain body"),
+    pytest.param(raw("Transfer-Encoding: chunked", body=b"0\r\n\r\n" + SMUGGLED), {400}, 0,
+                 id="CL.TE"),
+    pytest.param(raw("Transfer-Encoding: chunked", "Content-Length: 4", body=CHUNKED + SMUGGLED),
+                 {200}, 1, id="TE.CL"),
+    pytest.param(raw(f"Content-Length: {len(GOOD)}", "Content-Length: 3"), {400}, 0, id="two CLs"),
+    pytest.param(raw(f"Content-Length: {len(GOOD)}, 3"), {400}, 0, id="a list of CLs"),
+    pytest.param(raw(f"Content-Length: +{len(GOOD)}"), {400}, 0, id="CL with a sign"),
+    pytest.param(raw("Content-Length: -1"), {400}, 0, id="negative CL"),
+    pytest.param(raw("Content-Length: 0x10"), {400}, 0, id="hexadecimal CL"),
+    pytest.param(raw(f"Content-Length : {len(GOOD)}"), {400}, 0, id="space before the colon"),
+    pytest.param(raw("X-A: a\r\n b"), {400}, 0, id="obs-fold"),
+    pytest.param(raw("Transfer-Encoding:\r\n chunked", body=CHUNKED, without=("Content-Length",)),
+                 {400}, 0, id="folded TE"),
+    pytest.param(raw("X-A: a\rTransfer-Encoding: chunked"), {400}, 0, id="bare CR"),
+    pytest.param(raw("X-A: a\0b"), {400}, 0, id="NUL in a header"),
+    *(pytest.param(raw(f"Transfer-Encoding: {coding}", body=CHUNKED, without=("Content-Length",)),
+                   {400}, 0, id=f"TE {coding}")
+      for coding in ("xchunked", "identity", "chunked, identity", "gzip")),
+    pytest.param(raw("Transfer-Encoding: chunked", "Transfer-Encoding: identity", body=CHUNKED,
+                     without=("Content-Length",)), {400}, 0, id="two TEs"),
+    *(pytest.param(raw("Transfer-Encoding: chunked", body=size + b"\r\n" + GOOD,
+                       without=("Content-Length",)), {400, 408, 500}, 0, id=f"chunk of {size!r}")
+      for size in (b"zz", b"-5", b"+5", b"0x5", b"f" * 20, b"ffffffff", b"5;" + b"a" * 100_000)),
+    pytest.param(raw("Transfer-Encoding: chunked", body=CHUNKED.replace(b"}\r\n0", b"}XX0"),
+                     without=("Content-Length",)), {400, 500}, 0, id="chunk without its end"),
+    pytest.param(SMUGGLED.replace(b"HTTP/1.1", b"HTTP/9.9", 1), {400, 505}, 0, id="HTTP/9.9"),
+    pytest.param(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", {400}, 0, id="HTTP/2"),
+    pytest.param(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 50, {400}, 0, id="TLS"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("attack", "expected", "calls"), ATTACKS)
+def test_an_attack_spends_leaks_and_jams_nothing(
+    fortress: Server, upstream: Upstream, stranger: Upstream, attack: bytes,
+    expected: set[int], calls: int | None,
+) -> None:  # fmt: skip
+    before, connections = spent(fortress), upstream.connections
+    attack = attack.replace(b"65535", b"%05d" % stranger.port)
+    received = exchange(fortress, attack)
+    found = statuses(received)
+    assert set(found) <= expected and len(found) <= 1, received
+    made = sum(status == 200 for status in found) if calls is None else calls
+    assert len(upstream.requests) == made
+    if made:
+        assert {r.headers["host"] for r in upstream.requests} == {f"127.0.0.1:{upstream.port}"}
+        assert {r.headers["x-api-key"] for r in upstream.requests} == {ANTHROPIC_KEY}
+        assert {r.path for r in upstream.requests} == {"/v1/messages"}
+    else:
+        assert upstream.connections == connections and spent(fortress) == before
+    assert "smuggled" not in str([row["request_id"] for row in ledger(fortress)])
+    assert stranger.connections == 0
+    if b"\r\nOrigin: " + ORIGIN.encode() + b"\r\n" not in attack or found != [204]:
+        assert b"access-control-allow-origin" not in received.lower()
+    check_unharmed(fortress, received)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        pytest.param(("Host: evil.example",), id="rebound name"),
+        pytest.param(
+            ("Host: evil.example:8000", "Origin: http://evil.example:8000"), id="its page"
+        ),
+        pytest.param(
+            ("Host: evil.example", "Origin: http://localhost"), id="rebound, local origin"
+        ),
+        pytest.param(("Host: localhost.evil.example",), id="localhost as a prefix"),
+        pytest.param(("Host: localhost", "Host: evil.example"), id="two hosts"),
+        pytest.param(("Host: localhost@evil.example",), id="localhost as a user"),
+        pytest.param(("X-Forwarded-For: 127.0.0.1",), id="tunnel"),
+        pytest.param(("X-Forwarded-Proto: https",), id="tunnel that says only its scheme"),
+        pytest.param(("Forwarded: for=127.0.0.1;host=localhost",), id="tunnel by the standard"),
+        pytest.param(("X-Real-IP: ::1",), id="tunnel of nginx"),
+        pytest.param((f"Origin: {EVIL}",), id="evil page"),
+        pytest.param(("Origin: null",), id="sandboxed page"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/api/anthropic", "/usage", "/metrics", "/"])
+def test_a_loopback_proxy_serves_its_own_machine_alone(
+    plain_server: Server, upstream: Upstream, lines: tuple[str, ...], path: str
+) -> None:
+    connections = upstream.connections
+    method = "POST" if path.startswith("/api") else "GET"
+    received = exchange(plain_server, raw(*lines, target=path, method=method))
+    assert statuses(received)[0] in (400, 401, 403, 404), received
+    assert b"allow-origin: http://evil" not in received and b"allow-origin: *" not in received
+    assert upstream.connections == connections
+    assert plain_server.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost", None])
+def test_a_page_needs_json_and_so_a_preflight(
+    plain_server: Server, upstream: Upstream, origin: str | None
+) -> None:
+    lines = ["Content-Type: text/plain", *([f"Origin: {origin}"] if origin else [])]
+    received = exchange(plain_server, raw(*lines))
+    assert statuses(received) == [415 if origin in ("http://localhost", None) else 403]
+    assert upstream.requests == []
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("streamed", [True, False], ids=["stream", "JSON"])
+def test_a_vendors_redirect_is_an_error_and_not_followed(
+    fortress: Server, upstream: Upstream, stranger: Upstream, status: int, streamed: bool
+) -> None:
+    upstream.play(reply(status, b"moved", {"Location": f"{stranger.url}/v1/messages"}))
+    received = exchange(fortress, raw(body=ask(stream=streamed)))
+    assert statuses(received) == [502] and b"upstream_error" in received
+    assert stranger.url.encode() not in received
+    assert (len(upstream.requests), stranger.connections) == (1, 0)
+    check_unharmed(fortress, received)
+
+
+HOSTILE_TEXTS = [
+    pytest.param("a\n\ndata: [DONE]\n\nb", id="end of the stream"),
+    pytest.param('\r\n\r\nerror: {"message":"x","statusCode":500,"code":"x"}\n\n', id="error line"),
+    pytest.param('\n\ndata: {"token":"x","isLast":true}\n\n', id="last chunk"),
+    pytest.param("a\u2028data: [DONE]\u2029\x85\x0b\x0cb", id="other line ends"),
+    pytest.param("\x1b[2J\x1b]0;title\x07\x9b31m\u202e", id="terminal escapes"),
+    pytest.param('"}]}\n{"time":0,"level":"error","event":"forged"}', id="log line"),
+    pytest.param("\r\nX-Evil: 1\r\nSet-Cookie: a=b\r\n\r\n", id="headers"),
+    pytest.param("</script><script>alert(1)</script>", id="markup"),
+    pytest.param("0\r\n\r\nHTTP/1.1 200 OK\r\n\r\n", id="the next reply"),
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE_TEXTS)
+@pytest.mark.parametrize("streamed", [True, False], ids=["stream", "JSON"])
+def test_what_a_model_says_stays_text(
+    fortress: Server, upstream: Upstream, text: str, streamed: bool
+) -> None:
+    """Its words, and the ids, names and arguments of its calls."""
+    call = (f"call{text}", f"name{text}", json.dumps({"x": text}))
+    for provider, dialect in (("anthropic", "messages"), ("openai", "responses")):
+        upstream.play(stream(MAKE[dialect](text, tools=(call,), thinking=text)))
+        body = ask(model=MODELS[provider], stream=streamed, enable_thinking=True)
+        received = exchange(fortress, raw(body=body, target=f"/api/{provider}"))
+        check_unharmed(fortress, received)
+        answered = fortress.post(f"/api/{provider}", body, headers=key_of(CLIENT_KEY) | FRESH)
+        last = check_frames(answered.text) if streamed else check_whole(answered)
+        said = text_of(answered.text) if streamed else last["content"]
+        assert said.endswith(text)
+        [sent_call] = last["toolCalls" if streamed else "tool_calls"]
+        function = sent_call["function"]
+        assert (sent_call["id"], function["name"]) == call[:2]
+        assert json.loads(function["arguments"]) == {"x": text}
+
+
+@pytest.mark.parametrize("text", HOSTILE_TEXTS)
+@pytest.mark.parametrize("begun", [False, True], ids=["before the stream", "in the stream"])
+def test_what_a_vendors_error_says_stays_one_line(
+    fortress: Server, upstream: Upstream, text: str, begun: bool
+) -> None:
+    error = vendor_error(f"kind{text}", f"It broke: {text}", code=f"code{text}")
+    begin, end = stream(*HALF, *sse(error)), reply(400, error, {"X-Evil": "1", "Set-Cookie": "a=b"})
+    upstream.play(begin if begun else end)
+    received = exchange(fortress, raw())
+    check_unharmed(fortress, received)
+    upstream.play(begin if begun else end)
+    answered = fortress.post(headers=key_of(CLIENT_KEY) | FRESH)
+    if begun:
+        *chunks, last = frames(answered.text)
+        assert "[DONE]" not in chunks and last.keys() == {"error_line"}
+        message = last["error_line"]["message"]
+    else:
+        message = check_error(answered, 400, "upstream_rejected")["error"]
+    assert message.startswith("It broke") and message.isprintable()
+    assert len([line for line in fortress.log() if line.get("event") == "forged"]) == 0
+
+
+def test_a_cached_answer_is_its_own_clients(fortress: Server, upstream: Upstream) -> None:
+    body = ask("What is my balance?")
+    for key_sent, hit in (("other-key", "miss"), (CLIENT_KEY, "miss"), ("other-key", "hit")):
+        for claim in ({}, {"x-user-id": "other"}, {"x-request-id": "key:other"}):
+            answered = fortress.post(
+                json=body | {"user": "other"}, headers=key_of(key_sent) | claim
+            )
+            assert answered.headers["x-cache"] == ("hit" if claim else hit)
+    assert len(upstream.requests) == 2
+    check_unharmed(fortress, "")
+
+
+def comparisons(token: str) -> int:
+    """How many constant-time comparisons are made for a token."""
+    keys = {f"clients.{name}.key_sha256": digest(name) for name in ("first", "second", "third")}
+    clients = proxy.Clients(proxy.load_config(None, {}, **keys), {}, True)
+    made: list[str] = []
+
+    def trace(frame: Any, event: str, function: Any) -> None:
+        if event == "c_call" and function.__name__ == "compare_digest":
+            made.append(event)
+
+    sys.setprofile(trace)
+    try:
+        clients.by_key(token)
+    finally:
+        sys.setprofile(None)
+    return len(made)
+
+
+def test_a_key_is_compared_with_every_key_whichever_it_is() -> None:
+    """In constant time and to the end, so that no timing tells how much of a key is right."""
+    assert {comparisons(token) for token in ("first", "third", "wrong", "firs", "")} == {3}
+
+
+def test_no_secret_is_compared_by_equality() -> None:
+    words = {"token", "secret", "presented", "digest", "key_sha256", "admin_token", "signature"}
+    for node in ast.walk(ast.parse(PROXY.read_text("utf-8"))):
+        if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Eq | ast.NotEq):
+            sides = [node.left, *node.comparators]
+            names = {getattr(side, "attr", getattr(side, "id", "")) for side in sides}
+            assert names.isdisjoint(words), ast.unparse(node)
+
+
+def test_the_published_document_holds_for_whatever_is_sent(
+    serve: Serve, upstream: Upstream
+) -> None:
+    """Schemathesis makes requests of /openapi.json, and holds the replies against it."""
+    schemathesis = pytest.importorskip("schemathesis")
+    from schemathesis.checks import not_a_server_error
+    from schemathesis.specs.openapi import checks
+
+    conforms = [
+        not_a_server_error, checks.status_code_conformance, checks.content_type_conformance,
+        checks.response_schema_conformance,
+    ]  # fmt: skip
+
+    def vendor(received: Received) -> Any:
+        good = {"success": b"response=good" in received.body}
+        return reply(200, good) if received.path == "/siteverify" else answer(received)
+
+    upstream.play(vendor)
+    config = f"""
+    [session]
+    secret = "{"s" * 32}"
+    turnstile_secret = "t"
+    siteverify_url = "{upstream.url}/siteverify"
+    per_minute = 1_000_000
+    [clients.web]
+    key_sha256 = "{digest(CLIENT_KEY)}"
+    """
+    server = serve(config, environ={"DEFAULT_ANTHROPIC_MODEL": "claude-haiku-4-5"})
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    found: dict[str, set[int]] = {}
+
+    def conform(operation: Any) -> None:
+        @settings(max_examples=60, derandomize=True, phases=[Phase.generate])
+        @given(case=operation.as_strategy(), good=st.booleans())
+        def hold(case: Any, good: bool) -> None:
+            if good and "{provider}" in case.path and isinstance(case.body, dict):
+                case.body = {**case.body, **ask(), "input": None, "template": None}
+            if good and case.path == "/session":
+                case.body = {"turnstile": f"good{next(IDS)}"}
+            response = case.call(headers=key_of(CLIENT_KEY))
+            found.setdefault(operation.label, set()).add(response.status_code)
+            case.validate_response(response, checks=conforms)
+
+        hold()
+
+    for operation in schema.get_all_operations():
+        conform(operation.ok())
+    assert {label for label, codes in found.items() if 200 in codes} == set(found)
+    assert set(found) >= {"POST /api/{provider}", "POST /session", "GET /usage", "GET /metrics"}
+    assert server.process.poll() is None
 
 
 # ---- Demo --------------------------------------------------------------------------------------
