@@ -3865,6 +3865,7 @@ def serve(config: Config, public: bool) -> None:
 def print_check(config: Config, environ: Map[str, str], public: bool) -> int:
     """What is configured, what is open and what is missing; 2 where it would not start."""
     server, limits = config.server, config.limits
+    public = public or bool(server.trusted_proxies)  # as create_app has it
     lines = [("bind", f"{server.host}:{server.port}, {'public' if public else 'this machine'}")]
     for name, provider in config.providers.items():
         missing = provider.key_env and not environ.get(provider.key_env) and not config.demo

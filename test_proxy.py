@@ -16,8 +16,10 @@ import functools
 import gzip
 import hashlib
 import http.server
+import io
 import itertools
 import json
+import logging
 import os
 import random
 import re
@@ -33,7 +35,7 @@ import sys
 import threading
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
@@ -43,6 +45,7 @@ import anthropic
 import httpx
 import msgspec
 import openai
+import prometheus_client
 import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
@@ -6794,6 +6797,240 @@ def test_a_cached_answer_is_its_own_clients(fortress: Server, upstream: Upstream
     check_unharmed(fortress, "")
 
 
+# A vendor key, planted wherever a vendor could say it, in an app without a socket for the bulk of
+# the replies, and on a live server for some hundred.
+
+CANARY = "Canary.7f3a9b2c1d5e"  # like no vendor's keys, so that only itself is known
+EXCEPTIONS: list[Callable[[str], Exception]] = [
+    httpx.ConnectError, httpx.ReadError, httpx.RemoteProtocolError, OSError, ConnectionResetError,
+    TimeoutError, RuntimeError, KeyError, lambda text: ValueError({"key": text}),
+]  # fmt: skip
+
+
+def plant(chance: random.Random, value: Any, rate: float = 0.3) -> Any:
+    """The JSON value with the canary in some of its texts, in new fields, and as names of them."""
+    match value:
+        case dict():
+            planted = {k: plant(chance, v, rate) for k, v in value.items()}
+            more = {
+                "trace": f"key={CANARY}",
+                CANARY: 1,
+                "debug": {"headers": {"x-api-key": CANARY}},
+            }
+            return planted | {k: more[k] for k in more if chance.random() < rate / 3}
+        case list():
+            return [plant(chance, each, rate) for each in value]
+        case str() if chance.random() < rate:
+            return chance.choice([CANARY, f"{value} {CANARY}", f"{CANARY}{value}", f"«{CANARY}»"])
+    return value
+
+
+def planted_stream(chance: random.Random, dialect: str) -> bytes:
+    calls = ((f"id-{CANARY}", f"name-{CANARY}", json.dumps({"key": CANARY})),)
+    thinking = chance.choice(["", CANARY])
+    events = MAKE_EVENTS[dialect](["Your key is ", CANARY, "."], tools=calls[: chance.randrange(2)],
+                                  thinking=thinking)  # fmt: skip
+    for position, event in enumerate(events):
+        name, _, data = event.rpartition(b"data: ")
+        if data.startswith(b"{"):
+            value = json.loads(data)
+            kind = value.get("type")
+            value = plant(chance, value, 0.1) | ({"type": kind} if chance.random() < 0.9 else {})
+            events[position] = name + b"data: " + json.dumps(value).encode() + b"\n\n"
+    if chance.random() < 0.3:
+        error = plant(chance, vendor_error(message=f"Bad key {CANARY}"))
+        at = chance.randrange(len(events))
+        events[at] = b"event: error\ndata: " + json.dumps(error).encode() + b"\n\n"
+    if chance.random() < 0.2:
+        events.insert(chance.randrange(len(events)), f": {CANARY}\nid: {CANARY}\n\n".encode())
+    if chance.random() < 0.1:
+        events.insert(chance.randrange(len(events)), f"data: {{{CANARY}\n\n".encode())
+    return b"".join(events[: chance.choice([len(events), chance.randrange(1, len(events))])])
+
+
+def planted_headers(chance: random.Random) -> dict[str, str]:
+    names = ["x-request-id", "retry-after", "set-cookie", "location", "x-should-retry", "server"]
+    return dict.fromkeys(chance.sample(names, 3), CANARY) | {"retry-after-ms": "0"}
+
+
+def planted_refusal(chance: random.Random) -> tuple[int, bytes]:
+    said: list[Any] = [
+        vendor_error(message=f"Incorrect API key provided: {CANARY}"),
+        {"error": f"no access with {CANARY}"},
+        {"detail": CANARY}, {"message": [CANARY]}, [vendor_error(CANARY, CANARY)], CANARY,
+        {"error": {"message": {"key": CANARY}, "code": CANARY, "details": {"error_code": CANARY}}},
+    ]  # fmt: skip
+    status = chance.choice([302, 400, 401, 403, 404, 408, 413, 418, 422, 429, 500, 503, 529])
+    body = json.dumps(plant(chance, chance.choice(said))).encode()
+    return status, chance.choice([body, body, body[:-2], f"<h1>{CANARY}</h1>".encode()])
+
+
+class PlantedBytes(httpx.AsyncByteStream):
+    def __init__(self, pieces: list[bytes], error: Exception | None) -> None:
+        self.pieces, self.error = pieces, error
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for piece in self.pieces:
+            yield piece
+        if self.error:
+            raise self.error
+
+
+class PlantedVendor(httpx.AsyncBaseTransport):
+    """Answers every request with the canary somewhere, or fails with it in the exception."""
+
+    def __init__(self, chance: random.Random) -> None:
+        self.chance, self.asked, self.trusted = chance, 0, 0
+        self.refusals = [planted_refusal(chance) for _ in range(500)]
+        self.streams = {d: [planted_stream(chance, d) for _ in range(300)] for d in DIALECTS}
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        self.asked += 1
+        self.trusted += CANARY in str(request.headers.raw)
+        chance = self.chance
+        error = chance.choice(EXCEPTIONS)(f"with {CANARY}")
+        if chance.random() < 0.1:
+            raise error
+        headers = planted_headers(chance)
+        if chance.random() < 0.3:
+            status, body = chance.choice(self.refusals)
+            return httpx.Response(status, headers=headers, content=body)
+        path = request.url.path
+        dialect = {"messages": "messages", "responses": "responses"}.get(path.rsplit("/", 1)[1])
+        data = chance.choice(self.streams[dialect or "chat"])
+        cuts = sorted(chance.randrange(len(data) + 1) for _ in range(chance.randrange(4)))
+        pieces = [data[a:b] for a, b in itertools.pairwise([0, *cuts, len(data)])]
+        broken = error if chance.random() < 0.1 else None
+        return httpx.Response(200, headers=headers, stream=PlantedBytes(pieces, broken))
+
+
+async def ask_app(app: Any, path: str, body: dict[str, Any]) -> str:
+    """The whole reply of an app in this process, its headers first."""
+    sent: list[Any] = []
+    given = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+    async def receive() -> Any:
+        return given.pop() if given else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST",
+             "scheme": "http", "path": path, "raw_path": path.encode(), "root_path": "",
+             "query_string": b"", "headers": headers, "client": ("127.0.0.1", 1),
+             "server": ("127.0.0.1", 80)}  # fmt: skip
+    await app(scope, receive, send)
+    start, *rest = sent
+    return f"{start['status']} {start['headers']}\n" + "".join(m["body"].decode() for m in rest)
+
+
+async def ask_planted(config: Any, environ: dict[str, str], count: int) -> tuple[str, list[str]]:
+    """The metrics, and `count` replies of an app whose vendors are planted."""
+    vendor = PlantedVendor(random.Random(7))
+    app = proxy.create_app(config, environ, public=False, transport=vendor)
+    for handler in LOGGED.handlers:
+        handler.setFormatter(proxy.LogFormat(False, app.proxy.secrets))
+    replies: list[str] = []
+    async with app.lifespan():
+        for start in range(0, count, 200):
+            asked = []
+            for number in range(start, start + 200):
+                provider = DIALECTS_BY_NUMBER[number % 3]
+                body = ask(model=MODELS[provider], stream=number % 2 == 0, enable_thinking=True)
+                asked.append(ask_app(app, f"/api/{provider}", body))
+            replies += await asyncio.gather(*asked)
+    assert vendor.asked == count == vendor.trusted
+    return prometheus_client.generate_latest(app.proxy.metrics.registry).decode(), replies
+
+
+DIALECTS_BY_NUMBER = list(MODELS)
+LOGGED = logging.getLogger("proxy")
+
+
+def test_a_vendors_key_is_in_none_of_ten_thousand_replies_logs_metrics_and_rows(
+    tmp_path: Path,
+) -> None:
+    text = """
+    [upstream]
+    attempts = 1
+    [providers.local]
+    adapter = "chat"
+    base_url = "http://127.0.0.1:9/v1"
+    key_env = "LOCAL_KEY"
+    """
+    text += NO_LIMITS + NO_BUDGET
+    config = proxy.load_config(write_config(tmp_path, text), {})
+    environ = dict.fromkeys(("ANTHROPIC_API_KEY", "OPENAI_API_KEY", "LOCAL_KEY"), CANARY)
+    log = io.StringIO()
+    handler, level = logging.StreamHandler(log), LOGGED.level
+    LOGGED.addHandler(handler)
+    LOGGED.setLevel("DEBUG")
+    LOGGED.propagate = False
+    try:
+        metrics, replies = asyncio.run(ask_planted(config, environ, 10_000))
+    finally:
+        LOGGED.removeHandler(handler)
+        LOGGED.setLevel(level)
+        LOGGED.propagate = True
+    assert len(replies) == 10_000
+    assert [text for text in replies if CANARY in text] == []
+    assert CANARY not in metrics
+    lines = log.getvalue().splitlines()
+    unexpected = sum("a request failed unexpectedly" in line for line in lines)
+    assert len(lines) >= 10_000 and 100 < unexpected < 1000
+    assert [line for line in lines if CANARY in line] == []
+    database = sqlite3.connect(tmp_path / "proxy.sqlite3")
+    with contextlib.closing(database):
+        rows = database.execute("SELECT * FROM entries").fetchall()
+    assert len(rows) == 10_000 and CANARY not in str(rows)
+    outcomes = {row[COLUMN_OF_OUTCOME] for row in rows}
+    assert outcomes >= {"ok", "error"}
+
+
+COLUMN_OF_OUTCOME = proxy.COLUMNS.index("outcome")
+
+
+def test_a_vendors_key_leaves_a_live_server_in_no_way(serve: Serve, upstream: Upstream) -> None:
+    chance = random.Random(8)
+
+    def vendor(received: Received) -> list[Any]:
+        assert CANARY in str(received.headers)
+        end = received.path.rsplit("/", 1)[1]
+        again = {**planted_headers(chance), "x-should-retry": chance.choice(["true", "false"])}
+        if chance.random() < 0.4:
+            status, body = planted_refusal(chance)
+            return [reply(status, body, again)]
+        dialect = end if end in MAKE_EVENTS else "chat"
+        return stream(planted_stream(chance, dialect), headers=again)
+
+    config = f"""
+    [providers.local]
+    adapter = "chat"
+    base_url = "{upstream.url}/v1"
+    key_env = "LOCAL_KEY"
+    [upstream]
+    attempts = 2
+    """
+    environ = dict.fromkeys(("ANTHROPIC_API_KEY", "OPENAI_API_KEY", "LOCAL_KEY"), CANARY)
+    server = serve(config + NO_LIMITS + NO_BUDGET, environ=environ)
+    upstream.play(vendor)
+    replies = []
+
+    def one(number: int) -> str:
+        provider = DIALECTS_BY_NUMBER[number % 3]
+        body = ask(model=MODELS[provider], stream=number % 2 == 0, enable_thinking=True)
+        answered = server.post(f"/api/{provider}", body)
+        return f"{answered.status_code} {answered.headers}\n{answered.text}"
+
+    with ThreadPoolExecutor(30) as pool:
+        replies = list(pool.map(one, range(300)))
+    everything = [*replies, *server.lines, server.get("/metrics").text, str(ledger(server))]
+    assert [text for text in everything if CANARY in text] == []
+    assert len(ledger(server)) == 300 and server.log("retry")
+    assert server.process.poll() is None
+
+
 def comparisons(token: str) -> int:
     """How many constant-time comparisons are made for a token."""
     keys = {f"clients.{name}.key_sha256": digest(name) for name in ("first", "second", "third")}
@@ -7113,6 +7350,158 @@ def test_check_warns_of_a_public_bind_without_client_check() -> None:
     assert "restart" in done.stdout  # where spending is remembered
     on_paas = {"PORT": "8080", "CORS_ORIGIN": "https://app.example", "DYNO": "web.1"}
     assert "DYNO" in run_proxy("--check", environ=on_paas).stdout
+
+
+KEYED = "[clients.a]\nkey_sha256 = '" + digest("a") + "'\n"
+ORIGINS = f"[server]\ncors_origins = ['{ORIGIN}']\n"
+SECRET_RULE = "must hold at least 32 bytes, as from `openssl rand -hex 32`"
+SESSIONS = "[session]\nsecret = '{}'\nturnstile_secret = 't'\n"
+
+
+def examined(
+    tmp_path: Path, config: str, environ: Mapping[str, str], arguments: tuple[str, ...]
+) -> tuple[str, str, int]:
+    """What a start, or else its warnings, and --check say, and the exit code of the latter."""
+    (tmp_path / "settings.toml").write_text(config)
+    variables = clean_environment(environ)
+    given = [*arguments, "--config", str(tmp_path / "settings.toml")]
+    printed = io.StringIO()
+    try:
+        settings_of = proxy.configure(proxy.parse_arguments(given), variables)
+        public = not proxy.is_loopback(settings_of.server.host)
+        with contextlib.redirect_stdout(printed):
+            code = proxy.print_check(settings_of, variables, public)
+        app = proxy.create_app(settings_of, variables, public=public)
+        return "\n".join(app.proxy.warnings), printed.getvalue(), code
+    except proxy.ConfigError as error:  # which the command line prints, and exits with 2
+        return str(error), printed.getvalue() or str(error), 2
+
+
+PUBLIC = ("--host", "0.0.0.0")
+REFUSED = [
+    pytest.param("", {}, PUBLIC, ["server.cors_origins: a public bind needs", "CORS_ORIGIN=https://",
+                 "ALLOWED_CLIENT_KEYS", "[clients.NAME], [jwt] or [session]"], id="public, open"),
+    pytest.param("", {"PORT": "8080"}, (), ["server.cors_origins: a public bind needs"],
+                 id="public by PORT"),
+    pytest.param("[server]\ntrusted_proxies = 1", {}, (), ["server.cors_origins: a public bind"],
+                 id="loopback behind a proxy"),
+    pytest.param("", {"CORS_ORIGIN": "*"}, PUBLIC, ['server.cors_origins: "*" lets every page in',
+                 "ALLOWED_CLIENT_KEYS"], id="any origin"),
+    pytest.param("", {"CORS_ORIGIN": f"{ORIGIN},*"}, (), ['"*" lets every page in'],
+                 id="any origin beside another, on loopback"),
+    pytest.param("", {}, ("--demo", *PUBLIC), ["server.cors_origins: a public bind needs"],
+                 id="public demo"),
+    pytest.param("", {"ANTHROPIC_API_KEY": "", "OPENAI_API_KEY": ""}, (),
+                 ["set ANTHROPIC_API_KEY or OPENAI_API_KEY", "--demo"], id="no vendor key"),
+    pytest.param("[providers.x]\nadapter = 'chat'\nbase_url = 'http://x/v1'\nkey_env = 'X_KEY'", {},
+                 (), ["providers.x.key_env: X_KEY is not set or empty"], id="vendor key missing"),
+    pytest.param(ORIGINS + SESSIONS.format("short"), {}, PUBLIC, [f"session.secret: {SECRET_RULE}"],
+                 id="short session secret"),
+    pytest.param(ORIGINS + "[session]\nturnstile_secret = 't'", {}, PUBLIC,
+                 [f"session.secret: {SECRET_RULE}"], id="no session secret"),
+    pytest.param(ORIGINS + f"[session]\nsecret = '{'s' * 32}'", {}, PUBLIC,
+                 ["session.turnstile_secret: set it (TURNSTILE_SECRET_KEY) or a [jwt] block"],
+                 id="session without a proof"),
+    pytest.param(SESSIONS.format("s" * 32) + "ttl = '1h'", {}, PUBLIC,
+                 ['session.ttl: at most "10m"'], id="session for long"),
+    pytest.param("[jwt]\nsecret = 'short'", {}, PUBLIC, [f"jwt.secret: {SECRET_RULE}"],
+                 id="short JWT secret"),
+    pytest.param("[jwt]\nissuer = 'x'", {}, PUBLIC, ["jwt.jwks_url: set it, or else jwt.secret"],
+                 id="JWT without a key"),
+    pytest.param("[jwt]\njwks_url = 'https://x.example/jwks'", {}, PUBLIC,
+                 ["jwt.issuer: is needed"], id="JWKS without an issuer"),
+    pytest.param("[jwt]\njwks_url = 'x.example/jwks'\nissuer = 'x'", {}, PUBLIC,
+                 ["jwt.jwks_url: 'x.example/jwks' is not an http(s) URL"], id="JWKS of no URL"),
+    pytest.param(KEYED + "[budget]\nwebhook = 'https://x.example/'", {}, PUBLIC,
+                 [f"budget.webhook_secret: {SECRET_RULE}"], id="webhook without a secret"),
+    pytest.param(KEYED + "[budget]\nclient_per_day = -1", {}, PUBLIC, ["budget.client_per_day"],
+                 id="negative budget"),
+    pytest.param("[models.m]\ntarget = 'openai/gpt-unheard-of'", {}, (),
+                 ['prices."gpt-unheard-of"', '[prices."gpt-unheard-of"]', "free = true"],
+                 id="model without a price"),
+    pytest.param("", {"DEFAULT_OPENAI_MODEL": "gpt-unheard-of"}, (), ['[prices."gpt-unheard-of"]'],
+                 id="default model without a price"),
+    pytest.param("[upstream]\nidle = '5'", {}, (), ["upstream.idle", '"25s"'], id="bad duration"),
+    pytest.param("", {"OPENAI_BASE_URL": "openai"}, (), ["providers.openai.base_url",
+                 "OPENAI_BASE_URL", "https://api.example.com/v1"], id="bad URL"),
+    pytest.param("", {}, ("--workers", "2"), ["server.workers"], id="two workers"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "environ", "arguments", "said"), REFUSED)
+def test_what_is_open_by_mistake_is_refused_with_the_line_to_add(
+    tmp_path: Path, config: str, environ: dict[str, str], arguments: tuple[str, ...],
+    said: list[str],
+) -> None:  # fmt: skip
+    start, check, code = examined(tmp_path, config, environ, arguments)
+    assert code == 2
+    assert [words for words in said if words not in start] == []
+    assert [words for words in said if words not in check] == []
+    assert ANTHROPIC_KEY not in start + check and "\n" not in start
+
+
+WARNED = [
+    pytest.param(ORIGINS, {}, PUBLIC, "anyone with curl can spend 10 USD a day "
+                 "(budget.total_per_day); to close it, set ALLOWED_CLIENT_KEYS",
+                 id="no client check"),
+    pytest.param(ORIGINS + "[budget]\ntotal_per_day = 2.5", {}, PUBLIC, "can spend 2.5 USD a day",
+                 id="no client check, a smaller budget"),
+    pytest.param(ORIGINS + NO_BUDGET, {}, PUBLIC, "can spend as much as they like a day",
+                 id="no client check, no budget"),
+    pytest.param(KEYED + NO_BUDGET, {}, PUBLIC, "budget.total_per_day: is unlimited; set it to",
+                 id="no budget"),
+    pytest.param("[jwt]\nsecret = '" + "s" * 32 + "'", {}, PUBLIC, "jwt.audience: is not set",
+                 id="tokens of other apps"),
+    pytest.param(ORIGINS, {}, PUBLIC, "server.trusted_proxies: behind a proxy all count as one",
+                 id="proxies are not known"),
+    pytest.param(SESSIONS.format("s" * 32), {}, PUBLIC, "server.trusted_proxies: behind a proxy",
+                 id="proxies are not known, sessions"),
+    *(pytest.param(ORIGINS, {name: "x"}, PUBLIC, f"{name} is set, so server.trusted_proxies = {n}",
+                   id=name) for name, n in proxy.PLATFORMS.items()),
+    pytest.param(KEYED, {}, PUBLIC, "every budget begins anew; where the disk is kept, set "
+                 "ledger.path to it and ledger.persistent = true", id="spending is forgotten"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "environ", "arguments", "said"), WARNED)
+def test_what_is_risky_is_warned_of_with_the_line_to_add(
+    tmp_path: Path, config: str, environ: dict[str, str], arguments: tuple[str, ...], said: str
+) -> None:
+    start, check, code = examined(tmp_path, config, environ, arguments)
+    assert code == 0
+    assert said in start and said in check and "\nwarning " in check
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments"),
+    [
+        pytest.param("", (), id="loopback"),
+        pytest.param("", ("--demo",), id="demo"),
+        pytest.param(KEYED + "[ledger]\npersistent = true\n[server]\ntrusted_proxies = 0", PUBLIC,
+                     id="public, closed"),
+        pytest.param(KEYED + "[ledger]\npersistent = true", PUBLIC, id="keys alone"),
+    ],
+)  # fmt: skip
+def test_what_is_closed_is_not_warned_of(
+    tmp_path: Path, config: str, arguments: tuple[str, ...]
+) -> None:
+    start, check, code = examined(tmp_path, config, {}, arguments)
+    assert (code, start) == (0, "") and "warning" not in check
+
+
+def test_check_says_of_a_loopback_bind_behind_a_proxy_that_it_is_public(tmp_path: Path) -> None:
+    config = KEYED + "[server]\ntrusted_proxies = 1"
+    _, check, code = examined(tmp_path, config, {}, ())
+    assert code == 0 and "127.0.0.1:8000, public" in check and "this machine" not in check
+
+
+def test_a_start_says_what_check_says(serve: Serve) -> None:
+    config = ORIGINS + "[ledger]\npersistent = false\n"
+    server = serve(config, arguments=PUBLIC)
+    warnings = [line["event"] for line in server.log() if line["level"] == "warning"]
+    assert len(warnings) == 3
+    for words in ("anyone with curl", "server.trusted_proxies", "ledger.persistent = true"):
+        assert any(words in warning for warning in warnings)
 
 
 def test_version_and_help_are_printed() -> None:
