@@ -813,7 +813,8 @@ def parse_body(
         given = msgspec.convert(raw, Body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         message, _, where = str(error).partition(" - at `$")
-        raise BadRequest(f"{where.strip('.`') or 'body (JSON)'}: {message}") from None
+        where = re.sub(r"^(\[.*?\])+|\[\.\.\.\]", "", where).strip(".`")
+        raise BadRequest(f"{where or 'body (JSON)'}: {message}") from None
     unknown = sorted(raw.keys() - set(Body.__struct_fields__))
     dropped = [redact(name, length=50) for name in unknown[:50]]
     if given.template is not None:
@@ -2673,7 +2674,8 @@ class Attempt:
         self.deadline, self.key = call.started + self.times.total, proxy.keys[provider]
         settings = proxy.config.providers[provider]
         self.adapter = ADAPTERS[settings.adapter](settings, model)
-        self.adapter.secret = self.key.encode()
+        if len(self.key) > 15:  # a shorter one, like "ollama", is a word that may be said
+            self.adapter.secret = self.key.encode()
         self.body = msgspec.json.encode(self.adapter.encode(call.request))
         self.cutter = StopCutter(self.adapter.cut) if self.adapter.cut else None
 

@@ -1765,6 +1765,7 @@ BAD = [
     pytest.param({"messages": HI, "instructions": ["x"]}, "instructions", id="instructions a list"),
     pytest.param({"messages": HI, "enable_thinking": "yes"}, "enable_thinking",
                  id="enable_thinking a string"),
+    pytest.param(b'{"messages":[],"x":[1e999]}', "body (JSON): Number", id="number beyond any"),
 ]  # fmt: skip
 
 
@@ -7029,6 +7030,12 @@ def test_a_vendors_key_leaves_a_live_server_in_no_way(serve: Serve, upstream: Up
     assert [text for text in everything if CANARY in text] == []
     assert len(ledger(server)) == 300 and server.log("retry")
     assert server.process.poll() is None
+
+
+def test_a_short_key_that_is_a_word_may_be_said(serve: Serve, upstream: Upstream) -> None:
+    server = serve(environ={"ANTHROPIC_API_KEY": "ollama"})
+    upstream.play(stream(messages_sse("ollama runs models")))
+    assert text_of(server.post().text) == "ollama runs models"
 
 
 def comparisons(token: str) -> int:
