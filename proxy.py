@@ -447,6 +447,8 @@ def check_values(config: Config) -> None:
     if config.ledger.keep < 86400:
         raise ConfigError('ledger.keep: must be at least "1d"; a day\'s budget is read from it')
     check_secrets(config)
+    if config.limits.templates_only and not config.templates:
+        raise ConfigError("limits.templates_only: needs a [templates.NAME] block to be asked for")
     for name, template in config.templates.items():
         check_template(f"templates.{name}", template)
 
@@ -489,6 +491,8 @@ SLOT = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 
 def check_template(path: str, template: Template) -> None:
+    if not template.prompt.strip():
+        raise ConfigError(f"{path}.prompt: must ask something")
     for place, text in (("user", template.prompt), ("system", template.system)):
         declared = {name for name, v in template.variables.items() if v.place == place}
         used = set(SLOT.findall(text))
@@ -811,23 +815,27 @@ def parse_body(
         given = msgspec.convert(raw, Body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         message, _, where = str(error).partition(" - at `$")
-        raise BadRequest(f"{where.strip('.`') or 'body (JSON)'}: {message}") from None
+        where = re.sub(r"^(\[.*?\])+|\[\.\.\.\]", "", where).strip(".`")
+        raise BadRequest(f"{where or 'body (JSON)'}: {message}") from None
     unknown = sorted(raw.keys() - set(Body.__struct_fields__))
     dropped = [redact(name, length=50) for name in unknown[:50]]
     if given.template is not None:
         request = read_template(given, templates)
-        dropped += raw.keys() & set(Body.__struct_fields__) - {"template", "variables", "stream"}
+        owned = set(Body.__struct_fields__) - {"template", "variables", "stream"}
+        dropped += sorted(raw.keys() & owned)
+        said: Iterable[Any] = (given.variables or {}).values()
     elif limits.templates_only:
         raise BadRequest(f"template: must be one of {', '.join(templates)}")
     else:
         request = read_request(given, limits, default_model, dropped)
+        said = (*request.texts(), msgspec.json.encode(request.tools).decode())
     request.system = "\n\n".join(filter(None, (limits.system_prompt, request.system)))
     if (count := request.characters()) > limits.max_characters:
         raise BadRequest(
             f"messages: {count} characters, at most {limits.max_characters} are allowed"
         )
-    if limits.denied:
-        text = "\n".join(request.texts()).casefold()
+    if limits.denied:  # to the caller, not to the owner
+        text = "\n".join(map(str, said)).casefold()
         if any(denied.casefold() in text for denied in limits.denied):
             raise BadRequest("messages: hold a text that is not allowed here")
     chosen = any(getattr(given, name) for name in MAX_TOKENS)
@@ -873,6 +881,8 @@ def read_request(given: Body, limits: Limits, default_model: str, dropped: list[
         request.tool_choice = read_tool_choice(given.tool_choice, request.tools)
     elif given.tool_choice is not None:
         dropped.append("tool_choice")
+    if given.variables is not None:
+        dropped.append("variables")
     return request
 
 
@@ -944,7 +954,7 @@ def read_block(block: Any, where: str, dropped: list[str]) -> list[Part]:
             return [read_image(given, where)]
         case "function_call" | "tool_use", {"name": str(name)} if isinstance(call, str):
             given = block.get("arguments", block.get("input"))
-            return [ToolUse(call, name, read_arguments(given, where))]
+            return [ToolUse(call, clean(name), read_arguments(given, where))]
         case "function_call_output" | "tool_result" | "tool", _ if isinstance(call, str):
             given = block.get("result", block.get("output", block.get("content")))
             return [ToolResult(call, read_result(given), bool(block.get("is_error")))]
@@ -991,9 +1001,10 @@ def read_tool(tool: Any, where: str) -> Tool:
                 kind = redact(str(kind), length=50)
                 raise BadRequest(f"{where}.type: {kind!r} runs at the vendor and is not allowed")
             schema = inner.get("parameters") or inner.get("input_schema") or {"properties": {}}
-            if isinstance(name := inner.get("name"), str) and name and isinstance(schema, dict):
+            name = inner.get("name")
+            if isinstance(name, str) and (name := clean(name)) and isinstance(schema, dict):
                 about = str(inner.get("description") or "")
-                return Tool(clean(name), about, {"type": "object"} | schema)
+                return Tool(name, about, {"type": "object"} | schema)
     raise BadRequest(f"{where}: needs a name, and parameters that are a JSON schema")
 
 
@@ -1002,8 +1013,9 @@ def read_tool_choice(given: Any, tools: list[Tool]) -> str | dict[str, str]:
     match given:
         case str(mode) | {"type": str(mode)} if mode in ("auto", "none", "required", "any"):
             return "required" if mode == "any" else mode
-        case str(name) | {"function": {"name": str(name)}} | {"name": str(name)} if name in names:
-            return {"type": "function", "name": name}
+        case str(name) | {"function": {"name": str(name)}} | {"name": str(name)}:
+            if (name := clean(name)) in names:
+                return {"type": "function", "name": name}
     raise BadRequest("tool_choice: must be auto, none, required or the name of one of the tools")
 
 
@@ -1047,11 +1059,13 @@ def read_template(given: Body, templates: Map[str, Template]) -> Request:
     def fill(text: str) -> str:
         return SLOT.sub(lambda slot: values[slot[1]], text)
 
+    if not (prompt := fill(template.prompt)).strip():
+        raise BadRequest("variables: leave nothing to ask")
     return Request(
         model=template.model,
         max_tokens=template.max_tokens,
         system=fill(template.system),
-        messages=[Message("user", [Text(fill(template.prompt))])],
+        messages=[Message("user", [Text(prompt)])],
         tools=template_tools(template),
     )
 
@@ -1749,7 +1763,7 @@ class Adapter:
         self.base_url, self.model = provider.base_url.rstrip("/"), model
         self.can, self.own = capability(model), "api.openai.com" in self.base_url
         self.reasons = not self.can.isdisjoint(("always", "on", "off"))
-        self.sse, self.usage = SSE(), Usage()
+        self.sse, self.usage, self.secret = SSE(), Usage(), b""
         self.counts: dict[str, Any] = {}
         self.calls: dict[Any, ToolUse] = {}
         self.dropped: list[str] = []
@@ -1790,6 +1804,8 @@ class Adapter:
         for data in self.sse.feed(chunk):
             if self.complete:
                 break
+            if self.secret:  # should the vendor say it, nobody hears it
+                data = data.replace(self.secret, b"[removed]")
             try:
                 done = data.strip() == b"[DONE]"
                 event = {"type": "[DONE]"} if done else msgspec.json.decode(data)
@@ -2682,6 +2698,8 @@ class Attempt:
         self.deadline, self.key = call.started + self.times.total, proxy.keys[provider]
         settings = proxy.config.providers[provider]
         self.adapter = ADAPTERS[settings.adapter](settings, model)
+        if len(self.key) > 15:  # a shorter one, like "ollama", is a word that may be said
+            self.adapter.secret = self.key.encode()
         self.body = msgspec.json.encode(self.adapter.encode(call.request))
         self.cutter = StopCutter(self.adapter.cut) if self.adapter.cut else None
 
@@ -3307,6 +3325,8 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 def check_media_type(headers: Headers) -> None:
     if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ProxyError(415, "not_json", "Content-Type: must be application/json")
+    if headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
+        raise ProxyError(415, "not_json", "Content-Encoding: send the body as it is")
 
 
 async def read_body(receive: Receive, headers: Headers, limits: Limits) -> bytes:
@@ -3888,6 +3908,7 @@ def serve(config: Config, public: bool) -> None:
 def print_check(config: Config, environ: Map[str, str], public: bool) -> int:
     """What is configured, what is open and what is missing; 2 where it would not start."""
     server, limits = config.server, config.limits
+    public = public or bool(server.trusted_proxies)  # as create_app has it
     lines = [("bind", f"{server.host}:{server.port}, {'public' if public else 'this machine'}")]
     for name, provider in config.providers.items():
         missing = provider.key_env and not environ.get(provider.key_env) and not config.demo
