@@ -3745,9 +3745,19 @@ def describe(providers: Iterable[str]) -> dict[str, Any]:
 def stop_on_signals(proxy: Proxy) -> None:
     """On SIGTERM the server lets what runs finish, without an end to its patience. So after `drain`
     what still runs is ended with its error line, and 3 s later the process leaves, whatever a
-    half-sent request or a reader that does not read would hold it with."""
+    half-sent request or a reader that does not read would hold it with.
+
+    A second signal can block a Granian worker for good, and Ctrl-C or a platform sends two: one to
+    each process, and one from Granian's main process to its worker. So only the first SIGTERM gets
+    through, and no SIGINT: the main process turns that into a SIGTERM."""
     loop, drain = asyncio.get_running_loop(), proxy.config.server.drain
-    servers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    if threading.current_thread() is not threading.main_thread():
+        return
+    server = signal.getsignal(signal.SIGTERM)
+
+    def ignore(number: int) -> None:
+        with contextlib.suppress(NotImplementedError):  # on Windows
+            loop.add_signal_handler(number, lambda: None)
 
     def leave() -> None:
         if proxy.ledger:
@@ -3755,18 +3765,18 @@ def stop_on_signals(proxy: Proxy) -> None:
         os._exit(0)
 
     def begin() -> None:
+        ignore(signal.SIGTERM)
         proxy.draining = True
         loop.call_later(drain, proxy.stop_calls)
         loop.call_later(drain + 3, leave)
 
     def handle(number: int, frame: Any) -> None:
         loop.call_soon_threadsafe(begin)
-        if callable(handler := servers[signal.Signals(number)]):
-            handler(number, frame)
+        if callable(server):
+            server(number, frame)
 
-    if threading.current_thread() is threading.main_thread():
-        for number in servers:
-            signal.signal(number, handle)
+    ignore(signal.SIGINT)
+    signal.signal(signal.SIGTERM, handle)
 
 
 # ---- Command line ------------------------------------------------------------------------------
