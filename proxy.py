@@ -1669,19 +1669,21 @@ REASONS: dict[Any, str] = {
 }  # fmt: skip
 
 
-# Where the vendors' usage has the figures of ours. Of several, the largest counts.
+# Which of our figures each of the vendors' is. Of several, the largest counts.
 FIGURES = {
-    "input_tokens": ("input_tokens", "prompt_tokens"),
-    "output_tokens": ("output_tokens", "completion_tokens"),
-    "cache_read_tokens": ("cache_read_input_tokens", "input_tokens_details.cached_tokens",
-                          "prompt_tokens_details.cached_tokens"),
-    "cache_write_tokens": ("cache_creation_input_tokens", "input_tokens_details.cache_write_tokens",
-                           "prompt_tokens_details.cache_write_tokens"),
-    "cache_write_1h_tokens": ("cache_creation.ephemeral_1h_input_tokens",),
-    "reasoning_tokens": ("output_tokens_details.thinking_tokens",
-                         "output_tokens_details.reasoning_tokens",
-                         "completion_tokens_details.reasoning_tokens"),
-    "web_searches": ("server_tool_use.web_search_requests",),
+    "input_tokens": "input_tokens", "prompt_tokens": "input_tokens",
+    "output_tokens": "output_tokens", "completion_tokens": "output_tokens",
+    "cache_read_input_tokens": "cache_read_tokens",
+    "input_tokens_details.cached_tokens": "cache_read_tokens",
+    "prompt_tokens_details.cached_tokens": "cache_read_tokens",
+    "cache_creation_input_tokens": "cache_write_tokens",
+    "input_tokens_details.cache_write_tokens": "cache_write_tokens",
+    "prompt_tokens_details.cache_write_tokens": "cache_write_tokens",
+    "cache_creation.ephemeral_1h_input_tokens": "cache_write_1h_tokens",
+    "output_tokens_details.thinking_tokens": "reasoning_tokens",
+    "output_tokens_details.reasoning_tokens": "reasoning_tokens",
+    "completion_tokens_details.reasoning_tokens": "reasoning_tokens",
+    "server_tool_use.web_search_requests": "web_searches",
 }  # fmt: skip
 
 
@@ -1694,11 +1696,9 @@ def capability(model: str) -> frozenset[str]:
     return frozenset(words.split())
 
 
-def number(table: Any, path: str) -> int:
-    """An integer deep in a vendor's JSON; 0 where any of it is missing or something else."""
-    for key in path.split("."):
-        table = table.get(key) if isinstance(table, dict) else None
-    return max(0, table) if isinstance(table, int) else 0
+def number(table: dict[str, Any], key: str) -> int:
+    """An integer in a vendor's JSON; 0 where it is missing or something else."""
+    return max(0, value) if isinstance(value := table.get(key), int) else 0
 
 
 def filled(**fields: Any) -> dict[str, Any]:
@@ -1786,12 +1786,15 @@ class Adapter:
         """Later figures replace the earlier ones, but may lack some of them."""
         if isinstance(usage, dict):
             self.counts |= {key: value for key, value in usage.items() if value is not None}
-            figures = {n: max(number(self.counts, p) for p in ps) for n, ps in FIGURES.items()}
+            self.usage = usage = Usage()
+            for key, value in self.counts.items():
+                for inner, n in value.items() if isinstance(value, dict) else (("", value),):
+                    name = FIGURES.get(f"{key}.{inner}" if inner else key)
+                    if name and isinstance(n, int):
+                        setattr(usage, name, max(getattr(usage, name), n))
+                        usage.known = usage.known or name == "output_tokens"
             if self.apart:
-                figures["input_tokens"] += figures["cache_read_tokens"]
-                figures["input_tokens"] += figures["cache_write_tokens"]
-            known = any(isinstance(self.counts.get(n), int) for n in FIGURES["output_tokens"])
-            self.usage = Usage(**figures, known=known)
+                usage.input_tokens += usage.cache_read_tokens + usage.cache_write_tokens
 
     def finish(self) -> Iterator[Event]:
         """The complete calls, then the Finish. Arguments that are not JSON were cut off: that call
