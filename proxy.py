@@ -838,7 +838,7 @@ def parse_body(
 def read_request(given: Body, limits: Limits, default_model: str, dropped: list[str]) -> Request:
     stop = given.stop or given.stop_sequences or []
     # four spellings of one setting
-    lengths = {n: value for n, value in asdict(given).items() if n.startswith("max_") and value}
+    lengths = {name: value for name in MAX_TOKENS if (value := getattr(given, name))}
     dropped += [name for name, tokens in lengths.items() if tokens > limits.max_tokens]
     request = Request(
         model=given.model or default_model,
