@@ -2481,6 +2481,8 @@ class Metrics:
         self.streams = gauge("proxy_streams_in_flight", "Requests being answered")
         self.clients = gauge("proxy_active_clients", "Clients with a request being answered")
         self.seen: dict[str, set[str]] = {"client": set(), "model": set()}
+        # prometheus_client checks and locks at every look-up
+        self.of = functools.lru_cache(10_000)(lambda metric, *labels: metric.labels(*labels))
 
     def label(self, kind: str, name: str) -> str:
         if name not in self.seen[kind] and len(self.seen[kind]) >= self.NAMES:
@@ -2492,21 +2494,21 @@ class Metrics:
         rejected = entry.outcome == "rejected"
         # a name nobody has served is whatever a caller made up
         served = entry.provider, "" if rejected else self.label("model", entry.model)
-        self.requests.labels(*served, entry.outcome, str(entry.status)).inc()
+        self.of(self.requests, *served, entry.outcome, str(entry.status)).inc()
         if rejected:
-            self.rejections.labels(entry.code).inc()
+            self.of(self.rejections, entry.code).inc()
             return
-        self.cache.labels(entry.cache).inc()
-        self.duration.labels(*served).observe(entry.duration)
+        self.of(self.cache, entry.cache).inc()
+        self.of(self.duration, *served).observe(entry.duration)
         if entry.ttfb is not None:
-            self.first_token.labels(*served).observe(entry.ttfb)
+            self.of(self.first_token, *served).observe(entry.ttfb)
         if entry.attempts:
-            self.upstream.labels(*served).observe(account.seconds)
+            self.of(self.upstream, *served).observe(account.seconds)
         for kind in ("input", "output", "cache_read", "cache_write", "reasoning"):
             if tokens := getattr(entry, f"{kind}_tokens"):
-                self.tokens.labels(*served, kind).inc(tokens)
+                self.of(self.tokens, *served, kind).inc(tokens)
         if entry.cost and entry.cost != "0":
-            self.cost.labels(self.label("client", entry.client), served[1]).inc(float(entry.cost))
+            self.of(self.cost, self.label("client", entry.client), served[1]).inc(float(entry.cost))
 
 
 class LogFormat(logging.Formatter):
