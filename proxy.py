@@ -2577,6 +2577,7 @@ class Call:
         media_type = "application/json" if self.failure else self.writer.media_type
         headers = {"content-type": media_type, "x-dropped-params": self.all_dropped()}
         headers |= {"cache-control": "no-store", "x-accel-buffering": "no"} | self.rates
+        self.rates = {}  # a long stream need not keep them
         raw = raw_headers(headers | {"x-cache": self.entry.cache} | dict(more) | self.added)
         status = self.entry.status or 200
         await self.send({"type": "http.response.start", "status": status, "headers": raw})
@@ -2654,7 +2655,8 @@ class Attempt:
     """One try at one target: sends the request, reads the answer, and closes the connection or,
     where the answer was complete, hands it back for the next one."""
 
-    response: httpx.Response | None = None
+    stream: Any = None
+    timer: asyncio.TimerHandle | None = None
     waiting_since: float | None = None
     silent = False
 
@@ -2675,12 +2677,12 @@ class Attempt:
         body, self.body = self.body, b""  # a long stream need not keep it
         url = parse_url(self.adapter.url())
         request = httpx.Request("POST", url, headers=headers, content=body, extensions=limits)
-        self.response = response = await self.transport.handle_async_request(request)
+        response = await self.transport.handle_async_request(request)
+        self.stream = response.stream  # not the response: it would keep the request's body, too
         if response.status_code != 200:
             raise await read_refusal(response)
         encoded = response.headers.get("content-encoding", "identity") != "identity"
-        stream: Any = response.aiter_bytes() if encoded else response.stream
-        self.chunks = aiter(stream)
+        self.chunks = aiter(response.aiter_bytes() if encoded else self.stream)
         batch: Batch = []
         while not (batch or self.adapter.heard):
             batch = await self.next()
@@ -2689,40 +2691,24 @@ class Attempt:
         return batch
 
     async def next(self) -> Batch:
+        """The events of one read."""
+        self.waiting_since = time.monotonic()
         try:
             batch = self.adapter.feed(await anext(self.chunks))
         except StopAsyncIteration:
             message = "the vendor ended the answer before it was complete"
             raise UpstreamError(502, message) from None
-        return self.cutter.cut(batch) if self.cutter else batch
-
-    async def rest(self, batch: Batch) -> AsyncGenerator[Batch, None]:
-        """The answer from its first batch to its end."""
-        task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
-        self.watch(task)
-        try:
-            while True:
-                last = batch[-1] if batch else None
-                if isinstance(last, Failure):
-                    yield batch[:-1]
-                    raise last.error
-                yield batch
-                if isinstance(last, Finish):
-                    return
-                self.waiting_since = time.monotonic()
-                batch = await self.next()
-                self.waiting_since = None
         except asyncio.CancelledError:
             if not self.silent:
                 raise
-            task.uncancel()
+            asyncio.current_task().uncancel()  # type: ignore[union-attr]
             raise UpstreamError(504, "the vendor stopped in the middle of its answer") from None
-        finally:
-            self.timer.cancel()
+        self.waiting_since = None
+        return self.cutter.cut(batch) if self.cutter else batch
 
     def watch(self, task: asyncio.Task[Any]) -> None:
-        """Cancel the reader of a vendor that has been silent for too long. A timeout around every
-        read would do the same at a tenth of the cost of a token."""
+        """Once the answer has begun, cancel the reader of a vendor that has been silent for too
+        long. A timeout around every read would do the same at a tenth of the cost of a token."""
         now = time.monotonic()
         since = now if self.waiting_since is None else self.waiting_since
         due = min(since + self.times.idle, max(self.deadline, since + 0.05))
@@ -2735,7 +2721,9 @@ class Attempt:
     async def close(self) -> None:
         """The end of the HTTP message may come after the last event: only when it has been read
         can the connection serve again."""
-        if self.response:
+        if self.timer:
+            self.timer.cancel()
+        if self.stream:
             try:
                 if self.adapter.complete:
                     with contextlib.suppress(Exception):
@@ -2743,7 +2731,7 @@ class Attempt:
                             async for _ in self.chunks:
                                 pass
             finally:
-                await self.response.stream.aclose()  # type: ignore[union-attr]
+                await self.stream.aclose()
 
 
 async def read_refusal(response: httpx.Response) -> UpstreamError:
@@ -2883,8 +2871,8 @@ class Proxy:
             entry.client, entry.group, entry.session = client.id, client.group, client.session
             self.check_places(call)
             try:
-                body = await read_body(receive, call.headers, client.limits)
-                targets = self.read(call, provider, body)
+                # in no variable of ours: a long stream need not keep the body
+                targets = self.read(call, provider, await read_body(receive, call))
             finally:  # a body that is refused counts as a request too
                 await self.take(call)
             await self.work(call, targets, receive)
@@ -3157,16 +3145,23 @@ class Proxy:
                 begun, began = False, now() - account.seconds
                 try:
                     async with asyncio.timeout(limit - now()):
-                        first = await attempt.open()
+                        batch = await attempt.open()
                     begun = True
-                    async with aclosing(attempt.rest(first)) as batches:
-                        async for batch in batches:
-                            account.seconds = now() - began
-                            account.usage = attempt.adapter.usage
-                            texts = [e.text for e in batch if isinstance(e, Text | Thinking)]
-                            account.produced += sum(len(text.encode()) for text in texts)
-                            yield batch
-                    return
+                    attempt.watch(asyncio.current_task())  # type: ignore[arg-type]
+                    while True:
+                        account.seconds = now() - began
+                        account.usage = attempt.adapter.usage
+                        for event in batch:
+                            if isinstance(event, Text | Thinking):
+                                account.produced += len(event.text.encode())
+                        last = batch[-1] if batch else None
+                        if isinstance(last, Failure):
+                            yield batch[:-1]
+                            raise last.error
+                        yield batch
+                        if isinstance(last, Finish):
+                            return
+                        batch = await attempt.next()
                 except UpstreamError as failed:
                     error = failed
                 except (httpx.HTTPError, aiohttp.ClientError, OSError) as failed:
@@ -3273,8 +3268,9 @@ def check_media_type(headers: Headers) -> None:
         raise ProxyError(415, "not_json", "Content-Type: must be application/json")
 
 
-async def read_body(receive: Receive, headers: Headers, limits: Limits) -> bytes:
-    body, more, declared = bytearray(), True, headers.get("content-length", "")
+async def read_body(receive: Receive, call: Call) -> bytes:
+    limits, declared = call.client.limits, call.headers.get("content-length", "")
+    body, more = bytearray(), True
     size = int(declared[:20]) if declared.isdecimal() else 0
     try:
         async with asyncio.timeout(limits.body_timeout):
