@@ -848,7 +848,7 @@ def parse_body(
 def read_request(given: Body, limits: Limits, default_model: str, dropped: list[str]) -> Request:
     stop = given.stop or given.stop_sequences or []
     # four spellings of one setting
-    lengths = {n: value for n, value in asdict(given).items() if n.startswith("max_") and value}
+    lengths = {name: value for name in MAX_TOKENS if (value := getattr(given, name))}
     dropped += [name for name, tokens in lengths.items() if tokens > limits.max_tokens]
     request = Request(
         model=given.model or default_model,
@@ -1702,19 +1702,21 @@ REASONS: dict[Any, str] = {
 }  # fmt: skip
 
 
-# Where the vendors' usage has the figures of ours. Of several, the largest counts.
+# Which of our figures each of the vendors' is. Of several, the largest counts.
 FIGURES = {
-    "input_tokens": ("input_tokens", "prompt_tokens"),
-    "output_tokens": ("output_tokens", "completion_tokens"),
-    "cache_read_tokens": ("cache_read_input_tokens", "input_tokens_details.cached_tokens",
-                          "prompt_tokens_details.cached_tokens"),
-    "cache_write_tokens": ("cache_creation_input_tokens", "input_tokens_details.cache_write_tokens",
-                           "prompt_tokens_details.cache_write_tokens"),
-    "cache_write_1h_tokens": ("cache_creation.ephemeral_1h_input_tokens",),
-    "reasoning_tokens": ("output_tokens_details.thinking_tokens",
-                         "output_tokens_details.reasoning_tokens",
-                         "completion_tokens_details.reasoning_tokens"),
-    "web_searches": ("server_tool_use.web_search_requests",),
+    "input_tokens": "input_tokens", "prompt_tokens": "input_tokens",
+    "output_tokens": "output_tokens", "completion_tokens": "output_tokens",
+    "cache_read_input_tokens": "cache_read_tokens",
+    "input_tokens_details.cached_tokens": "cache_read_tokens",
+    "prompt_tokens_details.cached_tokens": "cache_read_tokens",
+    "cache_creation_input_tokens": "cache_write_tokens",
+    "input_tokens_details.cache_write_tokens": "cache_write_tokens",
+    "prompt_tokens_details.cache_write_tokens": "cache_write_tokens",
+    "cache_creation.ephemeral_1h_input_tokens": "cache_write_1h_tokens",
+    "output_tokens_details.thinking_tokens": "reasoning_tokens",
+    "output_tokens_details.reasoning_tokens": "reasoning_tokens",
+    "completion_tokens_details.reasoning_tokens": "reasoning_tokens",
+    "server_tool_use.web_search_requests": "web_searches",
 }  # fmt: skip
 
 
@@ -1727,11 +1729,9 @@ def capability(model: str) -> frozenset[str]:
     return frozenset(words.split())
 
 
-def number(table: Any, path: str) -> int:
-    """An integer deep in a vendor's JSON; 0 where any of it is missing or something else."""
-    for key in path.split("."):
-        table = table.get(key) if isinstance(table, dict) else None
-    return max(0, table) if isinstance(table, int) else 0
+def number(table: dict[str, Any], key: str) -> int:
+    """An integer in a vendor's JSON; 0 where it is missing or something else."""
+    return max(0, value) if isinstance(value := table.get(key), int) else 0
 
 
 def filled(**fields: Any) -> dict[str, Any]:
@@ -1821,12 +1821,15 @@ class Adapter:
         """Later figures replace the earlier ones, but may lack some of them."""
         if isinstance(usage, dict):
             self.counts |= {key: value for key, value in usage.items() if value is not None}
-            figures = {n: max(number(self.counts, p) for p in ps) for n, ps in FIGURES.items()}
+            self.usage = usage = Usage()
+            for key, value in self.counts.items():
+                for inner, n in value.items() if isinstance(value, dict) else (("", value),):
+                    name = FIGURES.get(f"{key}.{inner}" if inner else key)
+                    if name and isinstance(n, int):
+                        setattr(usage, name, max(getattr(usage, name), n))
+                        usage.known = usage.known or name == "output_tokens"
             if self.apart:
-                figures["input_tokens"] += figures["cache_read_tokens"]
-                figures["input_tokens"] += figures["cache_write_tokens"]
-            known = any(isinstance(self.counts.get(n), int) for n in FIGURES["output_tokens"])
-            self.usage = Usage(**figures, known=known)
+                usage.input_tokens += usage.cache_read_tokens + usage.cache_write_tokens
 
     def finish(self) -> Iterator[Event]:
         """The complete calls, then the Finish. Arguments that are not JSON were cut off: that call
@@ -2518,6 +2521,8 @@ class Metrics:
         self.streams = gauge("proxy_streams_in_flight", "Requests being answered")
         self.clients = gauge("proxy_active_clients", "Clients with a request being answered")
         self.seen: dict[str, set[str]] = {"client": set(), "model": set()}
+        # prometheus_client checks and locks at every look-up
+        self.of = functools.lru_cache(10_000)(lambda metric, *labels: metric.labels(*labels))
 
     def label(self, kind: str, name: str) -> str:
         if name not in self.seen[kind] and len(self.seen[kind]) >= self.NAMES:
@@ -2529,21 +2534,21 @@ class Metrics:
         rejected = entry.outcome == "rejected"
         # a name nobody has served is whatever a caller made up
         served = entry.provider, "" if rejected else self.label("model", entry.model)
-        self.requests.labels(*served, entry.outcome, str(entry.status)).inc()
+        self.of(self.requests, *served, entry.outcome, str(entry.status)).inc()
         if rejected:
-            self.rejections.labels(entry.code).inc()
+            self.of(self.rejections, entry.code).inc()
             return
-        self.cache.labels(entry.cache).inc()
-        self.duration.labels(*served).observe(entry.duration)
+        self.of(self.cache, entry.cache).inc()
+        self.of(self.duration, *served).observe(entry.duration)
         if entry.ttfb is not None:
-            self.first_token.labels(*served).observe(entry.ttfb)
+            self.of(self.first_token, *served).observe(entry.ttfb)
         if entry.attempts:
-            self.upstream.labels(*served).observe(account.seconds)
+            self.of(self.upstream, *served).observe(account.seconds)
         for kind in ("input", "output", "cache_read", "cache_write", "reasoning"):
             if tokens := getattr(entry, f"{kind}_tokens"):
-                self.tokens.labels(*served, kind).inc(tokens)
+                self.of(self.tokens, *served, kind).inc(tokens)
         if entry.cost and entry.cost != "0":
-            self.cost.labels(self.label("client", entry.client), served[1]).inc(float(entry.cost))
+            self.of(self.cost, self.label("client", entry.client), served[1]).inc(float(entry.cost))
 
 
 class LogFormat(logging.Formatter):
@@ -2612,6 +2617,7 @@ class Call:
         media_type = "application/json" if self.failure else self.writer.media_type
         headers = {"content-type": media_type, "x-dropped-params": self.all_dropped()}
         headers |= {"cache-control": "no-store", "x-accel-buffering": "no"} | self.rates
+        self.rates = {}  # a long stream need not keep them
         raw = raw_headers(headers | {"x-cache": self.entry.cache} | dict(more) | self.added)
         status = self.entry.status or 200
         await self.send({"type": "http.response.start", "status": status, "headers": raw})
@@ -2689,7 +2695,8 @@ class Attempt:
     """One try at one target: sends the request, reads the answer, and closes the connection or,
     where the answer was complete, hands it back for the next one."""
 
-    response: httpx.Response | None = None
+    stream: Any = None
+    timer: asyncio.TimerHandle | None = None
     waiting_since: float | None = None
     silent = False
 
@@ -2712,12 +2719,12 @@ class Attempt:
         body, self.body = self.body, b""  # a long stream need not keep it
         url = parse_url(self.adapter.url())
         request = httpx.Request("POST", url, headers=headers, content=body, extensions=limits)
-        self.response = response = await self.transport.handle_async_request(request)
+        response = await self.transport.handle_async_request(request)
+        self.stream = response.stream  # not the response: it would keep the request's body, too
         if response.status_code != 200:
             raise await read_refusal(response)
         encoded = response.headers.get("content-encoding", "identity") != "identity"
-        stream: Any = response.aiter_bytes() if encoded else response.stream
-        self.chunks = aiter(stream)
+        self.chunks = aiter(response.aiter_bytes() if encoded else self.stream)
         batch: Batch = []
         while not (batch or self.adapter.heard):
             batch = await self.next()
@@ -2726,40 +2733,24 @@ class Attempt:
         return batch
 
     async def next(self) -> Batch:
+        """The events of one read."""
+        self.waiting_since = time.monotonic()
         try:
             batch = self.adapter.feed(await anext(self.chunks))
         except StopAsyncIteration:
             message = "the vendor ended the answer before it was complete"
             raise UpstreamError(502, message) from None
-        return self.cutter.cut(batch) if self.cutter else batch
-
-    async def rest(self, batch: Batch) -> AsyncGenerator[Batch, None]:
-        """The answer from its first batch to its end."""
-        task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
-        self.watch(task)
-        try:
-            while True:
-                last = batch[-1] if batch else None
-                if isinstance(last, Failure):
-                    yield batch[:-1]
-                    raise last.error
-                yield batch
-                if isinstance(last, Finish):
-                    return
-                self.waiting_since = time.monotonic()
-                batch = await self.next()
-                self.waiting_since = None
         except asyncio.CancelledError:
             if not self.silent:
                 raise
-            task.uncancel()
+            asyncio.current_task().uncancel()  # type: ignore[union-attr]
             raise UpstreamError(504, "the vendor stopped in the middle of its answer") from None
-        finally:
-            self.timer.cancel()
+        self.waiting_since = None
+        return self.cutter.cut(batch) if self.cutter else batch
 
     def watch(self, task: asyncio.Task[Any]) -> None:
-        """Cancel the reader of a vendor that has been silent for too long. A timeout around every
-        read would do the same at a tenth of the cost of a token."""
+        """Once the answer has begun, cancel the reader of a vendor that has been silent for too
+        long. A timeout around every read would do the same at a tenth of the cost of a token."""
         now = time.monotonic()
         since = now if self.waiting_since is None else self.waiting_since
         due = min(since + self.times.idle, max(self.deadline, since + 0.05))
@@ -2772,7 +2763,9 @@ class Attempt:
     async def close(self) -> None:
         """The end of the HTTP message may come after the last event: only when it has been read
         can the connection serve again."""
-        if self.response:
+        if self.timer:
+            self.timer.cancel()
+        if self.stream:
             try:
                 if self.adapter.complete:
                     with contextlib.suppress(Exception):
@@ -2780,7 +2773,7 @@ class Attempt:
                             async for _ in self.chunks:
                                 pass
             finally:
-                await self.response.stream.aclose()  # type: ignore[union-attr]
+                await self.stream.aclose()
 
 
 async def read_refusal(response: httpx.Response) -> UpstreamError:
@@ -2926,8 +2919,8 @@ class Proxy:
             entry.client, entry.group, entry.session = client.id, client.group, client.session
             self.check_places(call)
             try:
-                body = await read_body(receive, call.headers, client.limits)
-                targets = self.read(call, provider, body)
+                # in no variable of ours: a long stream need not keep the body
+                targets = self.read(call, provider, await read_body(receive, call))
             finally:  # a body that is refused counts as a request too
                 await self.take(call)
             await self.work(call, targets, receive)
@@ -3208,16 +3201,23 @@ class Proxy:
                 begun, began = False, now() - account.seconds
                 try:
                     async with asyncio.timeout(limit - now()):
-                        first = await attempt.open()
+                        batch = await attempt.open()
                     begun = True
-                    async with aclosing(attempt.rest(first)) as batches:
-                        async for batch in batches:
-                            account.seconds = now() - began
-                            account.usage = attempt.adapter.usage
-                            texts = [e.text for e in batch if isinstance(e, Text | Thinking)]
-                            account.produced += sum(len(text.encode()) for text in texts)
-                            yield batch
-                    return
+                    attempt.watch(asyncio.current_task())  # type: ignore[arg-type]
+                    while True:
+                        account.seconds = now() - began
+                        account.usage = attempt.adapter.usage
+                        for event in batch:
+                            if isinstance(event, Text | Thinking):
+                                account.produced += len(event.text.encode())
+                        last = batch[-1] if batch else None
+                        if isinstance(last, Failure):
+                            yield batch[:-1]
+                            raise last.error
+                        yield batch
+                        if isinstance(last, Finish):
+                            return
+                        batch = await attempt.next()
                 except UpstreamError as failed:
                     error = failed
                 except (httpx.HTTPError, aiohttp.ClientError, OSError) as failed:
@@ -3329,8 +3329,9 @@ def check_media_type(headers: Headers) -> None:
         raise ProxyError(415, "not_json", "Content-Encoding: send the body as it is")
 
 
-async def read_body(receive: Receive, headers: Headers, limits: Limits) -> bytes:
-    body, more, declared = bytearray(), True, headers.get("content-length", "")
+async def read_body(receive: Receive, call: Call) -> bytes:
+    limits, declared = call.client.limits, call.headers.get("content-length", "")
+    body, more = bytearray(), True
     size = int(declared[:20]) if declared.isdecimal() else 0
     try:
         async with asyncio.timeout(limits.body_timeout):
