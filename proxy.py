@@ -2960,18 +2960,19 @@ class Proxy:
 
     async def new_session(self, scope: Scope, receive: Receive) -> dict[str, Any]:
         """Exchange a proof, a Turnstile token or the app's JWT, for a session token."""
-        headers, table = scope["state"]["call"].headers, self.config.session
+        call, table = scope["state"]["call"], self.config.session
+        headers = call.headers
         if table is None:
             raise ProxyError(404, "not_found", "sessions are off: a [session] block turns them on")
         check_media_type(headers)
-        parent = self.clients.by_address(scope, headers)
-        limits = replace(
-            parent.limits, requests_per_minute=table.per_minute, burst=table.per_minute
-        )
+        few: Any = {"requests_per_minute": table.per_minute, "burst": table.per_minute}
+        limits = replace(self.config.limits, **few, max_body=Size(65536))
+        parent = replace(self.clients.by_address(scope, headers), limits=limits)
+        call.client = parent
         taken = await self.limiter.take(f"session {parent.id}", limits, 1, 0)
         if taken.refused:
             raise ProxyError(429, "rate_limited", "too many sessions; try later", after=taken.wait)
-        body = await read_body(receive, headers, replace(limits, max_body=Size(65536)))
+        body = await read_body(receive, call)
         try:
             proof = msgspec.json.decode(body, type=SessionRequest)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
