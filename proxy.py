@@ -77,6 +77,8 @@ from msgspec.structs import asdict, astuple, replace
 
 __version__ = "0.1.0"
 
+Headers = dict[str, str]  # lower-case names; repeated headers joined with ", "
+
 LOG = logging.getLogger("proxy")
 
 # ---- Config ------------------------------------------------------------------------------------
@@ -129,11 +131,14 @@ class Server(Table, frozen=True):
 
 
 class Provider(Table, frozen=True):
+    """`allow` names fields, tools and betas of native bodies that would be refused otherwise."""
+
     adapter: Literal["messages", "responses", "chat"]
     base_url: str
     key_env: str = ""
     models: tuple[str, ...] = ("*",)
     default_model: str = ""
+    allow: tuple[str, ...] = ()
 
 
 class Upstream(Table, frozen=True):
@@ -289,7 +294,8 @@ BUILT_IN_PROVIDERS: dict[str, dict[str, Any]] = {
     "anthropic": {"adapter": "messages", "base_url": "https://api.anthropic.com",
                   "key_env": "ANTHROPIC_API_KEY", "models": ["claude-*"]},
     "openai": {"adapter": "responses", "base_url": "https://api.openai.com/v1",
-               "key_env": "OPENAI_API_KEY", "models": ["gpt-*", "o*", "chat-*"]},
+               "key_env": "OPENAI_API_KEY",
+               "models": ["gpt-*", "o*", "chat-*", "text-embedding-*"]},
 }  # fmt: skip
 
 # Names that a PaaS or the proxies this one replaces made known; read_environment has the others.
@@ -606,6 +612,27 @@ class BadRequest(ProxyError):
         super().__init__(400, "invalid_request", message)
 
 
+class ErrorBody(Struct, rename="camel"):
+    error: str
+    type: str
+    code: str
+    request_id: str
+
+
+def error_body(error: ProxyError, request_id: str, dialect: str = "") -> bytes:
+    """The error as the caller's dialect has it, "" being the browser's."""
+    detail: dict[str, Any] = {"type": error.type, "message": error.message}
+    match dialect:
+        case "":
+            body: Any = ErrorBody(error.message, error.type, error.code, request_id)
+        case "messages":
+            body = {"type": "error", "error": detail, "request_id": request_id}
+        case _:
+            detail |= {"param": None, "code": error.code}
+            body = {"type": "error", "error": detail}
+    return msgspec.json.encode(body)
+
+
 # The vendor's status: what the caller gets. Any other is 502 upstream_error.
 UPSTREAM_CODES = {
     **{status: (status, "upstream_rejected") for status in (400, 404, 413, 422)},
@@ -708,11 +735,23 @@ class Sampling(Struct):
     seed: int | None = None
 
 
-class Request(Sampling, kw_only=True):
-    """What is asked of a model, whoever serves it. `thinking` None leaves it to the model."""
+class Request(Sampling, kw_only=True, omit_defaults=True):
+    """What is asked of a model, whoever serves it. `thinking` None leaves it to the model. A
+    `native` body is sent as it is, in its `dialect`: `path` says where, if not where the dialect is
+    at home, and `limit` what it calls max_tokens. `stream` is about the vendor's answer."""
 
     model: str
     max_tokens: int
+    n: int = 1
+    native: dict[str, Any] | None = None
+    dialect: str = ""
+    path: str = ""
+    limit: str = ""
+    stream: bool = True
+    usage_hidden: bool = False
+    output_format: dict[str, Any] | None = None  # as Responses has it
+    effort: str = ""
+    parallel: bool | None = None
     messages: list[Message] = []
     system: str = ""
     tools: list[Tool] = []
@@ -726,10 +765,18 @@ class Request(Sampling, kw_only=True):
     def texts(self) -> Iterator[str]:
         """Every text of it, but not the tools' and not the data of images."""
         yield self.system
+        yield from strings(self.native)
         for part in self.parts():
             if isinstance(part, Image):
                 yield part.source.get("url", "")
             yield from (value for value in astuple(part) if isinstance(value, str))
+
+    def images(self) -> list[str]:
+        """The data of each image, "" where the vendor fetches it."""
+        native = self.native or {}
+        found = map(image_data, blocks(native.get("messages") or native.get("input")))
+        own = [p.source.get("data", "") for p in self.parts() if isinstance(p, Image)]
+        return own + [data for data in found if data is not None]
 
     def characters(self) -> int:
         """Of text and tools, not of images."""
@@ -766,17 +813,26 @@ class Failure(Struct, tag=True):
     error: UpstreamError
 
 
-Event = Text | Thinking | ToolUse | Finish | Failure
+class Raw(Struct, tag=True):
+    """What the vendor sent, for a caller that speaks its dialect. The events in it follow it."""
+
+    data: bytes
+
+
+Event = Text | Thinking | ToolUse | Finish | Failure | Raw
 Batch = list[Event]  # the events of one network read
 
 StopText = Annotated[str, Meta(max_length=100)]  # each is looked for at every token
 StopTexts = Annotated[list[StopText], Meta(max_length=16)]
 
 
+ModelName = Annotated[str, Meta(max_length=200, pattern="^[ -~]*$")]
+
+
 class Body(Sampling):
     """A request body of either family. What is not named here is dropped and reported."""
 
-    model: Annotated[str, Meta(max_length=200, pattern="^[ -~]*$")] | None = None
+    model: ModelName | None = None
     messages: list[Any] | None = None
     input: str | list[Any] | None = None
     system: str | list[Any] | None = None
@@ -810,13 +866,8 @@ def parse_body(
     body: bytes, limits: Limits, default_model: str = "", templates: Map[str, Template] = {}
 ) -> Parsed:
     """Read a browser's request body. Raises BadRequest naming the field."""
-    try:
-        raw = msgspec.json.decode(body)
-        given = msgspec.convert(raw, Body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        message, _, where = str(error).partition(" - at `$")
-        where = re.sub(r"^(\[.*?\])+|\[\.\.\.\]", "", where).strip(".`")
-        raise BadRequest(f"{where or 'body (JSON)'}: {message}") from None
+    raw = decode_body(body)
+    given = convert_body(raw, Body)
     unknown = sorted(raw.keys() - set(Body.__struct_fields__))
     dropped = [redact(name, length=50) for name in unknown[:50]]
     if given.template is not None:
@@ -830,19 +881,40 @@ def parse_body(
         request = read_request(given, limits, default_model, dropped)
         said = (*request.texts(), msgspec.json.encode(request.tools).decode())
     request.system = "\n\n".join(filter(None, (limits.system_prompt, request.system)))
-    if (count := request.characters()) > limits.max_characters:
-        raise BadRequest(
-            f"messages: {count} characters, at most {limits.max_characters} are allowed"
-        )
-    if limits.denied:  # to the caller, not to the owner
-        text = "\n".join(map(str, said)).casefold()
-        if any(denied.casefold() in text for denied in limits.denied):
-            raise BadRequest("messages: hold a text that is not allowed here")
+    check_texts(request, limits, said)
     chosen = any(getattr(given, name) for name in MAX_TOKENS)
     return Parsed(
         request, given.stream is not False, list(dict.fromkeys(dropped)),
         chosen and given.template is None, given.template or "",
     )  # fmt: skip
+
+
+def decode_body(body: bytes) -> dict[str, Any]:
+    raw: dict[str, Any] = convert_body(body, dict[str, Any])
+    return raw
+
+
+def convert_body(body: Any, kind: Any) -> Any:
+    """A body, or JSON already read, as `kind`. Raises BadRequest naming the field."""
+    try:
+        if isinstance(body, bytes):
+            body = msgspec.json.decode(body)
+        return msgspec.convert(body, kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        message, _, where = str(error).partition(" - at `$")
+        where = re.sub(r"^(\[.*?\])+|\[\.\.\.\]", "", where).strip(".`")
+        raise BadRequest(f"{where or 'body (JSON)'}: {message}") from None
+
+
+def check_texts(request: Request, limits: Limits, said: Iterable[Any]) -> None:
+    """Is it short enough, and does `said`, the caller's part of it, hold nothing denied?"""
+    if (count := request.characters()) > limits.max_characters:
+        allowed = f"at most {limits.max_characters} are allowed"
+        raise BadRequest(f"messages: {count} characters, {allowed}")
+    if limits.denied:
+        text = "\n".join(map(str, said)).casefold()
+        if any(denied.casefold() in text for denied in limits.denied):
+            raise BadRequest("messages: hold a text that is not allowed here")
 
 
 def read_request(given: Body, limits: Limits, default_model: str, dropped: list[str]) -> Request:
@@ -1090,6 +1162,224 @@ def read_variable(name: str, variable: Variable, value: Any) -> str:
     return text
 
 
+# ---- Native bodies -----------------------------------------------------------------------------
+# What official SDKs send, for a vendor that speaks the same dialect. It is decoded, checked and
+# encoded anew, so that what was checked is what is sent. Only fields known to be harmless pass:
+# none that reach stored state, another price, or tools that run at the vendor.
+
+NATIVE_FIELDS = {
+    "messages": "model messages max_tokens system tools tool_choice stop_sequences stream "
+    "temperature top_p top_k thinking metadata output_config cache_control",
+    "responses": "model input instructions max_output_tokens tools tool_choice text reasoning "
+    "parallel_tool_calls temperature top_p store include stream stream_options user metadata "
+    "prompt_cache_key safety_identifier truncation top_logprobs max_tool_calls",
+    "chat": "model messages max_tokens max_completion_tokens tools tool_choice functions stop n "
+    "function_call parallel_tool_calls response_format reasoning_effort seed temperature top_p "
+    "presence_penalty frequency_penalty logit_bias logprobs top_logprobs stream stream_options "
+    "user metadata prompt_cache_key safety_identifier verbosity store",
+    "messages/count_tokens": "model messages system tools tool_choice thinking output_config",
+    "embeddings": "model input encoding_format dimensions user",
+}
+# Betas that clients ask for unbidden, and that change neither the price nor what is kept.
+PLAIN_BETAS = {"structured-outputs-2025-11-13", "fine-grained-tool-streaming-2025-05-14"}
+# What a tool is called with, and what describes it, is nobody's conversation.
+OPAQUE = {"input", "arguments", "parameters", "input_schema", "schema"}
+
+
+class NativeBody(Struct):
+    """What the proxy itself needs of a native body."""
+
+    model: ModelName
+    stream: bool | None = None
+    n: Annotated[int, Meta(ge=1, le=16)] | None = None
+    max_tokens: Count | None = None
+    max_output_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    stream_options: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    messages: list[Any] | None = None
+    system: str | list[Any] | None = None
+    instructions: str | None = None
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, but not the data of images. A token given by its number is as
+    long as most."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for inner in value:
+            yield from ("????",) if isinstance(inner, int) else strings(inner)
+    elif isinstance(value, dict):
+        image = image_data(value)
+        for key, inner in value.items():
+            if not (image and key in ("source", "image_url")):
+                yield from strings(inner)
+
+
+def blocks(value: Any) -> Iterator[dict[str, Any]]:
+    """Every object of a conversation: its messages, their blocks, and the sources of files."""
+    if isinstance(value, dict):
+        yield value
+        value = [inner for key, inner in value.items() if key not in OPAQUE]
+    if isinstance(value, list):
+        for inner in value:
+            yield from blocks(inner)
+
+
+def image_data(block: dict[str, Any]) -> str | None:
+    """The data of an image, "" where the vendor fetches it; None for whatever is not an image."""
+    match block:
+        case {"type": "image", "source": dict(source)}:
+            return str(source.get("data") or "")
+        case {"type": "input_image" | "image_url", "image_url": given}:
+            url = str(given.get("url") if isinstance(given, dict) else given)
+            return url if url.startswith("data:") else ""
+    return None
+
+
+def parse_native(
+    raw: dict[str, Any], kind: str, limits: Limits, allowed: Iterable[str], dropped: list[str]
+) -> Request:
+    """Check a body of `kind`, a key of NATIVE_FIELDS. Raises BadRequest naming the field."""
+    for name in sorted(raw.keys() - {*NATIVE_FIELDS[kind].split(), *allowed}):
+        fix = "the server's owner can add it to the provider's `allow`"
+        raise BadRequest(f"{redact(name, length=50)}: is not passed on by this proxy; {fix}")
+    if limits.templates_only:
+        raise BadRequest("messages: only templates may be asked for, at /api")
+    given = convert_body(raw, NativeBody)
+    key = "messages" if "messages" in NATIVE_FIELDS[kind] else "input"
+    if not raw.get(key):
+        raise BadRequest(f"{key}: is missing")
+    check_conversation(raw, key, limits, allowed)
+    if (given.tools or raw.get("functions")) and not limits.allow_tools:
+        raise BadRequest("tools: are not allowed here")
+    for i, tool in enumerate(given.tools or ()):
+        if (name := str(tool.get("type", "custom"))) not in ("function", "custom", *allowed):
+            shown = redact(name, length=50)
+            fix = "the server's owner can add it to the provider's `allow`"
+            raise BadRequest(f"tools[{i}].type: {shown!r} runs at the vendor; {fix}")
+    lengths = {n: v for n, v in asdict(given).items() if n.startswith("max_") and v}
+    limit = next(reversed(lengths), "")  # of two names the newer one goes up, with the lower value
+    dropped += [n for n, tokens in lengths.items() if tokens > limits.max_tokens or n != limit]
+    dropped += ["store"] if raw.get("store") else []
+    native = {n: value for n, value in raw.items() if n not in (*lengths, "store")}
+    if kind == "responses":
+        native["store"] = False
+    if kind == "chat" and given.stream:
+        native["stream_options"] = (given.stream_options or {}) | {"include_usage": True}
+    if limits.system_prompt and kind in ADAPTERS:
+        lock_prompt(native, kind, limits.system_prompt)
+    path = "" if kind in ADAPTERS else f"/{kind}"
+    length = 0 if path else min([*lengths.values(), limits.max_tokens])
+    return Request(
+        model=given.model, max_tokens=length, limit=limit, n=given.n or 1,
+        native=native, path=path, stream=given.stream is True,
+    )  # fmt: skip
+
+
+def passed_headers(headers: Headers, dialect: str, allowed: Iterable[str]) -> dict[str, str]:
+    """What goes up to the vendor of the caller's headers. Raises BadRequest."""
+    names = ("anthropic-version", "anthropic-beta") if dialect == "messages" else ()
+    for beta in split_list(headers.get("anthropic-beta", "")):
+        if beta not in PLAIN_BETAS and beta not in allowed:
+            fix = "the server's owner can add it to the provider's `allow`"
+            raise BadRequest(f"anthropic-beta: {redact(beta, length=50)} is not passed on; {fix}")
+    return {name: headers[name] for name in (*names, "idempotency-key") if name in headers}
+
+
+def check_conversation(
+    raw: dict[str, Any], key: str, limits: Limits, allowed: Iterable[str]
+) -> None:
+    system = [raw.get("system"), raw.get("instructions")]
+    items = raw[key] if isinstance(raw[key], list) else []
+    if len(items) > limits.max_messages:
+        raise BadRequest(f"{key}: at most {limits.max_messages} messages are allowed")
+    # where Responses is told neither type nor role, it looks the id up
+    referred = any(isinstance(i, dict) and not (i.get("type") or i.get("role")) for i in items)
+    for block in blocks(items):
+        system.append(block.get("role") in ("system", "developer"))
+        source = block.get("source")
+        kinds = {block.get("type"), source.get("type") if isinstance(source, dict) else None}
+        named = kinds & {"item_reference", "container_upload"} or "file_id" in block
+        kept = bool(named or referred or block.get("audio"))
+        if (kept or "file_url" in block or {"document", "url"} <= kinds) and "files" not in allowed:
+            wrong = "files and items that the vendor keeps or fetches are not passed on"
+            raise BadRequest(f'{key}: {wrong}; add "files" to the provider\'s `allow`')
+    if any(system) and not limits.allow_system:
+        raise BadRequest("system: a system prompt is not allowed here")
+
+
+def lock_prompt(native: dict[str, Any], kind: str, prompt: str) -> None:
+    """Put the server's own system prompt in front of the caller's."""
+    match kind:
+        case "messages":
+            given = native.get("system") or []
+            given = [{"type": "text", "text": given}] if isinstance(given, str) else given
+            native["system"] = [{"type": "text", "text": prompt}, *given]
+        case "responses":
+            native["instructions"] = "\n\n".join(filter(None, (prompt, native.get("instructions"))))
+        case "chat":
+            native["messages"] = [{"role": "system", "content": prompt}, *native["messages"]]
+
+
+# What no other dialect has, and the values of it that ask for nothing.
+CHAT_ONLY = {"n": 1, "functions": [], "function_call": "none", "logprobs": False, "audio": None}
+
+
+class ChatBody(Struct):
+    """What a Chat body has more than the browser's."""
+
+    reasoning_effort: str | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = None
+    stream_options: dict[str, Any] | None = None
+
+
+TURN_KEYS = {"role", "content", "tool_calls", "tool_call_id"}
+
+
+def check_turns(items: Any, dropped: list[str]) -> None:
+    """What a Chat message has more than the neutral one is named, or is a 400 where it counts."""
+    for i, item in enumerate(items if isinstance(items, list) else []):
+        given = item.items() if isinstance(item, dict) else ()
+        more = [name for name, value in given if value and name not in TURN_KEYS]
+        for name in ("function_call", "audio"):
+            if name in more:
+                raise BadRequest(f"messages[{i}].{name}: cannot be said to this model")
+        dropped += [redact(name, length=50) for name in more[:50]]
+
+
+def parse_chat(raw: dict[str, Any], limits: Limits, dropped: list[str]) -> Request:
+    """A Chat body for a vendor that speaks another dialect. Raises BadRequest."""
+    if limits.templates_only:
+        raise BadRequest("messages: only templates may be asked for, at /api")
+    for name, idle in CHAT_ONLY.items():
+        if raw.get(name, idle) not in (idle, None):
+            raise BadRequest(f"{name}: cannot be asked of this model")
+    given = convert_body(raw, ChatBody)
+    known = {*Body.__struct_fields__, *ChatBody.__struct_fields__, *CHAT_ONLY}
+    known -= {"template", "variables"}
+    check_turns(raw.get("messages"), dropped)
+    dropped += [redact(name, length=50) for name in sorted(raw.keys() - known)]
+    request = read_request(convert_body(raw, Body), limits, "", dropped)
+    request.system = "\n\n".join(filter(None, (limits.system_prompt, request.system)))
+    request.parallel = given.parallel_tool_calls
+    request.effort = given.reasoning_effort or ""
+    if request.effort:
+        request.thinking = request.effort not in ("none", "minimal")
+    match given.response_format:
+        case {"type": "json_schema", "json_schema": {"schema": dict()} as schema}:
+            request.output_format = {"type": "json_schema", **schema}
+        case {"type": "json_object"}:
+            request.output_format = {"type": "json_object"}
+        case None | {"type": "text"}:
+            pass
+        case _:
+            raise BadRequest("response_format: must be text, json_object or a json_schema")
+    return request
+
+
 # ---- Clients -----------------------------------------------------------------------------------
 # Who is calling: a key, a user of the app by its JWT, a session of ours, this machine itself, or an
 # address. Body fields and headers such as X-User-ID never decide it.
@@ -1108,8 +1398,6 @@ class Client(Struct, frozen=True):
     session: str = ""
     per_session: Usd = UNLIMITED
 
-
-Headers = dict[str, str]  # lower-case names; repeated headers joined with ", "
 
 FORWARDING = {"forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip"}
 LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")
@@ -1575,6 +1863,7 @@ class Account(Struct):
     hidden: bool = False
     lost: Decimal = Decimal(0)
     dropped: list[str] = []
+    headers: dict[str, str] = {}
     batches: list[Batch] = []
 
 
@@ -1720,13 +2009,32 @@ FIGURES = {
 }  # fmt: skip
 
 
+# How many tokens a model reads. The first line with a pattern that matches counts.
+CONTEXT_SIZES = """
+200000: claude-*-4-5* o3*
+1000000: claude-*
+128000: gpt-4o*
+1047576: gpt-4.1*
+400000: gpt-5-pro* chat-latest
+1050000: gpt-5.4 gpt-5.4-20* gpt-5.4-pro* gpt-5.5*
+922000: gpt-5.6* gpt-6*
+272000: gpt-5*
+8191: text-embedding-*
+"""
+
+
 @functools.lru_cache(1000)
-def capability(model: str) -> frozenset[str]:
-    for line in CAPABILITIES.strip().splitlines():
+def look_up(table: str, model: str) -> frozenset[str]:
+    """The words of the first line that has a pattern for the model."""
+    for line in table.strip().splitlines():
         words, _, patterns = line.partition(": ")
         if any(fnmatch.fnmatchcase(model, pattern) for pattern in patterns.split()):
-            break
-    return frozenset(words.split())
+            return frozenset(words.split())
+    return frozenset()
+
+
+def capability(model: str) -> frozenset[str]:
+    return look_up(CAPABILITIES, model)
 
 
 def number(table: dict[str, Any], key: str) -> int:
@@ -1743,6 +2051,23 @@ def image_url(image: Image) -> str:
     return image.source.get("url") or "data:{media_type};base64,{data}".format(**image.source)
 
 
+def chat_format(output_format: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Chat puts the schema and its name one level deeper than Responses does."""
+    match output_format:
+        case {"type": "json_schema", **schema}:
+            return {"type": "json_schema", "json_schema": schema}
+    return output_format
+
+
+# What both are in the chunk of a Chat stream that only the proxy asked for.
+SOME_USAGE, NO_CHOICES = re.compile(rb'"usage":\s*\{'), re.compile(rb'"choices":\s*\[\s*\]')
+EVENT_END = re.compile(rb"\n\r?\n|\r\r")
+# What is in every event that ends a stream or fails it, and in few others.
+SPECIAL = re.compile(
+    rb'message_stop|response\.completed|response\.incomplete|response\.failed|\[DONE\]|"error"'
+)
+
+
 def function_call(call: ToolUse) -> dict[str, Any]:
     """As OpenAI Chat has it, and the browser's contract too."""
     function = {"name": call.name, "arguments": call.arguments}
@@ -1756,6 +2081,7 @@ class Adapter:
     vendor's terminal event has arrived."""
 
     path: ClassVar[str]
+    limit: ClassVar[str]  # what the dialect calls max_tokens
     unknown: ClassVar[tuple[str, ...]]  # parameters that the dialect does not have
     apart: ClassVar = False  # does the vendor count cached input apart from the rest?
 
@@ -1769,19 +2095,24 @@ class Adapter:
         self.dropped: list[str] = []
         self.cut: list[str] = []
         self.reason = "stop"
-        self.complete = self.heard = False
+        self.complete = self.heard = self.usage_hidden = False
+        self.pending = b""
 
-    def url(self) -> str:
-        return self.base_url + self.path
+    def url(self, path: str = "") -> str:
+        return self.base_url + (path or self.path)
 
     def headers(self, key: str) -> dict[str, str]:
         return {"authorization": f"Bearer {key}"} if key else {}
 
     def encode(self, request: Request) -> dict[str, Any]:
         """The body to send. Raises BadRequest where the model cannot be asked."""
+        if request.native is not None:
+            limit = {} if request.path else {request.limit or self.limit: request.max_tokens}
+            return request.native | limit | {"model": self.model}
         names = [*self.unknown, *self.rejects(request)]
         names = [name for name in names if getattr(request, name) is not None]
-        self.dropped += ["enable_thinking" if name == "thinking" else name for name in names]
+        thinking = "reasoning_effort" if request.effort else "enable_thinking"
+        self.dropped += [thinking if name == "thinking" else name for name in names]
         request = replace(request, **dict.fromkeys(names))
         sampling = {name: getattr(request, name) for name in Sampling.__struct_fields__}
         return filled(model=self.model, **sampling | self.body(request), stream=True)
@@ -1816,6 +2147,62 @@ class Adapter:
             except (AttributeError, LookupError, TypeError):  # of a shape nobody expects: skipped
                 continue
         return batch
+
+    def pass_on(self, chunk: bytes) -> Batch:
+        """The same for a caller that speaks the dialect: whole events as they came, up to the
+        terminal one, and what they say."""
+        seen, self.pending = max(0, len(self.pending) - 2), self.pending + chunk
+        ends = [0, *(end.end() for end in EVENT_END.finditer(self.pending, seen))]
+        data, rest = self.pending[: ends[-1]], self.pending[ends[-1] :]
+        if len(rest) > SSE.LIMIT:
+            raise UpstreamError(502, "an event of the vendor's stream is too large")
+        whole = [self.pending[start:end] for start, end in itertools.pairwise(ends)]
+        self.pending = rest
+        hides = self.usage_hidden and SOME_USAGE.search(data)
+        if not (hides or self.complete or SPECIAL.search(data)):  # nothing to look for in it
+            batch = self.feed(data) if data else []
+            return [self.raw(data), *batch] if data else []
+        batch, data = [], b""
+        for event in whole:
+            if self.complete:
+                break
+            said = self.feed(event)
+            if isinstance(said[0] if said else None, Failure):
+                batch += said
+                break
+            hidden = self.usage_hidden and SOME_USAGE.search(event) and NO_CHOICES.search(event)
+            data, batch = data if hidden else data + event, batch + said
+        return [self.raw(data), *batch] if data else batch
+
+    def raw(self, data: bytes) -> Raw:
+        """What the vendor sent, but for our key, should it say that."""
+        return Raw(data.replace(self.secret, b"[removed]") if self.secret else data)
+
+    def read(self, body: bytes) -> Batch:
+        """The same for an answer in one piece."""
+        self.complete = True
+        try:
+            reply = msgspec.json.decode(body, type=dict[str, Any])
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            raise UpstreamError(502, "the vendor's answer is not a JSON object") from None
+        if reply.get("error") and "id" not in reply:
+            raise self.fail(reply["error"]).error
+        self.count(reply.get("usage"))
+        # embeddings have no output, and counted tokens have no usage at all
+        embedded = "data" in reply and isinstance(reply.get("usage"), dict)
+        self.usage.known = self.usage.known or embedded or "input_tokens" in reply
+        match reply:
+            case {"choices": [{"message": {"refusal": str(text)}}, *_]} if text:
+                end = "refusal"
+            case (
+                {"stop_reason": str(end)}
+                | {"choices": [{"finish_reason": str(end)}, *_]}
+                | {"incomplete_details": {"reason": str(end)}}
+            ):
+                pass
+            case _:
+                end = "stop"
+        return [self.raw(body), Finish(REASONS.get(end, "stop"))]
 
     def count(self, usage: Any) -> None:
         """Later figures replace the earlier ones, but may lack some of them."""
@@ -1863,10 +2250,10 @@ own_id = functools.partial(re.sub, r"[^a-zA-Z0-9_-]", "_")
 class Messages(Adapter):
     """Anthropic Messages. Source: docs.anthropic.com/en/api/messages, version 2023-06-01."""
 
-    path, unknown, apart = "/v1/messages", ("seed",), True
+    path, unknown, apart, limit = "/messages", ("seed",), True, "max_tokens"
 
-    def url(self) -> str:
-        return self.base_url.removesuffix("/v1") + self.path
+    def url(self, path: str = "") -> str:
+        return f"{self.base_url.removesuffix('/v1')}/v1{path or self.path}"
 
     def headers(self, key: str) -> dict[str, str]:
         return {"anthropic-version": "2023-06-01"} | ({"x-api-key": key} if key else {})
@@ -1900,8 +2287,16 @@ class Messages(Adapter):
         thinking = adaptive if "adaptive" in self.can else budget
         choice = request.tool_choice
         named = {"type": "tool", "name": choice["name"]} if isinstance(choice, dict) else None
+        how = named or filled(type="any" if choice == "required" else choice)
+        if request.parallel is False and request.tools and choice != "none":
+            how = {"type": "auto"} | how | {"disable_parallel_tool_use": True}
         if (request.temperature or 0) > 1:  # OpenAI's scale ends at 2
             self.dropped.append("temperature")
+        form = request.output_format
+        if form and "schema" not in form:
+            raise BadRequest(f"response_format: {self.model} needs a json_schema")
+        shape = {"type": "json_schema", "schema": form["schema"]} if form else None
+        effort = request.effort if request.thinking and "adaptive" in self.can else None
         return {
             "max_tokens": request.max_tokens,
             "system": request.system,
@@ -1910,7 +2305,8 @@ class Messages(Adapter):
                 {"name": t.name, "description": t.description, "input_schema": t.parameters}
                 for t in request.tools
             ],
-            "tool_choice": named or filled(type="any" if choice == "required" else choice),
+            "tool_choice": how,
+            "output_config": filled(effort=effort, format=shape),
             "thinking": thinking if request.thinking else None,
             "temperature": request.temperature and min(1.0, request.temperature),
             "stop_sequences": [stop for stop in request.stop if stop.strip()],
@@ -1975,6 +2371,8 @@ class OpenAI(Adapter):
 
     def effort(self, request: Request) -> str | None:
         """The reasoning effort for enable_thinking; None leaves it to the model."""
+        if request.effort and self.thinks():
+            return request.effort
         if request.thinking:
             return None if self.reasons and "-pro" in self.model else "medium"
         return "none" if request.thinking is False and "on" in self.can else None
@@ -1991,7 +2389,7 @@ class OpenAI(Adapter):
 class Responses(OpenAI):
     """OpenAI Responses. Source: platform.openai.com/docs/api-reference/responses-streaming."""
 
-    path, unknown = "/responses", ("seed", "top_k")
+    path, unknown, limit = "/responses", ("seed", "top_k"), "max_output_tokens"
 
     def body(self, request: Request) -> dict[str, Any]:
         self.cut = request.stop
@@ -2002,6 +2400,8 @@ class Responses(OpenAI):
         return {
             "max_output_tokens": tokens,
             "store": False,
+            "text": filled(format=request.output_format),
+            "parallel_tool_calls": request.parallel if request.tools else None,
             "instructions": request.system,
             "input": [item for message in request.messages for item in self.items(message)],
             "tools": [{"type": "function", "strict": False} | asdict(t) for t in request.tools],
@@ -2064,6 +2464,10 @@ class Chat(OpenAI):
 
     path, unknown = "/chat/completions", ("top_k",)
 
+    @property
+    def limit(self) -> str:  # type: ignore[override]
+        return "max_completion_tokens" if self.own or self.reasons else "max_tokens"
+
     def thinks(self) -> bool:
         """What others than OpenAI serve may."""
         return self.reasons or not (self.own or "plain" in self.can)
@@ -2075,10 +2479,11 @@ class Chat(OpenAI):
         choice: Any = request.tool_choice
         if isinstance(choice, dict):
             choice = {"type": "function", "function": {"name": choice["name"]}}
-        limit = "max_completion_tokens" if self.own or self.reasons else "max_tokens"
         messages = [Message("system", [Text(request.system)]), *request.messages]
         return {
-            limit: request.max_tokens,
+            self.limit: request.max_tokens,
+            "response_format": chat_format(request.output_format),
+            "parallel_tool_calls": request.parallel if request.tools else None,
             "messages": [turn for message in messages for turn in self.turns(message)],
             "tools": [{"type": "function", "function": asdict(t)} for t in request.tools],
             "tool_choice": choice,
@@ -2119,18 +2524,19 @@ class Chat(OpenAI):
                 if text and isinstance(text, str):
                     yield Text(text)
                 for call in delta.get("tool_calls") or ():
-                    self.add_call(call)
+                    self.add_call(call, choice.get("index") or 0)
                 reason = "refusal" if delta.get("refusal") else choice.get("finish_reason")
                 self.reason = REASONS.get(reason, self.reason)
             case {"type": "[DONE]"}:
                 yield from self.finish()
 
-    def add_call(self, delta: Any) -> None:
+    def add_call(self, delta: Any, choice: Any) -> None:
         """The id and the name come only with the first piece of a call."""
         match delta:
             case {"function": dict(function)}:
-                last = next(reversed(self.calls), None)
-                key = delta.get("index", delta.get("id", last))  # not every vendor counts them
+                last = next(reversed(self.calls), (choice, None))
+                own = delta.get("index", delta.get("id"))  # not every vendor counts them
+                key = last if own is None else (choice, own)
                 call = self.calls.setdefault(key, ToolUse("", "", ""))
                 call.id = call.id or str(delta.get("id") or "")
                 call.name = call.name or str(function.get("name") or "")
@@ -2214,7 +2620,7 @@ class Writer:
         choice = {"index": 0, "message": {"role": "assistant"} | said, "finish_reason": finish}
         return msgspec.json.encode(said | {"finish_reason": finish, "choices": [choice]} | report)
 
-    def error(self, error: ProxyError) -> bytes:
+    def error(self, error: ProxyError, request_id: str) -> bytes:
         """The end of a failed reply already begun; none where only a missing end can say it."""
         return b""
 
@@ -2238,9 +2644,102 @@ class FrameWriter(Writer):
         last |= filled(toolCalls=self.calls) | report
         return b"data: %b\n\ndata: [DONE]\n\n" % msgspec.json.encode(last)
 
-    def error(self, error: ProxyError) -> bytes:
+    def error(self, error: ProxyError, request_id: str) -> bytes:
         line = {"message": error.message, "statusCode": error.status, "code": error.code}
         return b"error: %b\n\n" % msgspec.json.encode(line)
+
+
+PINGS = {"messages": b'event: ping\ndata: {"type": "ping"}\n\n'}
+
+
+class NativeWriter(Writer):
+    """The vendor's own bytes, for a caller that speaks its dialect."""
+
+    def __init__(self, dialect: str, stream: bool) -> None:
+        super().__init__(False)
+        self.dialect, self.early, self.held, self.last = dialect, stream, b"", b""
+        if stream:
+            self.media_type, self.filler = FrameWriter.media_type, PINGS.get(dialect, b": ping\n\n")
+
+    def write(self, batch: Batch, ttfb: float) -> bytes:
+        first = batch[0] if batch else None
+        data = first.data if isinstance(first, Raw) else b""
+        if batch and isinstance(batch[-1], Finish):  # the end waits for its row
+            self.held, data = data, b""
+        self.last = data or self.last
+        return data
+
+    def end(self, finish: str, report: dict[str, Any]) -> bytes:
+        return self.held
+
+    def error(self, error: ProxyError, request_id: str) -> bytes:
+        event = b"event: error\n" if self.dialect != "chat" else b""
+        body = error_body(error, request_id, self.dialect)
+        if self.dialect == "responses":  # whose events are numbered
+            known = re.findall(rb'"sequence_number":\s*(\d{1,9})\b', self.last)
+            body = b'{"sequence_number":%d,%b' % (int(known[-1]) + 1 if known else 0, body[1:])
+        return b"%bdata: %b\n\n" % (event, body) if self.early else b""
+
+
+class ChatWriter(Writer):
+    """OpenAI Chat Completions, for a model that lives at a vendor of another dialect."""
+
+    def __init__(self, model: str, stream: bool, show_usage: bool) -> None:
+        super().__init__(True)
+        self.early, self.show_usage = stream, show_usage
+        kind = "chat.completion.chunk" if stream else "chat.completion"
+        self.base: dict[str, Any] = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "object": kind,
+            "model": model,
+        }
+        self.base |= {"created": int(time.time())}
+        self.thoughts: list[str] = []
+        if stream:
+            self.media_type, self.filler = FrameWriter.media_type, FrameWriter.filler
+
+    def chunk(self, delta: dict[str, Any], finish: str | None = None) -> bytes:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish}
+        return b"data: %b\n\n" % msgspec.json.encode(self.base | {"choices": [choice]})
+
+    def write(self, batch: Batch, ttfb: float) -> bytes:
+        frames = []
+        for event in batch:
+            match event:
+                case Text(text):
+                    delta: dict[str, Any] = {"content": text}
+                case Thinking(text):
+                    delta = {"reasoning_content": text}
+                case ToolUse():
+                    delta = {"tool_calls": [{"index": len(self.calls)} | function_call(event)]}
+                    self.calls.append(function_call(event))
+                case _:
+                    continue
+            if self.early:
+                frames.append(self.chunk(delta if self.count else {"role": "assistant"} | delta))
+                self.count += 1
+            else:
+                self.texts.append(delta.get("content", ""))
+                self.thoughts.append(delta.get("reasoning_content", ""))
+        return b"".join(frames)
+
+    def end(self, finish: str, report: dict[str, Any]) -> bytes:
+        given = report["usage"]
+        usage = {name: given[name] for name in given if name.endswith("_tokens")}
+        usage["prompt_tokens_details"] = {"cached_tokens": given["cacheReadTokens"]}
+        usage["completion_tokens_details"] = {"reasoning_tokens": given["reasoningTokens"]}
+        if self.early:
+            more = self.base | {"choices": [], "usage": usage}
+            counted = b"data: %b\n\n" % msgspec.json.encode(more) if self.show_usage else b""
+            last = {} if self.count else {"role": "assistant"}
+            return self.chunk(last, finish) + counted + b"data: [DONE]\n\n"
+        said = {"role": "assistant", "content": "".join(self.texts) or None}
+        said |= filled(tool_calls=self.calls, reasoning_content="".join(self.thoughts))
+        choice = {"index": 0, "message": said, "finish_reason": finish, "logprobs": None}
+        return msgspec.json.encode(self.base | {"choices": [choice], "usage": usage})
+
+    def error(self, error: ProxyError, request_id: str) -> bytes:
+        return b"data: %b\n\n" % error_body(error, request_id, "chat") if self.early else b""
 
 
 # ---- Prices ------------------------------------------------------------------------------------
@@ -2265,6 +2764,7 @@ gpt-5.4-pro gpt-5.5-pro: 30 180 long; gpt-5.5: 5 30 .5 long; gpt-5.6 gpt-5.6-sol
 gpt-5.6-luna: .2 1.2 .02 .25 long; gpt-5.6-terra: 2 12 .2 2.5 long; gpt-6-astra: 10 50 1 12.5 long
 gpt-6-luna: .1 .5 .01 .125 long; gpt-6-sol: 2 10 .2 2.5 long; gpt-6.1-sol: 2 10 .1 2.5 long
 gpt-6.1-terra: 1 5 .05 1.25 long; chat-latest: 5 30 .5; o3-pro: 20 80
+text-embedding-3-small: .02 0; text-embedding-3-large: .13 0; text-embedding-ada-002: .1 0
 """
 DATED = re.compile(r"-20\d\d-?\d\d-?\d\d$")
 
@@ -2333,10 +2833,15 @@ TOOL_TOKENS = 1000  # what a vendor writes before the tools
 def input_bound(request: Request, model: str = "") -> int:
     """The most tokens a request can be billed for as input: a token is at least a byte."""
     image = MINI_IMAGE_TOKENS if model.startswith("gpt-4o-mini") else IMAGE_TOKENS
-    images = [part for part in request.parts() if isinstance(part, Image)]
-    data = sum(len(image.source.get("data", "")) for image in images)
-    size = len(msgspec.json.encode(request)) - data
-    return size + image * len(images) + (TOOL_TOKENS if request.tools else 0)
+    images, native = request.images(), request.native or {}
+    size = len(msgspec.json.encode(request)) - sum(map(len, images))
+    tools = TOOL_TOKENS if request.tools or native.get("tools") else 0
+    return size + image * len(images) + tools
+
+
+def output_bound(tokens: int, n: int) -> int:
+    """The most tokens that `n` answers of at most `tokens` can be billed for."""
+    return max(LEAST_OUTPUT, tokens) * n if tokens else 0
 
 
 # ---- Ledger ------------------------------------------------------------------------------------
@@ -2576,6 +3081,9 @@ class LogFormat(logging.Formatter):
 
 Target = tuple[str, str]  # a provider and a model of it: where an attempt goes
 
+# The dialects that a provider with some adapter understands: OpenAI itself has both of its own.
+SPEAKS = {"messages": ("messages",), "responses": ("responses", "chat"), "chat": ("chat",)}
+
 
 class Call:
     """One request from its arrival to its ledger row, and the caller's side of it: what was sent,
@@ -2596,7 +3104,8 @@ class Call:
         self.client, self.account = client, Account()
         self.dropped: list[str] = []
         self.rates: dict[str, str] = {}
-        self.estimate, self.finish = 0, ""
+        self.estimate, self.finish, self.dialect = 0, "", ""
+        self.passed: dict[str, str] = {}
         self.caps: list[Cap] = []
         self.most = self.held = Decimal(0)  # what one attempt may cost, and what is set aside
         self.leads: Flight | None = None
@@ -2612,11 +3121,17 @@ class Call:
     def all_dropped(self) -> str:
         return ", ".join(dict.fromkeys(self.dropped + self.account.dropped))
 
+    def own_id(self) -> Headers:
+        """Anthropic's SDKs look for the id of a failed request under their vendor's name."""
+        known = self.dialect == "messages"
+        return {"request-id": self.added["x-request-id"]} if known else {}
+
     async def begin(self, more: Map[str, str]) -> None:
         self.begun = True
         media_type = "application/json" if self.failure else self.writer.media_type
         headers = {"content-type": media_type, "x-dropped-params": self.all_dropped()}
         headers |= {"cache-control": "no-store", "x-accel-buffering": "no"} | self.rates
+        headers |= self.account.headers
         self.rates = {}  # a long stream need not keep them
         raw = raw_headers(headers | {"x-cache": self.entry.cache} | dict(more) | self.added)
         status = self.entry.status or 200
@@ -2647,8 +3162,9 @@ class Call:
         entry, failure, account = self.entry, self.failure, self.account
         number = self.added["x-request-id"]
         if failure:
-            data = self.writer.error(failure) if self.begun else error_body(failure, number)
-            more = failure.headers
+            whole = error_body(failure, number, self.dialect)
+            data = self.writer.error(failure, number) if self.begun else whole
+            more = failure.headers | self.own_id()
         elif self.finish:
             usd = None if entry.cost is None else float(entry.cost)
             report = {"requestId": number, "model": account.model or entry.model, "costUsd": usd}
@@ -2658,25 +3174,13 @@ class Call:
             return
         if not self.begun:
             await self.begin({"content-length": str(len(data))} | more)
-        if data:  # else the missing end of the body says that it failed
+        if data or not failure:  # else the missing end of the body says that it failed
             await self.write(data, last=True)
 
 
 def raw_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
     """As ASGI has them, without the empty ones."""
     return [(k.lower().encode(), v.encode("latin-1", "replace")) for k, v in headers.items() if v]
-
-
-class ErrorBody(Struct, rename="camel"):
-    error: str
-    type: str
-    code: str
-    request_id: str
-
-
-def error_body(error: ProxyError, request_id: str) -> bytes:
-    body = ErrorBody(error.message, error.type, error.code, request_id)
-    return msgspec.json.encode(body)
 
 
 def spell(usage: Usage) -> dict[str, int]:
@@ -2703,21 +3207,25 @@ class Attempt:
     def __init__(self, proxy: Proxy, provider: str, model: str, call: Call) -> None:
         self.transport, self.times = proxy.transport, proxy.config.upstream
         self.deadline, self.key = call.started + self.times.total, proxy.keys[provider]
-        settings = proxy.config.providers[provider]
-        self.adapter = ADAPTERS[settings.adapter](settings, model)
+        settings, self.request = proxy.config.providers[provider], call.request
+        adapter = ADAPTERS[self.request.dialect or settings.adapter](settings, model)
+        self.adapter, self.more, self.headers = adapter, call.passed, dict[str, str]()
+        self.feed = adapter.feed if self.request.native is None else adapter.pass_on
+        adapter.usage_hidden = self.request.usage_hidden
         if len(self.key) > 15:  # a shorter one, like "ollama", is a word that may be said
-            self.adapter.secret = self.key.encode()
-        self.body = msgspec.json.encode(self.adapter.encode(call.request))
-        self.cutter = StopCutter(self.adapter.cut) if self.adapter.cut else None
+            adapter.secret = self.key.encode()
+        self.body = msgspec.json.encode(adapter.encode(self.request))
+        self.cutter = StopCutter(adapter.cut) if adapter.cut else None
 
     async def open(self) -> Batch:
         """Send the request and wait for the vendor's first event."""
-        headers = {"content-type": "application/json", "accept": "text/event-stream"}
+        accept = "text/event-stream" if self.request.stream else "application/json"
+        headers = {"content-type": "application/json", "accept": accept}
         headers |= {"accept-encoding": "identity", "user-agent": f"proxy.py/{__version__}"}
-        headers |= self.adapter.headers(self.key)
+        headers |= self.adapter.headers(self.key) | self.more
         limits = {"timeout": {"connect": self.times.connect, "pool": self.times.connect}}
         body, self.body = self.body, b""  # a long stream need not keep it
-        url = parse_url(self.adapter.url())
+        url = parse_url(self.adapter.url(self.request.path))
         request = httpx.Request("POST", url, headers=headers, content=body, extensions=limits)
         response = await self.transport.handle_async_request(request)
         self.stream = response.stream  # not the response: it would keep the request's body, too
@@ -2725,18 +3233,26 @@ class Attempt:
             raise await read_refusal(response)
         encoded = response.headers.get("content-encoding", "identity") != "identity"
         self.chunks = aiter(response.aiter_bytes() if encoded else self.stream)
+        if self.request.native is not None:
+            for name in ("request-id", "x-request-id", "openai-processing-ms"):
+                if value := response.headers.get(name):  # x-request-id is ours to give
+                    self.headers[name.removeprefix("x-")] = value
+        if not self.request.stream:
+            return self.adapter.read(b"".join([chunk async for chunk in self.chunks]))
         batch: Batch = []
-        while not (batch or self.adapter.heard):
-            batch = await self.next()
-        if batch and isinstance(batch[0], Failure):
-            raise batch[0].error
+        events: Batch = []
+        while not (events or self.adapter.heard):  # comments and pings are passed on, but are none
+            batch += await self.next()
+            events = [event for event in batch if not isinstance(event, Raw)]
+        if events and isinstance(events[0], Failure):
+            raise events[0].error
         return batch
 
     async def next(self) -> Batch:
         """The events of one read."""
         self.waiting_since = time.monotonic()
         try:
-            batch = self.adapter.feed(await anext(self.chunks))
+            batch = self.feed(await anext(self.chunks))
         except StopAsyncIteration:
             message = "the vendor ended the answer before it was complete"
             raise UpstreamError(502, message) from None
@@ -2879,13 +3395,9 @@ class Proxy:
         """Where each template goes. Raises ConfigError where one cannot be served."""
         targets = {}
         for name, template in self.config.templates.items():
-            offers = (
-                p for p in self.keys if matches(template.model, self.config.providers[p].models)
-            )
             try:
                 template_tools(template)
-                home = next(offers, next(iter(self.keys)))
-                targets[name] = self.resolve(home, template.model)
+                targets[name] = self.locate(template.model)
             except ProxyError as error:
                 raise ConfigError(f"templates.{name}: {error.message}") from None
         return targets
@@ -2905,12 +3417,34 @@ class Proxy:
             if capped and model and self.prices.of(model) is None:
                 raise ConfigError(f'prices."{model}": {unpriced(model)}')
 
+    def list_models(self, client: Client) -> dict[str, Any]:
+        """What the caller may use, in the shape that both families of SDKs read."""
+        names = dict.fromkeys(self.config.models, "")
+        for provider in self.keys:
+            settings = self.config.providers[provider]
+            offered = [m for m in built_in_prices() if matches(m, settings.models)]
+            names |= dict.fromkeys(filter(None, [*offered, settings.default_model]), provider)
+        listed = []
+        for name in filter(lambda name: matches(name, client.models), names):
+            model = next(iter(self.resolve_alias(name)), ("", name))[1]
+            price = self.prices.of(model)
+            usd = {"input": float(price.input), "output": float(price.output)} if price else None
+            shape: dict[str, Any] = {"id": name, "object": "model", "type": "model"}
+            size = look_up(CONTEXT_SIZES, model)
+            shape |= {"display_name": name, "max_input_tokens": int(min(size)) if size else None}
+            shape |= {"created": 0, "created_at": "1970-01-01T00:00:00Z"}
+            listed.append(shape | {"owned_by": names[name] or "alias", "price": usd})
+        ends = {"first_id": listed[0]["id"], "last_id": listed[-1]["id"]} if listed else {}
+        return {"object": "list", "data": listed, "has_more": False} | ends
+
     def stop_calls(self) -> None:
         for call in self.live:
             call.stop(ProxyError(503, "server_stopping", "the server is stopping", after=5))
 
-    async def serve(self, provider: str, scope: Scope, receive: Receive, send: Send) -> None:
-        """The story of a request."""
+    async def serve(
+        self, provider: str, kind: str, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """The story of a request: one for a provider by name, or a native one of some `kind`."""
         call: Call = scope["state"]["call"]
         try:
             self.check_open(call, provider)
@@ -2919,13 +3453,18 @@ class Proxy:
             entry.client, entry.group, entry.session = client.id, client.group, client.session
             self.check_places(call)
             try:
+                read = functools.partial(self.read_native, call, kind)
+                read = read if kind else functools.partial(self.read, call, provider)
                 # in no variable of ours: a long stream need not keep the body
-                targets = self.read(call, provider, await read_body(receive, call))
+                targets = read(await read_body(receive, call))
             finally:  # a body that is refused counts as a request too
                 await self.take(call)
             await self.work(call, targets, receive)
         except ProxyError as error:
             call.failure = error
+            unread = error.code in ("body_too_large", "body_timeout")
+            if unread and scope.get("http_version", "").startswith("1"):
+                call.added["connection"] = "close"  # nothing can follow what was not read
         except asyncio.CancelledError:  # the caller left, or call.stop has set the failure
             call.task.uncancel()
         except Exception:
@@ -2941,7 +3480,7 @@ class Proxy:
             raise ProxyError(503, "paused", "the proxy is paused by its owner", retry=False)
         if self.draining:
             raise ProxyError(503, "server_stopping", "the server is stopping", after=5)
-        if provider not in self.keys:
+        if provider and provider not in self.keys:
             known = ", ".join(f"/api/{name}" for name in self.keys)
             message = f"provider {redact(provider)!r} is not configured; there is {known}"
             raise ProxyError(404, "not_found", message)
@@ -3022,6 +3561,41 @@ class Proxy:
         call.request = request
         call.writer = (FrameWriter if parsed.stream else Writer)(bool(request.thinking))
         targets = self.templates.get(parsed.template) or self.resolve(provider, request.model)
+        self.check_request(call, targets)
+        return targets
+
+    def read_native(self, call: Call, kind: str, body: bytes) -> list[Target]:
+        """The same for the body of an official SDK, and for the vendors that speak its dialect. A
+        Chat body is translated where the model lives elsewhere."""
+        raw, limits, dialect = decode_body(body), call.client.limits, kind.partition("/")[0]
+        targets = self.locate(str(raw.get("model") or ""))
+        dialect = dialect if dialect in ADAPTERS else "chat"
+        own = [t for t in targets if dialect in SPEAKS[self.config.providers[t[0]].adapter]]
+        elsewhere = "elsewhere" in capability(targets[0][1]) and raw.get("tools")
+        options = raw.get("stream_options")
+        asked = isinstance(options, dict) and options.get("include_usage") is True
+        if targets[0] in own and not (kind == "chat" and elsewhere):
+            targets = own  # those of another dialect could not answer
+            provider = self.config.providers[targets[0][0]]
+            request = parse_native(raw, kind, limits, provider.allow, call.dropped)
+            request.dialect, request.usage_hidden = dialect, kind == "chat" and not asked
+            call.passed = passed_headers(call.headers, dialect, provider.allow)
+            call.writer = NativeWriter(dialect, request.stream)
+        elif kind == "chat":
+            request = parse_chat(raw, limits, call.dropped)
+            call.writer = ChatWriter(request.model, raw.get("stream") is True, asked)
+        else:
+            homes = {"messages": "/v1/messages", "responses": "/v1/responses"}
+            home = homes.get(self.config.providers[targets[0][0]].adapter, "/v1/chat/completions")
+            raise BadRequest(f"model: {redact(targets[0][1])} is served at {home}, not here")
+        check_texts(request, limits, strings(raw))
+        call.request, call.chosen = request, any(raw.get(name) for name in MAX_TOKENS)
+        self.check_request(call, targets)
+        return targets
+
+    def check_request(self, call: Call, targets: list[Target]) -> None:
+        """May this caller use the model, and do its tokens fit into a minute?"""
+        limits, request = call.client.limits, call.request
         # an alias by its name, any other model by its own: "openai/gpt-5" is no o*
         name = request.model if self.resolve_alias(request.model) else targets[0][1]
         if not matches(name, call.client.models):
@@ -3029,13 +3603,12 @@ class Proxy:
             message = f"model: {allowed}, not {redact(request.model)!r}"
             raise ProxyError(403, "model_not_allowed", message)
         call.entry.provider, call.entry.model = targets[0]
-        images = sum(isinstance(part, Image) for part in request.parts())
-        estimate = request.characters() // 4 + 1000 * images + request.max_tokens
+        tokens = request.max_tokens * request.n
+        estimate = request.characters() // 4 + 1000 * len(request.images()) + tokens
         if estimate > limits.tokens_per_minute:
             allowed = f"{limits.tokens_per_minute} a minute are allowed; send less"
             raise BadRequest(f"max_tokens: about {estimate} tokens are needed, {allowed}")
         call.estimate = estimate
-        return targets
 
     async def take(self, call: Call) -> None:
         """Take a request and its tokens from the client's buckets. Raises 429."""
@@ -3068,6 +3641,16 @@ class Proxy:
         other = next((f"; send it to /api/{p}" for p in offers if matches(name, offers[p])), "")
         offer = f"{provider} offers {', '.join(offers[provider])}"
         raise ProxyError(403, "model_not_allowed", f"model: {offer}, not {redact(name)!r}{other}")
+
+    def locate(self, name: str) -> list[Target]:
+        """The same where no provider was named, but by a prefix: else the most exact offer counts.
+        Raises 403."""
+        offers = {p: self.config.providers[p].models for p in self.keys}
+        prefix, _, rest = name.partition("/")
+        if rest and name not in self.config.models and matches(rest, offers.get(prefix, ())):
+            return [(prefix, rest)]
+        homes = [p for p in offers if matches(name, offers[p])] or [*offers]
+        return self.resolve(min(homes, key=lambda p: "*" in offers[p]), name)
 
     def resolve_alias(self, name: str) -> list[Target]:
         alias = self.config.models.get(name)
@@ -3111,7 +3694,8 @@ class Proxy:
             return self.upstream(call, targets)
         scope = "" if self.config.cache.shared else call.client.id
         try:
-            key = sha256(repr((scope, targets, call.request)))
+            version = [call.passed.get(f"anthropic-{name}") for name in ("version", "beta")]
+            key = sha256(repr((scope, targets, call.request, version)))
         except RecursionError:
             raise BadRequest("tools: are nested too deeply") from None
         if account := self.cache.get(key):
@@ -3142,16 +3726,18 @@ class Proxy:
             bounds.append(cost_bound(price, input_bound(request, model)))
 
         def most(tokens: int) -> Decimal:
-            return max(fixed + max(LEAST_OUTPUT, tokens) * each for fixed, each in bounds)
+            output = output_bound(tokens, request.n)
+            return max(fixed + output * each for fixed, each in bounds)
 
         call.most = most(request.max_tokens)
         least = call.most if call.chosen else most(min(256, request.max_tokens))
         await self.set_aside(call, least, call.most)
         if call.held < call.most:
-            affordable = (int((call.held - fixed) / each) for fixed, each in bounds if each)
+            left = ((call.held - fixed, each * request.n) for fixed, each in bounds if each)
+            affordable = (int(usd / each) for usd, each in left)
             request.max_tokens = min(affordable, default=request.max_tokens)
             call.most = call.held
-            call.dropped.append("max_tokens")
+            call.dropped.append(request.limit or "max_tokens")
 
     async def set_aside(self, call: Call, least: Decimal, most: Decimal) -> None:
         """The row of a request that is still open says what it holds, should the process die."""
@@ -3163,7 +3749,8 @@ class Proxy:
     async def upstream(self, call: Call, targets: list[Target]) -> AsyncGenerator[Batch, None]:
         """The vendor's answer: retries and fallbacks until the first event, then that stream."""
         times, account, now = self.config.upstream, call.account, time.monotonic
-        deadline = call.started + times.first_byte
+        # an answer that is not streamed begins with its end
+        deadline = call.started + (times.first_byte if call.request.stream else times.total)
         error: UpstreamError | None = None
         refusal: BadRequest | None = None
         for position, (provider, model) in enumerate(targets):
@@ -3203,7 +3790,9 @@ class Proxy:
                 try:
                     async with asyncio.timeout(limit - now()):
                         batch = await attempt.open()
-                    begun = True
+                    begun, account.headers = True, attempt.headers
+                    if not call.request.stream:  # its text is not read
+                        account.produced += sum(len(e.data) for e in batch if isinstance(e, Raw))
                     attempt.watch(asyncio.current_task())  # type: ignore[arg-type]
                     while True:
                         account.seconds = now() - began
@@ -3237,8 +3826,8 @@ class Proxy:
                 if error.sent and (price := self.prices.of(model)):  # it may be billed in part
                     fixed, each = cost_bound(price, account.bound)
                     whole = error.status == 504 or account.hidden
-                    output = max(LEAST_OUTPUT, call.request.max_tokens) if whole else 0
-                    account.lost += fixed + each * output
+                    tokens = output_bound(call.request.max_tokens, call.request.n) if whole else 0
+                    account.lost += fixed + each * tokens
             if error and not error.worth_fallback:
                 break
         raise error or refusal or UpstreamError(504, "the vendor did not answer in time")
@@ -3283,7 +3872,8 @@ class Proxy:
             entry.cost = "0"
             return
         if account.billed and not usage.known:
-            entry.estimated, most = True, max(LEAST_OUTPUT, call.request.max_tokens)
+            most = output_bound(call.request.max_tokens, call.request.n)
+            entry.estimated = True
             inputs = max(usage.input_tokens, account.bound)
             output = most if account.hidden else min(most, account.produced)
             output = max(usage.output_tokens, output)
@@ -3544,7 +4134,8 @@ def render_page(proxy: Proxy) -> str:
 EXPOSED = (
     "X-Request-ID, X-Cache, X-Cost-USD, X-Dropped-Params, X-Demo, Retry-After, x-should-retry, "
     "x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, "
-    "x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens"
+    "x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens, "
+    "request-id, openai-processing-ms"
 )
 
 
@@ -3569,6 +4160,9 @@ class App(litestar.Litestar):
         added |= {"access-control-expose-headers": EXPOSED if granted else ""}
         entry = Entry(proxy.clock(), number, given)
         call = Call(entry, proxy.clients.client(""), headers, added, send)
+        if "/v1/" in scope["path"]:  # the shape of errors, whoever finds them
+            anthropic = "/v1/messages" in scope["path"] or "anthropic-version" in headers
+            call.dialect = "messages" if anthropic else "chat"
         # a state of our own: where we are mounted, the host's is not ours to write in
         scope = {**scope, "state": {"call": call}}
 
@@ -3606,9 +4200,17 @@ def error_response(request: litestar.Request[Any, Any, Any], error: Exception) -
     elif not isinstance(error, ProxyError):
         LOG.error("a route failed unexpectedly", exc_info=error)
         error = ProxyError(500, "internal_error", "internal error")
-    body = error_body(error, request.scope["state"]["call"].added["x-request-id"])
-    more: dict[str, Any] = {"headers": error.headers, "media_type": "application/json"}
+    call = request.scope["state"]["call"]
+    body = error_body(error, call.added["x-request-id"], call.dialect)
+    headers = error.headers | call.own_id()
+    more: dict[str, Any] = {"headers": headers, "media_type": "application/json"}
     return litestar.Response(body, status_code=error.status, **more)
+
+
+NATIVE_PATHS = {
+    "/v1/messages": "messages", "/v1/messages/count_tokens": "messages/count_tokens",
+    "/v1/responses": "responses", "/v1/chat/completions": "chat", "/v1/embeddings": "embeddings",
+}  # fmt: skip
 
 
 def create_app(
@@ -3626,7 +4228,19 @@ def create_app(
 
     @litestar.post("/api/{provider:str}")
     async def api(provider: str) -> ASGIApp:
-        return functools.partial(proxy.serve, provider)
+        return functools.partial(proxy.serve, provider, "")
+
+    def native(path: str, kind: str) -> Any:
+        @litestar.post(path)
+        async def handler() -> ASGIApp:
+            return functools.partial(proxy.serve, "", kind)
+
+        return handler
+
+    @litestar.get("/v1/models")
+    async def models(scope: Scope) -> dict[str, Any]:
+        client = await proxy.clients.identify(scope, scope["state"]["call"].headers)
+        return proxy.list_models(client)
 
     @litestar.route(["/health", "/healthz", "/livez"], http_method=["GET", "HEAD"])
     async def health() -> dict[str, Any]:
@@ -3702,8 +4316,10 @@ def create_app(
             yield
 
     app = App(
-        [api, session, health, ready, metrics, usage, document, page], lifespan=[lifespan],
+        [api, *itertools.starmap(native, NATIVE_PATHS.items()), models, session, health, ready,
+         metrics, usage, document, page],
         exception_handlers={Exception: error_response}, openapi_config=None, logging_config=None,
+        lifespan=[lifespan],
     )  # fmt: skip
     app.proxy = proxy
     return app

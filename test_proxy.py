@@ -18,11 +18,13 @@ import gzip
 import hashlib
 import hmac
 import http.server
+import importlib.metadata
 import io
 import itertools
 import json
 import logging
 import os
+import queue
 import random
 import re
 import resource
@@ -50,6 +52,7 @@ import jwt
 import msgspec
 import openai
 import prometheus_client
+import pydantic
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
@@ -996,6 +999,93 @@ def everywhere(body: dict[str, Any]) -> dict[str, dict[str, Any]]:
         dialect: sent(provider, MODELS[provider], body).body
         for dialect, provider in BY_DIALECT.items()
     }
+
+
+# The vendors' own SDKs, whose base URL alone is changed.
+
+
+@functools.cache
+def claude(url: str, key: str = "x", retries: int = 0) -> anthropic.Anthropic:
+    return anthropic.Anthropic(api_key=key, base_url=url, max_retries=retries)
+
+
+@functools.cache
+def gpt(url: str, key: str = "x", retries: int = 0) -> openai.OpenAI:
+    return openai.OpenAI(api_key=key, base_url=f"{url}/v1", max_retries=retries)
+
+
+SDK_ERRORS = (anthropic.APIError, openai.APIError)
+NATIVE = {
+    "messages": ("/v1/messages", "claude-haiku-4-5"),
+    "responses": ("/v1/responses", "gpt-5-mini"),
+    "chat": ("/v1/chat/completions", "gpt-4o"),
+}
+GREETING = [{"role": "user", "content": "Hi"}]
+EMBED = {"model": "text-embedding-3-small", "input": "Hi"}
+
+
+def native(dialect: str, **fields: Any) -> dict[str, Any]:
+    """The least body of a dialect's own endpoint."""
+    _, model = NATIVE[dialect]
+    said = {"input": "Hi"} if dialect == "responses" else {"messages": GREETING}
+    limit = {"max_tokens": 100} if dialect == "messages" else {}
+    return {"model": model, **limit, **said, **fields}
+
+
+NATIVE_CALLS = [
+    *(pytest.param(path, native(dialect), id=dialect) for dialect, (path, _) in NATIVE.items()),
+    pytest.param(
+        "/v1/messages/count_tokens",
+        {"model": "claude-opus-5", "messages": GREETING},
+        id="token count",
+    ),
+    pytest.param("/v1/embeddings", EMBED, id="embeddings"),
+]
+
+
+def whole_message(text: str = "Hello", **more: Any) -> dict[str, Any]:
+    """Anthropic's answer in one piece."""
+    said = {"id": "msg_1", "type": "message", "role": "assistant", "model": "m"}
+    usage = {"input_tokens": 10, "output_tokens": 5}
+    content = [{"type": "text", "text": text}]
+    return said | {"content": content, "stop_reason": "end_turn", "usage": usage} | more
+
+
+def whole_response(text: str = "Hello", **more: Any) -> dict[str, Any]:
+    part = {"type": "output_text", "text": text, "annotations": []}
+    said = {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed"}
+    usage = {"input_tokens": 10, "output_tokens": 5, "total_tokens": 15}
+    head = {"id": "resp_1", "object": "response", "created_at": 1, "status": "completed"}
+    head |= {"model": "m", "parallel_tool_calls": True, "tool_choice": "auto", "tools": []}
+    return head | {"output": [said | {"content": [part]}], "usage": usage} | more
+
+
+def whole_completion(text: str = "Hello", **more: Any) -> dict[str, Any]:
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
+    head = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "m"}
+    return head | {"choices": [choice], "usage": usage} | more
+
+
+EMBEDDED = {
+    "object": "list",
+    "data": [{"object": "embedding", "index": 0, "embedding": [0.5, -1.0]}],
+    "model": "text-embedding-3-small",
+    "usage": {"prompt_tokens": 7, "total_tokens": 7},
+}
+
+
+def official(received: Received) -> Any:
+    """What a vendor says on any of its endpoints: "Hello", streamed where that was asked for."""
+    wholes: dict[str, Any] = {
+        "/count_tokens": {"input_tokens": 12}, "/embeddings": EMBEDDED,
+        "/messages": whole_message(), "/responses": whole_response(),
+    }  # fmt: skip
+    if received.json.get("stream"):
+        return answer(received)
+    body = (w for end, w in wholes.items() if received.path.endswith(end))
+    return reply(200, next(body, whole_completion()))
 
 
 # ---- Config ------------------------------------------------------------------------------------
@@ -2008,6 +2098,472 @@ def test_no_json_crashes_the_reader_or_the_adapters(body: Any) -> None:
     accepts_or_refuses(json.dumps(body).encode())
 
 
+# ---- Native bodies -----------------------------------------------------------------------------
+# What official SDKs send, what of it reaches the vendor, and what is refused. Each row goes through
+# a live server to a vendor on loopback.
+
+
+@pytest.fixture(scope="module")
+def natives(serve_module: Serve) -> Server:
+    """A server with a low cap of max_tokens, one of whose vendors allows more than the others."""
+    config = """
+    [upstream]
+    attempts = 1
+    [limits]
+    max_tokens = 500
+    requests_per_minute = 1_000_000
+    burst = 1_000_000
+    tokens_per_minute = 1_000_000_000
+    concurrent = 5000
+    [providers.anthropic]
+    allow = ["beta-1", "container", "web_search_20250305", "files"]
+    """
+    return serve_module(config, environ={"ALLOWED_CLIENT_KEYS": ALL_KEYS})
+
+
+def ask_native(
+    server: Server, dialect: str, headers: Mapping[str, str] = {}, **fields: Any
+) -> httpx.Response:
+    path, _ = NATIVE[dialect]
+    return server.post(path, native(dialect, **fields), headers=headers)
+
+
+def native_error(response: httpx.Response) -> dict[str, Any]:
+    """The error of a reply, held against the shape of the dialect it was asked in."""
+    body = response.json()
+    assert body["type"] == "error"
+    assert body["error"]["type"] and body["error"]["message"]
+    if "/v1/messages" in str(response.url):
+        assert body.keys() == {"type", "error", "request_id"}
+        assert body["request_id"] == response.headers["x-request-id"]
+    else:
+        assert body["error"].keys() == {"type", "message", "param", "code"}
+    return dict(body["error"])
+
+
+@pytest.mark.parametrize(("path", "body"), NATIVE_CALLS)
+def test_a_native_body_goes_up_as_it_was_checked(
+    vendors: Server, upstream: Upstream, path: str, body: dict[str, Any]
+) -> None:
+    """Of a repeated key the last one counts, for the proxy's checks and so for the vendor."""
+    upstream.play(official)
+    text = json.dumps(body)
+    tiers = '{"service_tier": "a", ' + text[1:-1] + ', "service_tier": "b"}'
+    assert vendors.post(path, content=tiers.encode()).status_code == 400
+    assert upstream.requests == []
+    doubled = '{"model": "gpt-4o-mini", "input": "x", "messages": [], ' + text[1:]
+    doubled = doubled.replace(', "messages": []' if "input" in body else '"input": "x", ', "")
+    assert vendors.post(path, content=doubled.encode()).status_code == 200
+    [got] = upstream.requests
+    added = {
+        "/v1/responses": {"store": False, "max_output_tokens": 4096},
+        "/v1/chat/completions": {"max_tokens": 4096},
+    }
+    assert (got.path, got.json) == (path, body | added.get(path, {}))
+    names = [name for name, _ in json.loads(got.body, object_pairs_hook=list)]
+    assert len(names) == len(set(names))
+
+
+LENGTHS = [
+    pytest.param("messages", "max_tokens", id="messages"),
+    pytest.param("responses", "max_output_tokens", id="responses"),
+    pytest.param("chat", "max_tokens", id="chat"),
+    pytest.param("chat", "max_completion_tokens", id="chat's new name"),
+]
+
+
+@pytest.mark.parametrize(("dialect", "name"), LENGTHS)
+def test_max_tokens_of_a_native_body_is_set_or_lowered_to_the_cap(
+    natives: Server, upstream: Upstream, key: dict[str, str], dialect: str, name: str
+) -> None:
+    upstream.play(official)
+    for asked, sent_up, named in ((None, 500, ""), (100, 100, ""), (9999, 500, name)):
+        body = native(dialect)
+        body.pop("max_tokens", None)
+        body |= {name: asked} if asked else {}
+        got = natives.post(NATIVE[dialect][0], body, headers=key)
+        assert got.headers.get("x-dropped-params", "") == named
+        lengths = [n for k, n in upstream.requests[-1].json.items() if k.startswith("max_")]
+        assert lengths == [sent_up]
+    nothing = body | {name: 0}
+    assert natives.post(NATIVE[dialect][0], nothing, headers=key).status_code == 400
+
+
+def test_both_names_of_max_tokens_count_and_one_goes_up(
+    natives: Server, upstream: Upstream, key: dict[str, str]
+) -> None:
+    upstream.play(official)
+    got = ask_native(natives, "chat", key, max_tokens=300, max_completion_tokens=200)
+    assert got.headers["x-dropped-params"] == "max_tokens"
+    body = upstream.requests[0].json
+    assert {n: v for n, v in body.items() if n.startswith("max_")} == {"max_completion_tokens": 200}
+
+
+def test_what_is_stored_at_the_vendor_is_not(natives: Server, upstream: Upstream) -> None:
+    upstream.play(official)
+    key = {"authorization": f"Bearer {next(KEYS)}"}
+    stored = ask_native(natives, "responses", key, store=True)
+    assert (upstream.requests[0].json["store"], stored.headers["x-dropped-params"]) == (
+        False, "store",
+    )  # fmt: skip
+    stored = ask_native(natives, "chat", key, store=True)
+    assert upstream.requests[1].json.get("store", False) is False
+    assert stored.headers["x-dropped-params"] == "store"
+    assert "x-dropped-params" not in ask_native(natives, "chat", key, store=False).headers
+
+
+BROWSER_HEADERS = {
+    "origin": "http://localhost:5173", "referer": "http://localhost:5173/", "cookie": "a=b",
+    "x-forwarded-for": "1.2.3.4", "forwarded": "for=1.2.3.4", "x-real-ip": "1.2.3.4",
+    "sec-fetch-mode": "cors", "x-stainless-lang": "js", "x-stainless-retry-count": "0",
+    "openai-organization": "org-1", "openai-project": "proj-1", "via": "1.1 p",
+    "anthropic-dangerous-direct-browser-access": "true", "x-app": "mine",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "body"), NATIVE_CALLS)
+def test_which_headers_go_up(
+    vendors: Server, upstream: Upstream, path: str, body: dict[str, Any]
+) -> None:
+    upstream.play(official)
+    local = {n: v for n, v in BROWSER_HEADERS.items() if "forward" not in n and n != "x-real-ip"}
+    more = {"idempotency-key": "once", "anthropic-version": "2026-10-21"}
+    assert vendors.post(path, body, headers={**local, **more}).status_code == 200
+    got = upstream.requests[0].headers
+    assert got["idempotency-key"] == "once"
+    own = {"host", "content-length", "content-type", "accept", "accept-encoding", "user-agent"}
+    if "/messages" in path:
+        assert got["anthropic-version"] == "2026-10-21"
+        assert got["x-api-key"] == ANTHROPIC_KEY
+        assert got.keys() == own | {"idempotency-key", "anthropic-version", "x-api-key"}
+    else:
+        assert got["authorization"] == f"Bearer {OPENAI_KEY}"
+        assert got.keys() == own | {"idempotency-key", "authorization"}
+    assert got["user-agent"].startswith("proxy.py/")
+
+
+@pytest.mark.parametrize(("path", "body"), NATIVE_CALLS)
+def test_forwarding_headers_do_not_go_up(
+    natives: Server, upstream: Upstream, key: dict[str, str], path: str, body: dict[str, Any]
+) -> None:
+    upstream.play(official)
+    assert natives.post(path, body, headers=BROWSER_HEADERS | key).status_code == 200
+    got = upstream.requests[0].headers
+    assert not got.keys() & BROWSER_HEADERS.keys()
+    assert key["authorization"] not in got.values()
+    if "/messages" in path:
+        assert got["anthropic-version"] == "2023-06-01"
+
+
+def test_only_betas_that_the_provider_allows_go_up(
+    natives: Server, upstream: Upstream, key: dict[str, str]
+) -> None:
+    upstream.play(official)
+    served = ask_native(natives, "messages", {**key, "anthropic-beta": "beta-1"})
+    assert served.status_code == 200
+    assert upstream.requests[0].headers["anthropic-beta"] == "beta-1"
+    for betas in ("beta-2", "beta-1,beta-2", "beta-1, beta-2", "BETA-1", "beta-1 beta-1"):
+        refused = ask_native(natives, "messages", {**key, "anthropic-beta": betas})
+        assert refused.status_code == 400
+        assert "anthropic-beta" in native_error(refused)["message"]
+        assert "`allow`" in native_error(refused)["message"]
+    assert len(upstream.requests) == 1
+
+
+def test_what_a_provider_allows_goes_up(
+    natives: Server, upstream: Upstream, key: dict[str, str]
+) -> None:
+    upstream.play(official)
+    search = {"type": "web_search_20250305", "name": "web_search"}
+    file = {"type": "document", "source": {"type": "file", "file_id": "file_1"}}
+    messages = [user([file])]
+    body = {"container": "c_1", "tools": [search], "messages": messages}
+    assert ask_native(natives, "messages", key, **body).status_code == 200
+    assert {n: upstream.requests[0].json[n] for n in body} == body
+    assert ask_native(natives, "chat", key, container="c_1").status_code == 400
+
+
+def part(**block: Any) -> dict[str, Any]:
+    """A conversation whose last turn is one block."""
+    return {"messages": [user([block])]}
+
+
+def input_part(**block: Any) -> dict[str, Any]:
+    return {"input": [user([block])]}
+
+
+WEB_TOOL = {"type": "web_search_20250305", "name": "web_search"}
+STORED_OR_DEARER = [
+    pytest.param("messages", {"service_tier": "auto"}, "service_tier", id="tier"),
+    pytest.param("messages", {"container": "c_1"}, "container", id="container"),
+    pytest.param("messages", {"mcp_servers": []}, "mcp_servers", id="MCP"),
+    pytest.param("messages", {"context_management": {}}, "context_management", id="context"),
+    pytest.param("messages", {"speed": "fast"}, "speed", id="speed"),
+    pytest.param("messages", {"inference_geo": "us"}, "inference_geo", id="place"),
+    pytest.param("messages", {"tools": [WEB_TOOL]}, "tools[0].type", id="web search"),
+    pytest.param(
+        "messages", part(type="document", source={"type": "file", "file_id": "f"}), "files",
+        id="file",
+    ),
+    pytest.param(
+        "messages", part(type="image", source={"type": "file", "file_id": "f"}), "files",
+        id="image file",
+    ),
+    pytest.param(
+        "messages", part(type="document", source={"type": "url", "url": "https://a.example"}),
+        "files", id="document by URL",
+    ),
+    pytest.param("messages", part(type="container_upload", file_id="f"), "files", id="upload"),
+    pytest.param(
+        "messages",
+        part(type="tool_result", tool_use_id="t", content=[
+            {"type": "document", "source": {"type": "file", "file_id": "f"}}
+        ]),
+        "files", id="file in a result",
+    ),
+    pytest.param("responses", {"previous_response_id": "r"}, "previous_response_id", id="previous"),
+    pytest.param("responses", {"conversation": "c"}, "conversation", id="conversation"),
+    pytest.param("responses", {"background": True}, "background", id="background"),
+    pytest.param("responses", {"prompt": {"id": "p"}}, "prompt", id="stored prompt"),
+    pytest.param("responses", {"service_tier": "flex"}, "service_tier", id="Responses tier"),
+    pytest.param("responses", {"prompt_cache_retention": "24h"}, "prompt_cache_retention",
+                 id="retention"),
+    pytest.param("responses", {"context_management": []}, "context_management", id="compaction"),
+    pytest.param("responses", {"tools": [{"type": "web_search"}]}, "tools[0].type", id="search"),
+    pytest.param("responses", {"tools": [{"type": "mcp", "server_url": "x"}]}, "tools[0].type",
+                 id="Responses MCP"),
+    pytest.param("responses", {"tools": [{"type": "file_search"}]}, "tools[0].type",
+                 id="file search"),
+    pytest.param("responses", input_part(type="input_file", file_id="f"), "files",
+                 id="input file"),
+    pytest.param("responses", input_part(type="input_image", file_id="f"), "files",
+                 id="input image"),
+    pytest.param("responses", input_part(type="input_file", file_url="https://a.example"), "files",
+                 id="file by URL"),
+    pytest.param("responses", {"input": [{"type": "item_reference", "id": "m"}]}, "files",
+                 id="reference"),
+    pytest.param("responses", {"input": [{"id": "m"}]}, "files", id="reference without a type"),
+    pytest.param("responses", {"input": [{"id": "m", "type": None}]}, "files",
+                 id="reference with type null"),
+    pytest.param("chat", {"service_tier": "flex"}, "service_tier", id="Chat tier"),
+    pytest.param("chat", {"web_search_options": {}}, "web_search_options", id="Chat search"),
+    pytest.param("chat", {"modalities": ["audio"]}, "modalities", id="audio"),
+    pytest.param("chat", {"prediction": {}}, "prediction", id="prediction"),
+    pytest.param("chat", part(type="file", file={"file_id": "f"}), "files", id="Chat file"),
+    pytest.param("chat", {"messages": [{"role": "assistant", "audio": {"id": "a"}}]}, "files",
+                 id="stored audio"),
+    pytest.param("chat", {"tools": [{"type": "web_search"}]}, "tools[0].type", id="Chat tool"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dialect", "fields", "named"), STORED_OR_DEARER)
+def test_what_reaches_stored_state_or_another_price_is_refused_by_name(
+    vendors: Server, upstream: Upstream, dialect: str, fields: dict[str, Any], named: str
+) -> None:
+    refused = ask_native(vendors, dialect, **fields)
+    assert refused.status_code == 400
+    message = native_error(refused)["message"]
+    assert named in message
+    assert "`allow`" in message
+    assert upstream.requests == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "named"),
+    [
+        pytest.param("/v1/messages", {"messages": GREETING}, "model", id="no model"),
+        pytest.param("/v1/messages", native("messages", model=5), "model", id="a number"),
+        pytest.param("/v1/messages", native("messages", model=""), "model", id="an empty model"),
+        pytest.param("/v1/responses", native("responses", input=[]), "input", id="no input"),
+        pytest.param("/v1/chat/completions", native("chat", messages=[]), "messages", id="none"),
+        pytest.param("/v1/chat/completions", native("chat", messages="Hi"), "messages", id="text"),
+        pytest.param("/v1/chat/completions", native("chat", n=0), "n", id="n 0"),
+        pytest.param("/v1/chat/completions", native("chat", n=17), "n", id="n 17"),
+        pytest.param("/v1/chat/completions", native("chat", stream="yes"), "stream", id="stream"),
+        pytest.param("/v1/embeddings", EMBED | {"input": ""}, "input", id="nothing to embed"),
+        pytest.param("/v1/embeddings", EMBED | {"stream": True}, "stream", id="streamed embedding"),
+        pytest.param("/v1/messages/count_tokens", native("messages"), "max_tokens", id="count"),
+    ],
+)
+def test_a_bad_native_body_is_a_400_that_names_the_field(
+    vendors: Server, upstream: Upstream, path: str, body: dict[str, Any], named: str
+) -> None:
+    refused = vendors.post(path, body)
+    assert refused.status_code == 400
+    assert native_error(refused)["message"].startswith(f"{named}: ")
+    assert upstream.requests == []
+
+
+@pytest.mark.parametrize("depth", [100, 900, 5000, 100_000])
+def test_a_native_body_of_any_depth_is_passed_on_or_is_a_400(
+    vendors: Server, upstream: Upstream, depth: int
+) -> None:
+    upstream.play(official)
+    deep = b"[" * depth + b"]" * depth
+    for path, (_, model) in zip(("messages", "responses"), NATIVE.values(), strict=False):
+        body = b'{"model":"%b","max_tokens":9,"messages":%b}' % (model.encode(), deep)
+        body = body if path == "messages" else body.replace(b"messages", b"input")
+        body = body if path == "messages" else body.replace(b',"max_tokens":9', b"")
+        assert vendors.post(f"/v1/{path}", content=body).status_code in (200, 400)
+        tools = b'{"model":"%b","input":"x","messages":[1],"tools":[{"a":%b}]}'
+        tools = tools.replace(b'"input":"x",' if path == "messages" else b'"messages":[1],', b"")
+        assert vendors.post(f"/v1/{path}", content=tools % (model.encode(), deep)).status_code in (
+            200, 400,
+        )  # fmt: skip
+
+
+# What the server's owner decides holds in every dialect and spelling.
+
+
+@pytest.fixture(scope="module")
+def strict(serve_module: Serve) -> Server:
+    """Each key has one rule of its own."""
+    rules = {
+        "tools": "allow_tools = false", "system": "allow_system = false",
+        "template": "templates_only = true", "denied": 'denied = ["Voldemort"]',
+        "prompt": 'system_prompt = "Be kind."', "short": "max_characters = 50",
+        "few": "max_messages = 2",
+    }  # fmt: skip
+    keys = "".join(
+        f'[clients.{name}]\nkey_sha256 = "{digest(name)}"\nlimits = {{ {rule} }}\n'
+        for name, rule in rules.items()
+    )
+    template = '[templates.hello]\nmodel = "claude-haiku-4-5"\nprompt = "Hi"\n'
+    return serve_module(keys + template + "[upstream]\nattempts = 1\n")
+
+
+IMAGE = "iVBORw0KGgo" + "A" * 4000
+RULES = [
+    *(
+        pytest.param("tools", dialect, fields, 400, id=f"{dialect}: {name}")
+        for dialect, name, fields in (
+            ("messages", "tools", {"tools": [{"name": "f", "input_schema": {"type": "object"}}]}),
+            ("responses", "tools", {"tools": [{"type": "function", "name": "f"}]}),
+            ("responses", "custom tools", {"tools": [{"type": "custom", "name": "f"}]}),
+            ("chat", "tools", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+            ("chat", "functions", {"functions": [{"name": "f"}]}),
+        )
+    ),
+    *(
+        pytest.param("system", dialect, fields, 400, id=f"{dialect}: {name}")
+        for dialect, name, fields in (
+            ("messages", "system", {"system": "Be rude."}),
+            ("messages", "system blocks", {"system": [{"type": "text", "text": "Be rude."}]}),
+            ("messages", "a role", {"messages": [user("Hi"), system("Be rude.")]}),
+            ("responses", "instructions", {"instructions": "Be rude."}),
+            ("responses", "a role", {"input": [item("system", "Be rude."), item("user", "x")]}),
+            ("responses", "developer", {"input": [item("developer", "Be rude.")]}),
+            ("chat", "system message", {"messages": [system("Be rude."), user("Hi")]}),
+            ("chat", "developer", {"messages": [{"role": "developer", "content": "x"}]}),
+        )
+    ),
+    *(
+        pytest.param("denied", dialect, fields, 400, id=f"{dialect}: {name}")
+        for dialect, name, fields in (
+            ("messages", "a word", {"messages": [user("Who is voldemort?")]}),
+            ("messages", "a block", part(type="text", text="VOLDEMORT")),
+            ("messages", "a result", part(type="tool_result", tool_use_id="", content="voldemort")),
+            ("messages", "the system text", {"system": "You are Voldemort"}),
+            ("messages", "after data:", {"messages": [user("data: Voldemort")]}),
+            ("responses", "a text", {"input": "Voldemort"}),
+            ("responses", "after data:", {"input": "data: Voldemort"}),
+            ("responses", "a block", input_part(type="input_text", text="Voldemort")),
+            ("responses", "instructions", {"instructions": "Voldemort"}),
+            ("chat", "a word", {"messages": [user("Voldemort")]}),
+        )
+    ),
+    *(
+        pytest.param("short", dialect, fields, status, id=f"{dialect}: {name}")
+        for dialect, name, fields, status in (
+            ("messages", "long", {"messages": [user("x" * 60)]}, 400),
+            ("messages", "data:", {"messages": [user("data:" + "x" * 60)]}, 400),
+            ("responses", "long", {"input": "x" * 60}, 400),
+            ("chat", "long", {"messages": [user("x" * 60)]}, 400),
+            ("messages", "an image", part(type="image", source={
+                "type": "base64", "media_type": "image/png", "data": IMAGE}), 200),
+            ("responses", "an image", input_part(
+                type="input_image", image_url=f"data:image/png;base64,{IMAGE}"), 200),
+            ("chat", "an image", part(
+                type="image_url", image_url={"url": f"data:image/png;base64,{IMAGE}"}), 200),
+        )
+    ),
+    *(
+        pytest.param("few", dialect, fields, 400, id=f"{dialect}: many messages")
+        for dialect, fields in (
+            ("messages", {"messages": [user("x"), assistant("y"), user("z")]}),
+            ("responses", {"input": [user("x"), assistant("y"), user("z")]}),
+            ("chat", {"messages": [user("x"), assistant("y"), user("z")]}),
+        )
+    ),
+    *(pytest.param("template", dialect, {}, 400, id=f"{dialect}: none") for dialect in NATIVE),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rule", "dialect", "fields", "status"), RULES)
+def test_a_clients_rules_hold_in_every_dialect(
+    strict: Server, upstream: Upstream, rule: str, dialect: str, fields: dict[str, Any], status: int
+) -> None:
+    upstream.play(official)
+    got = ask_native(strict, dialect, {"x-api-key": rule}, **fields)
+    assert (got.status_code, len(upstream.requests)) == (status, status == 200)
+    if status == 400:
+        assert native_error(got)["message"]
+    free = ask_native(strict, dialect, {"x-api-key": "prompt"}, **fields)
+    assert free.status_code == 200  # only the rule has refused it
+
+
+@pytest.mark.parametrize("model", ["claude-haiku-4-5", "gpt-6-astra"])
+@pytest.mark.parametrize(
+    ("rule", "fields"),
+    [
+        pytest.param("tools", {}, id="tools"),
+        pytest.param("system", {"messages": [system("Be rude."), user("x")]}, id="system"),
+        pytest.param("denied", {"messages": [user("data: voldemort")]}, id="denied"),
+        pytest.param("short", {"messages": [user("x" * 60)]}, id="characters"),
+        pytest.param("few", {"messages": [user("x")] * 3}, id="messages"),
+        pytest.param("template", {}, id="templates"),
+    ],
+)
+def test_a_clients_rules_hold_where_chat_is_translated(
+    strict: Server, upstream: Upstream, rule: str, fields: dict[str, Any], model: str
+) -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    got = ask_native(strict, "chat", {"x-api-key": rule}, model=model, tools=[tool], **fields)
+    assert (got.status_code, upstream.requests) == (400, [])
+
+
+@pytest.mark.parametrize(("path", "body"), NATIVE_CALLS)
+def test_templates_alone_leave_no_endpoint_open(
+    strict: Server, upstream: Upstream, path: str, body: dict[str, Any]
+) -> None:
+    refused = strict.post(path, body, headers={"x-api-key": "template"})
+    assert (refused.status_code, upstream.requests) == (400, [])
+    assert "template" in native_error(refused)["message"]
+
+
+def test_the_servers_prompt_stands_first_in_every_dialect(
+    strict: Server, upstream: Upstream
+) -> None:
+    upstream.play(official)
+    key = {"x-api-key": "prompt"}
+    block = {"type": "text", "text": "Be kind."}
+    own = {"type": "text", "text": "Mine."}
+    for fields, sent_up in (
+        ({}, [block]), ({"system": "Mine."}, [block, own]), ({"system": [own]}, [block, own]),
+    ):  # fmt: skip
+        ask_native(strict, "messages", key, **fields)
+        assert upstream.requests[-1].json["system"] == sent_up
+    for fields, text in (({}, "Be kind."), ({"instructions": "Mine."}, "Be kind.\n\nMine.")):
+        ask_native(strict, "responses", key, **fields)
+        assert upstream.requests[-1].json["instructions"] == text
+    ask_native(strict, "chat", key, messages=[system("Mine."), user("Hi")])
+    assert upstream.requests[-1].json["messages"] == [
+        system("Be kind."), system("Mine."), user("Hi"),
+    ]  # fmt: skip
+    ask_native(strict, "chat", key, model="claude-haiku-4-5", messages=[system("Mine."), user("x")])
+    assert upstream.requests[-1].json["system"] == "Be kind.\n\nMine."
+
+
 # What the owner lets be asked: each policy is a key's own, on one server.
 
 POLICIES = {
@@ -3008,12 +3564,14 @@ def test_every_spelling_of_a_path_that_is_served_is_charged_alike(
 ) -> None:
     known = ledger(keyed_server)
     status, data = send_raw(keyed_server, target, KEY_LINE, "X-User-ID: narrow")
-    assert status in (200, 400, 404, 405)
+    assert status in (200, 400, 404, 405, 502)  # the vendor streams what was asked for whole
     rows = [(row["client"], row["provider"], row["cost"]) for row in new_rows(keyed_server, known)]
     if status == 200:
         assert rows == [("key:web", "anthropic", "0.000035")]
         assert [request.path for request in upstream.requests] == ["/v1/messages"]
         assert b"Hello" in data
+    elif status == 502:
+        assert [row[:2] for row in rows] == [("key:web", "anthropic")]
     else:
         assert {cost for _, _, cost in rows} <= {"0"}
         assert upstream.requests == []
@@ -3586,7 +4144,9 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
     max_leaves=5,
 )
-NAMES = st.sampled_from(["sub", "exp", "nbf", "iat", "iss", "aud", "jti", "team", "crit", "b64"])
+CLAIM_NAMES = st.sampled_from(
+    ["sub", "exp", "nbf", "iat", "iss", "aud", "jti", "team", "crit", "b64"]
+)
 SECRET_LOGIN = proxy.Config(
     server=proxy.Server(cors_origins=("*",)),
     jwt=proxy.Jwt(secret=APP_SECRET, group_claim="team.name"),
@@ -3596,8 +4156,8 @@ SECRET_LOGIN = proxy.Config(
 
 @settings(max_examples=150)
 @given(
-    st.dictionaries(NAMES | st.just("kid") | st.just("typ"), JSON),
-    st.dictionaries(NAMES, JSON),
+    st.dictionaries(CLAIM_NAMES | st.just("kid") | st.just("typ"), JSON),
+    st.dictionaries(CLAIM_NAMES, JSON),
     st.booleans(),
 )
 def test_odd_claims_of_a_good_signature_name_a_user_or_nobody(
@@ -3728,7 +4288,7 @@ def test_keys_that_are_old_are_fetched_again() -> None:
     issuer.http.stop()
 
 
-GARBAGE = [
+BAD_KEYS = [
     pytest.param(reply(500, b"broken"), id="500"),
     pytest.param(reply(404, b"{}"), id="404"),
     pytest.param(reply(302, b"", {"Location": "http://127.0.0.1:1/"}), id="redirect"),
@@ -3749,7 +4309,7 @@ GARBAGE = [
 ]
 
 
-@pytest.mark.parametrize("script", GARBAGE)
+@pytest.mark.parametrize("script", BAD_KEYS)
 def test_an_issuer_that_fails_is_503_at_first_and_later_its_old_keys_serve_on(
     script: Any,
 ) -> None:
@@ -4483,6 +5043,7 @@ def test_a_body_that_is_too_large_is_413(
     parts = (body[at : at + 10_000] for at in range(0, len(body), 10_000))
     reply = limited_server.post(content=parts if chunked else body, headers=key)
     assert (reply.status_code, reply.json()["type"]) == (413, "request_too_large")
+    assert reply.headers["connection"] == "close", "what was not read is in the way of the next"
     assert upstream.requests == []
 
 
@@ -7491,6 +8052,820 @@ def test_odd_usage_does_not_break_the_end_of_an_answer(
     assert isinstance(row["output_tokens"], int) and row["output_tokens"] >= 0
 
 
+# The vendors' own dialects: what an SDK reads through the proxy is what it reads off the vendor.
+
+
+def accumulated(dialect: str, url: str) -> Any:
+    """The final object of an SDK's stream, or the class and the message of what it raises."""
+    _, model = NATIVE[dialect]
+    try:
+        if dialect == "messages":
+            with claude(url).messages.stream(model=model, max_tokens=9, messages=HI) as message:
+                return message.get_final_message().to_dict()
+        if dialect == "responses":
+            with gpt(url).responses.stream(model=model, input="Hi") as response:
+                return response.get_final_response().to_dict()
+        asked = {"include_usage": True}
+        with gpt(url).chat.completions.stream(
+            model=model, messages=HI, stream_options=asked
+        ) as completion:
+            for _ in completion:
+                pass
+            return completion.current_completion_snapshot.to_dict()
+    except SDK_ERRORS as error:
+        return type(error).__name__, error.message
+
+
+def without_usage(data: bytes) -> bytes:
+    """A Chat stream without the chunk that only the proxy asked for."""
+    kept = []
+    for event in re.split(rb"(?<=\n\n)", data):
+        _, _, text = event.rpartition(b"data: ")
+        chunk = json.loads(text) if text.startswith(b"{") else {}
+        if not (chunk.get("usage") and chunk.get("choices") == []):
+            kept.append(event)
+    return b"".join(kept)
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+@pytest.mark.parametrize("file", ANSWERS)
+def test_an_sdk_reads_a_recording_as_it_does_off_the_vendor(
+    vendors: Server, upstream: Upstream, file: Path
+) -> None:
+    dialect, data = dialect_of(file), recorded(file)
+    path, _ = NATIVE[dialect]
+    upstream.play(stream(data))
+    direct = accumulated(dialect, upstream.url)
+    assert isinstance(direct, dict)
+    assert accumulated(dialect, vendors.url) == direct
+    size = 7 if len(data) < 20_000 else 997
+    upstream.play(stream(*(data[i : i + size] for i in range(0, len(data), size))))
+    assert accumulated(dialect, vendors.url) == direct
+    number = next(IDS)
+    body = native(dialect, stream=True)
+    streamed = vendors.post(path, body, headers={"x-request-id": number})
+    assert streamed.content == (without_usage(data) if dialect == "chat" else data)
+    row, usage = last_row(vendors, number), fed(dialect, data).usage
+    assert {name: row[name] for name in USAGE} == usage or (row["estimated"], usage) == (1, None)
+    assert Decimal(row["cost"]) > 0
+    assert row["outcome"] == proxy.OUTCOMES[str(fed(dialect, data).finish)]
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+@pytest.mark.parametrize("file", ANSWERS)
+def test_an_answer_in_one_piece_comes_byte_for_byte(
+    vendors: Server, upstream: Upstream, file: Path
+) -> None:
+    """The object of a recording, with white space that no encoder of ours would write."""
+    dialect, data = dialect_of(file), recorded(file)
+    path, _ = NATIVE[dialect]
+    upstream.play(stream(data))
+    whole = json.dumps(accumulated(dialect, upstream.url), indent=3).encode() + b"\n"
+    upstream.play(reply(200, whole))
+    number = next(IDS)
+    got = vendors.post(path, native(dialect), headers={"x-request-id": number})
+    assert (got.content, got.headers["content-type"]) == (whole, "application/json")
+    row, said = last_row(vendors, number), fed(dialect, data)
+    assert {name: row[name] for name in USAGE} == said.usage or row["estimated"] == 1
+    assert row["outcome"] == proxy.OUTCOMES[str(said.finish)]
+    assert Decimal(row["cost"]) > 0
+
+
+@pytest.mark.parametrize("name", STREAM_ERRORS)
+def test_an_sdk_raises_the_error_of_a_recorded_stream(
+    vendors: Server, upstream: Upstream, name: str
+) -> None:
+    file = RECORDINGS / f"{name}.sse"
+    if not file.is_file():
+        pytest.skip(NO_RECORDINGS)
+    dialect = dialect_of(file)
+    path, _ = NATIVE[dialect]
+    first, end, rest = recorded(file).partition(b"\n\n")
+    upstream.play(stream(first + end, 0.05, rest))
+    kind, message = accumulated(dialect, vendors.url)
+    assert message == fed(dialect, recorded(file)).error
+    assert kind in ("APIError", "RateLimitError", "BadRequestError")
+    streamed = vendors.post(path, native(dialect, stream=True))
+    whole, _, error = streamed.content.rpartition(b"data: ")
+    if streamed.status_code == 200:  # what came before it is the vendor's
+        whole = whole.removesuffix(b"event: error\n")
+        assert recorded(file).startswith(whole) and whole
+    assert json.loads(error)["error"]["message"] == message
+
+
+@pytest.mark.parametrize("dialect", NATIVE)
+def test_chunk_boundaries_and_line_ends_mean_nothing_to_a_native_stream(dialect: str) -> None:
+    for line_end in (b"\n", b"\r\n", b"\r"):
+        data = STREAMS[dialect].replace(b"\n", line_end)
+        for size in (1, 2, 3, 7, len(data)):
+            speaks = adapter(BY_DIALECT[dialect])
+            batches = [speaks.pass_on(data[i : i + size]) for i in range(0, len(data), size)]
+            events = list(itertools.chain.from_iterable(batches))
+            raw = b"".join(event.data for event in events if isinstance(event, proxy.Raw))
+            assert raw == data
+            assert speaks.complete and isinstance(batches[-1][-1], proxy.Finish)
+
+
+def test_a_usage_chunk_is_hidden_only_from_who_did_not_ask(
+    vendors: Server, upstream: Upstream
+) -> None:
+    data = chat_sse("Hello")
+    upstream.play(stream(data))
+    for options, expected in (
+        (None, without_usage(data)),
+        ({"include_usage": False}, without_usage(data)),
+        ({"include_obfuscation": False}, without_usage(data)),
+        ({"include_usage": True}, data),
+    ):
+        more = {"stream_options": options} if options else {}
+        got = vendors.post("/v1/chat/completions", native("chat", stream=True, **more))
+        assert got.content == expected
+        sent_up = upstream.requests[-1].json["stream_options"]
+        assert sent_up == {**(options or {}), "include_usage": True}
+    assert without_usage(data) != data
+
+
+def test_a_native_stream_of_huge_events_costs_no_more_than_its_size() -> None:
+    """Whatever stands in an event, looking for the usage in it is one pass."""
+    speaks = adapter("local")
+    speaks.usage_hidden = True
+    large = json.dumps({"choices": [{"index": 0, "delta": {"content": "x" * 500_000}}]}).encode()
+    event = b"data: %b\n\n" % large
+    raw, *_ = speaks.pass_on(event)
+    assert raw.data == event
+
+
+def test_a_native_event_without_an_end_is_not_kept_for_ever() -> None:
+    speaks = adapter("local")
+    with pytest.raises(proxy.UpstreamError, match="too large"):
+        for _ in range(40):
+            speaks.pass_on(b"x" * 2**20)
+
+
+@pytest.mark.parametrize("streamed", [True, False], ids=["stream", "JSON"])
+@pytest.mark.parametrize("dialect", NATIVE)
+def test_a_vendors_ids_come_down_and_what_tells_its_quota_does_not(
+    vendors: Server, upstream: Upstream, dialect: str, streamed: bool
+) -> None:
+    own = {"request-id": "req_7"} if dialect == "messages" else {"x-request-id": "req_7"}
+    hidden = {
+        "anthropic-ratelimit-requests-limit": "4000", "x-ratelimit-limit-requests": "10000",
+        "set-cookie": "a=b", "openai-organization": "org-secret", "anthropic-organization-id": "o",
+    }  # fmt: skip
+    more = {**own, **hidden, "openai-processing-ms": "42"}
+    wholes = {"messages": whole_message, "responses": whole_response, "chat": whole_completion}
+    whole = reply(200, wholes[dialect](), more)
+    upstream.play(stream(MAKE[dialect](), headers=more) if streamed else whole)
+    path, _ = NATIVE[dialect]
+    got = vendors.post(path, native(dialect, stream=streamed), headers={"x-request-id": "mine"})
+    assert got.status_code == 200
+    assert (got.headers["request-id"], got.headers["x-request-id"]) == ("req_7", "mine")
+    assert got.headers["openai-processing-ms"] == "42"
+    assert got.headers["x-ratelimit-limit-requests"] != "10000"
+    assert not got.headers.keys() & (hidden.keys() - {"x-ratelimit-limit-requests"})
+
+
+GARBAGE = [
+    pytest.param(b"<html>Bad gateway</html>", id="HTML"),
+    pytest.param(b"", id="nothing"),
+    pytest.param(b"[1]", id="a list"),
+    pytest.param(b'{"choices": [nu', id="half"),
+    pytest.param(b'{"error": {"message": "Overloaded", "code": 502}}', id="an error as 200"),
+    pytest.param(b"[" * 100_000, id="nested"),
+]
+
+
+@pytest.mark.parametrize("body", GARBAGE)
+def test_an_answer_in_one_piece_that_is_none_is_the_vendors_error(
+    vendors: Server, upstream: Upstream, body: bytes
+) -> None:
+    upstream.play(reply(200, body))
+    got = vendors.post("/v1/chat/completions", native("chat"))
+    assert (got.status_code, got.json()["error"]["code"]) == (502, "upstream_error")
+
+
+ODD_REPLIES = [
+    pytest.param("chat", {"choices": [None]}, id="a choice that is null"),
+    pytest.param("chat", {"choices": {"a": 1}}, id="choices that are no list"),
+    pytest.param("chat", {"usage": [1]}, id="usage a list"),
+    pytest.param("responses", {"incomplete_details": "odd"}, id="details a text"),
+    pytest.param("messages", {"stop_reason": ["a"]}, id="a reason that is a list"),
+]
+
+
+@pytest.mark.parametrize(("dialect", "odd"), ODD_REPLIES)
+def test_an_answer_of_an_odd_shape_is_passed_on(
+    vendors: Server, upstream: Upstream, dialect: str, odd: dict[str, Any]
+) -> None:
+    upstream.play(reply(200, odd))
+    path, _ = NATIVE[dialect]
+    got = vendors.post(path, native(dialect))
+    assert (got.status_code, got.json()) == (200, odd)
+
+
+def test_an_answer_in_one_piece_without_usage_is_estimated(
+    vendors: Server, upstream: Upstream
+) -> None:
+    body = whole_completion("x" * 1000)
+    del body["usage"]
+    upstream.play(reply(200, body))
+    number = next(IDS)
+    vendors.post("/v1/chat/completions", native("chat"), headers={"x-request-id": number})
+    row = last_row(vendors, number)
+    assert row["estimated"] == 1
+    assert row["output_tokens"] >= 1000
+    assert row["input_tokens"] >= 2
+
+
+# Errors as official SDKs raise them.
+
+
+def call_claude(url: str, retries: int = 0, **more: Any) -> Any:
+    fields = {"model": "claude-haiku-4-5", "max_tokens": 100, "messages": HI} | more
+    return claude(url, retries=retries).messages.create(**fields)
+
+
+def call_responses(url: str, retries: int = 0, **more: Any) -> Any:
+    return gpt(url, retries=retries).responses.create(
+        **{"model": "gpt-5-mini", "input": "Hi"} | more
+    )
+
+
+def call_chat(url: str, retries: int = 0, **more: Any) -> Any:
+    return gpt(url, retries=retries).chat.completions.create(
+        **{"model": "gpt-4o", "messages": HI} | more
+    )
+
+
+def call_translated(url: str, retries: int = 0, **more: Any) -> Any:
+    return call_chat(url, retries, **{"model": "claude-haiku-4-5"} | more)
+
+
+CALLERS: dict[str, Callable[..., Any]] = {
+    "messages": call_claude, "responses": call_responses, "chat": call_chat,
+    "translated": call_translated,
+}  # fmt: skip
+EVERY_CALLER = [pytest.param(name, id=name) for name in CALLERS]
+STREAMED = pytest.mark.parametrize("streamed", [True, False], ids=["stream", "JSON"])
+NO_RETRY = {"retry-after-ms": "60000"}
+
+
+def raised(caller: str, url: str, **more: Any) -> Any:
+    """What an SDK raises for a call, a streamed one read to its end."""
+    with pytest.raises(SDK_ERRORS) as caught:
+        answered = CALLERS[caller](url, **more)
+        if more.get("stream"):
+            list(answered)
+    return caught.value
+
+
+VENDOR_ERRORS = [
+    pytest.param(reply(400, vendor_error()), "BadRequestError", 400, False, id="400"),
+    pytest.param(reply(404, vendor_error()), "NotFoundError", 404, False, id="404"),
+    pytest.param(reply(413, vendor_error()), "ContentTooLargeError", 413, False, id="413"),
+    pytest.param(reply(422, vendor_error()), "UnprocessableEntityError", 422, False, id="422"),
+    pytest.param(reply(401, vendor_error()), "InternalServerError", 502, False, id="401"),
+    pytest.param(reply(403, vendor_error()), "InternalServerError", 502, False, id="403"),
+    pytest.param(reply(429, vendor_error(), NO_RETRY), "RateLimitError", 429, True, id="429"),
+    pytest.param(
+        reply(429, vendor_error("insufficient_quota")), "RateLimitError", 429, False, id="no quota"
+    ),
+    pytest.param(reply(500, vendor_error(), NO_RETRY), "InternalServerError", 502, True, id="500"),
+    pytest.param(reply(529, vendor_error(), NO_RETRY), "OverloadedError", 529, True, id="529"),
+    pytest.param([RESET], "InternalServerError", 502, True, id="reset"),
+    pytest.param(b"garbage\r\n\r\n", "InternalServerError", 502, True, id="garbage"),
+]
+
+
+@STREAMED
+@pytest.mark.parametrize("caller", EVERY_CALLER)
+@pytest.mark.parametrize(("script", "kind", "status", "again"), VENDOR_ERRORS)
+def test_a_vendors_error_is_the_sdks_exception(
+    vendors: Server, upstream: Upstream, caller: str, script: Any, kind: str, status: int,
+    again: bool, streamed: bool,
+) -> None:  # fmt: skip
+    upstream.play(script)
+    error = raised(caller, vendors.url, stream=streamed)
+    if caller != "messages":  # OpenAI's has no classes of its own for these
+        kind = {
+            "OverloadedError": "InternalServerError",
+            "ContentTooLargeError": "APIStatusError",
+        }.get(kind, kind)
+    assert (type(error).__name__, error.status_code) == (kind, status)
+    assert error.response.headers.get("x-should-retry", "true") == str(again).lower()
+    after = error.response.headers.get("retry-after")
+    assert after == ("60" if status in (429, 529) and again else None)
+    assert native_error(error.response)["message"] in str(error)
+
+
+def test_a_vendor_that_is_silent_or_away_is_the_sdks_exception(
+    serve: Serve, upstream: Upstream
+) -> None:
+    config = "[upstream]\nfirst_byte = '300ms'\ntotal = '300ms'\nattempts = 1\n"
+    config += "[providers.nobody]\nadapter = 'chat'\nbase_url = 'http://127.0.0.1:1/v1'\n"
+    server = serve(config + NO_BUDGET)
+    upstream.play([HANG])
+    late = raised("messages", server.url, stream=True)
+    assert (type(late).__name__, late.status_code) == ("GatewayTimeoutError", 504)
+    late = raised("responses", server.url)
+    assert (type(late).__name__, late.status_code) == ("InternalServerError", 504)
+    assert late.code == "upstream_timeout"
+    gone = raised("chat", server.url, model="nobody/x")
+    assert (type(gone).__name__, gone.status_code) == ("InternalServerError", 502)
+    assert gone.code == "upstream_unreachable"
+
+
+BREAKS = [
+    pytest.param([RESET], "connection to the vendor broke", id="reset"),
+    pytest.param([CLOSE], "connection to the vendor broke", id="closed"),
+    pytest.param([HANG], "stopped in the middle", id="stalled"),
+    pytest.param([b"0\r\n\r\n"], "before it was complete", id="cut"),
+    pytest.param([], "", id="error event"),
+]
+
+
+@pytest.mark.parametrize("caller", EVERY_CALLER)
+@pytest.mark.parametrize(("rest", "message"), BREAKS)
+def test_a_native_stream_that_breaks_ends_with_an_error_event(
+    trouble: Server, upstream: Upstream, caller: str, rest: list[Any], message: str
+) -> None:
+    """Official SDKs take a mere end for the end of the answer."""
+    dialect = "messages" if caller == "translated" else caller
+    events = MAKE_EVENTS[dialect](["Hel", "lo"])
+    begun = next(i for i, event in enumerate(events) if b"Hel" in event) + 1
+    failed = {"messages": vendor_error(), "chat": {"error": {"message": "It broke"}}}
+    failed["responses"] = {"type": "error", "code": "server_error", "message": "It broke"}
+    if not message:
+        data = json.dumps(failed[dialect]).encode()
+        event = b"event: error\n" if dialect != "chat" else b""
+        upstream.play(stream(*events[:begun], event + b"data: %b\n\n" % data))
+        message = "It broke"
+    else:
+        upstream.play([*stream(*events[:begun], end=False), *rest])
+    seen = []
+    with pytest.raises(SDK_ERRORS, match=message) as caught:
+        seen.extend(map(str, CALLERS[caller](trouble.url, stream=True)))
+    assert "Hel" in "".join(seen)
+    body = caught.value.body
+    error = body["error"] if dialect == "messages" and caller != "translated" else body
+    assert error["message"] in str(caught.value)
+    if dialect == "messages" and caller != "translated":
+        assert body["request_id"] == caught.value.response.headers["x-request-id"]
+    row = ledger(trouble)[-1]
+    assert row["outcome"] == "error"
+    assert Decimal(row["cost"]) > 0
+
+
+def test_retries_of_an_sdk_reach_the_vendor_again(vendors: Server, upstream: Upstream) -> None:
+    failing = reply(500, vendor_error(), AGAIN)
+    for caller in ("messages", "chat"):
+        upstream.clear()
+        upstream.play(failing, failing, official)
+        answered = CALLERS[caller](vendors.url, retries=2)
+        assert "Hello" in str(answered)
+        assert len(upstream.requests) == 3
+        keys = {r.headers.get("idempotency-key") for r in upstream.requests}
+        assert len(keys) == 1  # the same one for each try
+
+
+@pytest.mark.parametrize("caller", ["messages", "chat"])
+def test_a_native_stream_that_fails_before_its_first_event_is_tried_again(
+    trouble: Server, upstream: Upstream, caller: str
+) -> None:
+    """What only keeps a connection alive is no event."""
+    failing = {"messages": vendor_error("overloaded_error"), "chat": {"error": {"code": 503}}}
+    failed = failing[caller]
+    idle = b'event: ping\ndata: {"type": "ping"}\n\n' if caller == "messages" else b": idle\n\n"
+    event = b"event: error\ndata: %b\n\n" % json.dumps(failed).encode()
+    upstream.play(stream(idle, 0.05, idle + event), answer)
+    said = "".join(str(e) for e in CALLERS[caller](trouble.url, stream=True))
+    assert "Hello" in said
+    assert len(upstream.requests) == 2
+
+
+def test_an_sdk_does_not_retry_what_is_useless(vendors: Server, upstream: Upstream) -> None:
+    upstream.play(reply(500, vendor_error(), ONCE))
+    with pytest.raises(anthropic.InternalServerError):
+        call_claude(vendors.url, retries=2)
+    assert len(upstream.requests) == 1
+
+
+@pytest.mark.parametrize("caller", EVERY_CALLER)
+def test_the_proxys_own_errors_are_the_sdks_exceptions(
+    keyed_server: Server, upstream: Upstream, caller: str
+) -> None:
+    missing = raised(caller, keyed_server.url)
+    assert (type(missing).__name__, missing.status_code) == ("AuthenticationError", 401)
+    assert missing.response.headers["x-should-retry"] == "false"
+    key = "narrow-key"
+    narrow: Any = claude(keyed_server.url, key) if caller == "messages" else None
+    with pytest.raises(SDK_ERRORS) as caught:
+        if narrow:
+            narrow.messages.create(model="claude-opus-5", max_tokens=9, messages=HI)
+        elif caller == "responses":
+            gpt(keyed_server.url, key).responses.create(model="gpt-5-mini", input="x")
+        else:
+            gpt(keyed_server.url, key).chat.completions.create(model="claude-opus-5", messages=HI)
+    denied = caught.value
+    assert (type(denied).__name__, denied.status_code) == ("PermissionDeniedError", 403)
+    with pytest.raises(SDK_ERRORS) as caught:
+        long = [user("x" * 20_000)]
+        if narrow:
+            claude(keyed_server.url, CLIENT_KEY).messages.create(
+                model="claude-haiku-4-5", max_tokens=9, messages=long
+            )
+        else:
+            gpt(keyed_server.url, CLIENT_KEY).chat.completions.create(model="gpt-4o", messages=long)
+    large = caught.value
+    assert large.status_code == 413
+    assert type(large).__name__ == ("ContentTooLargeError" if narrow else "APIStatusError")
+    assert upstream.requests == []
+
+
+@pytest.mark.parametrize("caller", EVERY_CALLER)
+def test_a_path_that_is_not_served_has_the_dialects_error(
+    plain_server: Server, caller: str
+) -> None:
+    with pytest.raises(SDK_ERRORS) as caught:
+        if caller == "messages":
+            claude(plain_server.url).messages.batches.list()
+        else:
+            gpt(plain_server.url).files.list()
+    assert type(caught.value).__name__ == "NotFoundError"
+    assert native_error(caught.value.response)["message"]
+
+
+def test_limits_and_budgets_are_the_sdks_exceptions(serve: Serve, upstream: Upstream) -> None:
+    limits = "[limits]\nrequests_per_minute = 1\nburst = 1\n"
+    server = serve(limits, environ={"ALLOWED_CLIENT_KEYS": "a,b"})
+    upstream.play(official)
+    ours: Any = claude(server.url, "a").messages
+    ours.create(model="claude-haiku-4-5", max_tokens=9, messages=HI)
+    with pytest.raises(anthropic.RateLimitError) as limited:
+        ours.create(model="claude-haiku-4-5", max_tokens=9, messages=HI)
+    assert 1 <= int(limited.value.response.headers["retry-after"]) <= 60
+    assert limited.value.response.headers["x-ratelimit-remaining-requests"] == "0"
+    theirs = gpt(server.url, "b")
+    theirs.responses.create(model="gpt-5-mini", input="Hi")
+    for again in (
+        lambda: theirs.responses.create(model="gpt-5-mini", input="Hi"),
+        lambda: theirs.embeddings.create(**EMBED),
+        lambda: theirs.chat.completions.create(model="claude-haiku-4-5", messages=HI),
+    ):
+        with pytest.raises(openai.RateLimitError):
+            again()
+    assert len(upstream.requests) == 2
+
+
+def test_keep_alives_in_a_native_stream_are_harmless(trouble: Server, upstream: Upstream) -> None:
+    for caller in CALLERS:
+        dialect = "messages" if caller == "translated" else caller
+        events = MAKE_EVENTS[dialect](["Hel", "lo"])
+        begun = next(i for i, event in enumerate(events) if b"Hel" in event) + 1
+        upstream.play(stream(*events[:begun], 0.3, *events[begun:]))
+        kinds = [type(e).__name__ for e in CALLERS[caller](trouble.url, stream=True)]
+        upstream.play(stream(*events))
+        plain = [type(e).__name__ for e in CALLERS[caller](trouble.url, stream=True)]
+        assert kinds == plain
+        path, _ = NATIVE[dialect if caller != "translated" else "chat"]
+        upstream.play(stream(*events[:begun], 0.3, *events[begun:]))
+        model = "claude-haiku-4-5" if dialect == "messages" else NATIVE[dialect][1]
+        body = native("chat" if caller == "translated" else dialect, stream=True, model=model)
+        ping = b'event: ping\ndata: {"type": "ping"}\n\n' if caller == "messages" else b": ping\n\n"
+        assert ping in trouble.post(path, body).content
+
+
+@pytest.mark.parametrize("caller", EVERY_CALLER)
+def test_an_sdk_that_aborts_closes_the_upstream(
+    vendors: Server, upstream: Upstream, caller: str
+) -> None:
+    dialect = "messages" if caller == "translated" else caller
+    events = MAKE_EVENTS[dialect](["Hel", "lo"])
+    begun = next(i for i, event in enumerate(events) if b"Hel" in event) + 1
+    upstream.play([*stream(*events[:begun], end=False), HANG])
+    number = next(IDS)
+    more = {"extra_headers": {"x-request-id": number}}
+    answered = CALLERS[caller](vendors.url, stream=True, **more)
+    next(iter(answered))
+    answered.close()
+    assert upstream.requests[0].closed.wait(3)
+    row = last_row(vendors, number)
+    assert (row["outcome"], row["estimated"]) == ("cancelled", 1)
+    assert Decimal(row["cost"]) > 0
+
+
+# Chat for models of another dialect: the SDK of OpenAI reaches all of them.
+
+PARIS, ROME = TWO_CALLS
+CHAT_TOOL: Any = {
+    "type": "function",
+    "function": {"name": "weather", "description": "Tells", "parameters": {"type": "object"}},
+}
+# a Claude model, and one that OpenAI itself serves with tools only over Responses
+TRANSLATED = pytest.mark.parametrize(
+    ("model", "dialect"),
+    [
+        pytest.param("claude-haiku-4-5", "messages", id="Claude"),
+        pytest.param("gpt-6-astra", "responses", id="Responses"),
+    ],
+)
+
+
+def chat(server: Server, streamed: bool, **fields: Any) -> Any:
+    """A completion by OpenAI's SDK, and its whole choice: a streamed one is accumulated by it."""
+    completions = gpt(server.url).chat.completions
+    fields = {"model": "claude-haiku-4-5", "messages": HI, "tools": [CHAT_TOOL]} | fields
+    if not streamed:
+        return completions.create(**fields)
+    asked = {"include_usage": True}
+    with completions.stream(**fields, stream_options=asked) as answered:
+        for _ in answered:
+            pass
+        return answered.current_completion_snapshot
+
+
+@STREAMED
+@TRANSLATED
+def test_an_answer_of_another_dialect_is_a_completion(
+    vendors: Server, upstream: Upstream, model: str, dialect: str, streamed: bool
+) -> None:
+    usage = {"input_tokens": 10}
+    if dialect == "responses":
+        usage |= {"input_tokens_details": {"cached_tokens": 4}}
+        usage |= {"output_tokens_details": {"reasoning_tokens": 3}}
+    else:
+        usage = {"input_tokens": 6, "cache_read_input_tokens": 4}
+    events = MAKE_EVENTS[dialect](["Hel", "lo"], thinking="Hmm", tools=TWO_CALLS, usage=usage)
+    upstream.play(stream(*events))
+    got = chat(vendors, streamed, model=model)
+    assert upstream.requests[0].path == (
+        "/v1/messages" if dialect == "messages" else "/v1/responses"
+    )
+    [choice] = got.choices
+    message = choice.message
+    assert (message.role, message.content, message.reasoning_content) == (
+        "assistant", "Hello", "Hmm",
+    )  # fmt: skip
+    calls = [(c.id, c.function.name, c.function.arguments) for c in message.tool_calls]
+    assert calls == list(TWO_CALLS)
+    assert (choice.finish_reason, got.model) == ("tool_calls", model)
+    assert got.id.startswith("chatcmpl-") and got.created > 1_700_000_000
+    assert got.object == "chat.completion"
+    counted = got.usage
+    assert (counted.prompt_tokens, counted.completion_tokens, counted.total_tokens) == (10, 5, 15)
+    assert counted.prompt_tokens_details.cached_tokens == 4
+    reasoned = 3 if dialect == "responses" else 0
+    assert counted.completion_tokens_details.reasoning_tokens == reasoned
+
+
+@STREAMED
+@pytest.mark.parametrize(
+    ("dialect", "events", "finish"),
+    [
+        pytest.param("messages", messages_events("x"), "stop", id="stop"),
+        pytest.param(
+            "messages", messages_events("x", stop_reason="max_tokens"), "length", id="length"
+        ),
+        pytest.param(
+            "messages", messages_events("", stop_reason="refusal"), "content_filter", id="refusal"
+        ),
+        pytest.param("messages", messages_events(""), "stop", id="nothing said"),
+        pytest.param("responses", responses_events("x"), "stop", id="Responses stop"),
+        pytest.param(
+            "responses", responses_events("x", incomplete="max_output_tokens"), "length",
+            id="Responses cut",
+        ),
+        pytest.param(
+            "responses", responses_events("x", incomplete="content_filter"), "content_filter",
+            id="Responses filter",
+        ),
+    ],
+)  # fmt: skip
+def test_how_an_answer_of_another_dialect_ends(
+    vendors: Server, upstream: Upstream, dialect: str, events: list[bytes], finish: str,
+    streamed: bool,
+) -> None:  # fmt: skip
+    upstream.play(stream(*events))
+    model = "claude-haiku-4-5" if dialect == "messages" else "gpt-6-astra"
+    body = native("chat", model=model, tools=[CHAT_TOOL], stream=streamed)
+    got = vendors.post("/v1/chat/completions", body)
+    said = "x" if any(b'"x"' in event for event in events) else ""
+    if not streamed:
+        [choice] = got.json()["choices"]
+        assert (choice["finish_reason"], choice["message"]["content"]) == (finish, said or None)
+        return
+    *chunks, done = frames(got.text)
+    assert done == "[DONE]"
+    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert [c["choices"][0]["finish_reason"] for c in chunks] == [None] * (len(chunks) - 1) + [
+        finish
+    ]
+    assert "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks) == said
+    assert len({(c["id"], c["created"], c["object"], c["model"]) for c in chunks}) == 1
+    assert all("usage" not in c for c in chunks)  # nobody asked
+
+
+@TRANSLATED
+def test_a_chat_conversation_is_translated(
+    vendors: Server, upstream: Upstream, model: str, dialect: str
+) -> None:
+    """What a Chat body says is what the browser's own body says, which has its tests."""
+    image = {"type": "image_url", "image_url": {"url": "https://a.example/b.png"}}
+    call = {"id": "c_1", "type": "function"}
+    call |= {"function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+    messages = [
+        system("Be kind."),
+        user([{"type": "text", "text": "Look"}, image]),
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c_1", "content": "Rain"},
+        user("And?"),
+    ]
+    fields = {"tools": [CHAT_TOOL], "stop": ["END"], "max_completion_tokens": 99}
+    chat(vendors, False, model=model, messages=messages, **fields)
+    vendors.post(json=ask(model=model, messages=messages, **fields), path=(
+        "/api/anthropic" if dialect == "messages" else "/api/openai"
+    ))  # fmt: skip
+    ours, theirs = [request.json for request in upstream.requests]
+    assert ours == theirs
+    if dialect == "messages":
+        assert (ours["system"], ours["max_tokens"]) == ("Be kind.", 99)
+        assert ours["stop_sequences"] == ["END"]
+        assert [turn["role"] for turn in ours["messages"]] == ["user", "assistant", "user"]
+        assert ours["messages"][0]["content"][1]["source"]["url"] == "https://a.example/b.png"
+    else:
+        assert (ours["instructions"], ours["max_output_tokens"]) == ("Be kind.", 99)
+        assert ours["input"][2] == {
+            "type": "function_call_output", "call_id": "c_1", "output": "Rain",
+        }  # fmt: skip
+
+
+NAMED = {"type": "function", "function": {"name": "weather"}}
+ONE_TEXT = {"type": "object", "properties": {"a": {"type": "string"}}}
+SCHEMA_FORMAT = {"type": "json_schema", "json_schema": {"name": "n", "schema": ONE_TEXT}}
+TRANSLATIONS = [
+    pytest.param({"tool_choice": "auto"}, {"tool_choice": {"type": "auto"}},
+                 {"tool_choice": "auto"}, id="auto"),
+    pytest.param({"tool_choice": "none"}, {"tool_choice": {"type": "none"}},
+                 {"tool_choice": "none"}, id="none"),
+    pytest.param({"tool_choice": "required"}, {"tool_choice": {"type": "any"}},
+                 {"tool_choice": "required"}, id="required"),
+    pytest.param({"tool_choice": NAMED}, {"tool_choice": {"type": "tool", "name": "weather"}},
+                 {"tool_choice": {"type": "function", "name": "weather"}}, id="by name"),
+    pytest.param({"parallel_tool_calls": False},
+                 {"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}},
+                 {"parallel_tool_calls": False}, id="one at a time"),
+    pytest.param({"parallel_tool_calls": False, "tool_choice": "none"},
+                 {"tool_choice": {"type": "none"}},
+                 {"parallel_tool_calls": False, "tool_choice": "none"}, id="none at a time"),
+    pytest.param({"parallel_tool_calls": False, "tool_choice": NAMED},
+                 {"tool_choice": {"type": "tool", "name": "weather",
+                                  "disable_parallel_tool_use": True}},
+                 {"parallel_tool_calls": False}, id="that one at a time"),
+    pytest.param({"response_format": SCHEMA_FORMAT},
+                 {"output_config": {"format": {"type": "json_schema", "schema": ONE_TEXT}}},
+                 {"text": {"format": {"type": "json_schema", "name": "n", "schema": ONE_TEXT}}},
+                 id="schema"),
+    pytest.param({"response_format": {"type": "text"}}, {"output_config": None}, {"text": None},
+                 id="text"),
+    pytest.param({"reasoning_effort": "low"},
+                 {"thinking": {"type": "adaptive", "display": "summarized"},
+                  "output_config": {"effort": "low"}},
+                 {"reasoning": {"effort": "low", "summary": "auto"}}, id="effort"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "claude_gets", "responses_gets"), TRANSLATIONS)
+def test_what_chat_asks_for_is_asked_of_the_other_dialect(
+    vendors: Server, upstream: Upstream, fields: dict[str, Any], claude_gets: dict[str, Any],
+    responses_gets: dict[str, Any],
+) -> None:  # fmt: skip
+    for model, expected in (("claude-opus-4-6", claude_gets), ("gpt-6-astra", responses_gets)):
+        upstream.clear()
+        body = native("chat", model=model, tools=[CHAT_TOOL], max_tokens=4000, **fields)
+        got = vendors.post("/v1/chat/completions", body)
+        assert (got.status_code, got.headers.get("x-dropped-params")) == (200, None)
+        sent_up = upstream.requests[0].json
+        assert {name: sent_up.get(name) for name in expected} == expected
+
+
+NOT_TRANSLATED = [
+    pytest.param({"n": 2}, "n", id="n"),
+    pytest.param({"logprobs": True}, "logprobs", id="logprobs"),
+    pytest.param({"functions": [{"name": "f"}]}, "functions", id="functions"),
+    pytest.param({"function_call": "auto"}, "function_call", id="function_call"),
+    pytest.param({"audio": {"voice": "x"}}, "audio", id="audio"),
+    pytest.param({"response_format": {"type": "grammar"}}, "response_format", id="grammar"),
+    pytest.param({"messages": part(type="input_audio", input_audio={})["messages"]},
+                 "messages[0].content[0]", id="audio in a message"),
+    pytest.param({"messages": part(type="file", file={"file_id": "f"})["messages"]},
+                 "messages[0].content[0]", id="a file"),
+    pytest.param({"messages": [*HI, {"role": "assistant", "content": "x",
+                                    "function_call": {"name": "f", "arguments": "{}"}}, *HI]},
+                 "messages[1].function_call", id="a legacy call"),
+    pytest.param({"messages": [{"role": "function", "name": "f", "content": "x"}]},
+                 "messages[0]", id="a legacy result"),
+]  # fmt: skip
+
+
+@TRANSLATED
+@pytest.mark.parametrize(("fields", "named"), NOT_TRANSLATED)
+def test_what_no_other_dialect_can_say_is_a_400_that_names_it(
+    vendors: Server, upstream: Upstream, fields: dict[str, Any], named: str, model: str,
+    dialect: str,
+) -> None:  # fmt: skip
+    body = native("chat", **{"model": model, "tools": [CHAT_TOOL]} | fields)
+    refused = vendors.post("/v1/chat/completions", body)
+    assert refused.status_code == 400
+    assert native_error(refused)["message"].startswith(f"{named}: ")
+    assert upstream.requests == []
+
+
+LOST = [
+    pytest.param({"presence_penalty": 1}, "presence_penalty", id="penalty"),
+    pytest.param({"logit_bias": {"1": 2}}, "logit_bias", id="bias"),
+    pytest.param({"user": "u", "metadata": {}}, "metadata, user", id="user"),
+    pytest.param({"store": True}, "store", id="store"),
+    pytest.param({"service_tier": "flex"}, "service_tier", id="tier"),
+    pytest.param({"seed": 1}, "seed", id="seed"),
+    pytest.param({"template": "x", "variables": {}}, "template, variables", id="template"),
+    pytest.param({"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, "name",
+                 id="a name"),
+    pytest.param({"messages": [*HI, {"role": "assistant", "content": "x",
+                                    "reasoning_content": "y"}, *HI]}, "reasoning_content",
+                 id="thoughts"),
+]  # fmt: skip
+
+
+@TRANSLATED
+@pytest.mark.parametrize(("fields", "named"), LOST)
+def test_what_is_lost_in_translation_is_named(
+    vendors: Server, upstream: Upstream, fields: dict[str, Any], named: str, model: str,
+    dialect: str,
+) -> None:  # fmt: skip
+    upstream.play(answer)
+    body = native("chat", **{"model": model, "tools": [CHAT_TOOL]} | fields)
+    got = vendors.post("/v1/chat/completions", body)
+    assert (got.status_code, got.headers.get("x-dropped-params")) == (200, named)
+
+
+def test_an_effort_that_a_model_does_not_know_is_named_as_it_was_asked(
+    vendors: Server, upstream: Upstream
+) -> None:
+    upstream.play(answer)
+    fields = {"reasoning_effort": "high", "max_tokens": 500}
+    got = vendors.post("/v1/chat/completions", native("chat", model="claude-haiku-4-5", **fields))
+    assert got.headers["x-dropped-params"] == "reasoning_effort"
+    assert "thinking" not in upstream.requests[0].json
+    refused = vendors.post(
+        "/v1/chat/completions",
+        native("chat", model="claude-opus-4-6", response_format={"type": "json_object"}),
+    )
+    assert refused.status_code == 400
+    assert native_error(refused)["message"].startswith("response_format: ")
+
+
+class Place(pydantic.BaseModel):
+    city: str
+
+
+@TRANSLATED
+def test_the_helpers_of_openais_sdk_read_another_dialect(
+    vendors: Server, upstream: Upstream, model: str, dialect: str
+) -> None:
+    completions = gpt(vendors.url).chat.completions
+    upstream.play(stream(MAKE[dialect]('{"city": "Paris"}')))
+    tool = openai.pydantic_function_tool(Place, name="weather")
+    parsed = completions.parse(model=model, messages=HI, response_format=Place, tools=[tool])
+    assert parsed.choices[0].message.parsed == Place(city="Paris")
+    with completions.stream(
+        model=model, messages=HI, response_format=Place, tools=[tool]
+    ) as streamed:
+        assert streamed.get_final_completion().choices[0].message.parsed == Place(city="Paris")
+    upstream.play(stream(MAKE[dialect]("", tools=(PARIS, ROME))))
+    called = completions.parse(model=model, messages=HI, tools=[tool]).choices[0].message
+    cities = [call.function.parsed_arguments for call in called.tool_calls or ()]
+    assert cities == [Place(city="Paris"), Place(city="Rome")]
+    kinds = set()
+    with completions.stream(model=model, messages=HI, tools=[tool]) as streamed:
+        kinds = {event.type for event in streamed}
+        final = streamed.get_final_completion().choices[0]
+    assert {"chunk", "tool_calls.function.arguments.delta"} <= kinds
+    assert final.finish_reason == "tool_calls"
+    assert [c.function.parsed_arguments for c in final.message.tool_calls or ()] == cities
+
+
+def test_plain_chat_of_a_model_goes_to_openais_own_chat(
+    vendors: Server, upstream: Upstream
+) -> None:
+    """Only tools send gpt-6-astra to Responses; and a compatible vendor is asked as it is."""
+    upstream.play(official)
+    chat(vendors, False, model="gpt-6-astra", tools=[])
+    chat(vendors, False, model="fast")
+    chat(vendors, False, model="local/gpt-6-astra", tools=[])
+    assert [r.path for r in upstream.requests] == ["/v1/chat/completions"] * 3
+    assert [r.json["model"] for r in upstream.requests] == ["gpt-6-astra", "llama-4", "gpt-6-astra"]
+
+
 # ---- Prices ------------------------------------------------------------------------------------
 # Worked by hand, in USD. Prices are per million tokens.
 
@@ -7665,9 +9040,12 @@ def test_what_is_free_holds_nothing() -> None:
     assert proxy.cost_bound(price(free=True, input=1, output=1), 1000) == (0, 0)
 
 
-IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBO"}}
+SMALL_IMAGE = {
+    "type": "image",
+    "source": {"type": "base64", "media_type": "image/png", "data": "iVBO"},
+}
 
-IMAGES = [{"role": "user", "content": [IMAGE] * 3}]
+IMAGES = [{"role": "user", "content": [SMALL_IMAGE] * 3}]
 
 
 @pytest.mark.parametrize(
@@ -8893,6 +10271,387 @@ def test_a_thousand_streams_at_the_defaults(serve: Serve, upstream: Upstream) ->
     assert len(upstream.requests) == 1000
     outcomes = [row["outcome"] for row in ledger(server)]
     assert (outcomes.count("ok"), outcomes.count("rejected")) == (1000, 1)
+
+
+# The same funnel for every route that can reach a vendor, whatever routes there will be.
+
+
+def vendor_routes() -> list[Any]:
+    """Every POST route of the app with a body it serves. A new one fails here until it has one."""
+    app = proxy.create_app(CONFIG, {"OPENAI_API_KEY": "x"}, public=False)
+    bodies = {row.values[0]: row.values[1] for row in NATIVE_CALLS}
+    bodies["/api/{provider:str}"] = ask()
+    own = {"/session"}  # reaches no vendor, and has its tests
+    routes = [route for route in app.routes if "POST" in getattr(route, "methods", ())]
+    paths = [route.path for route in routes if route.path not in own]
+    assert len(paths) == len(proxy.NATIVE_PATHS) + 1
+    return [
+        pytest.param(path.replace("{provider:str}", "anthropic"), bodies[path], id=path)
+        for path in paths
+    ]
+
+
+VENDOR_ROUTES = pytest.mark.parametrize(("path", "body"), vendor_routes())
+
+
+@VENDOR_ROUTES
+def test_no_route_to_a_vendor_skips_the_origin_or_the_key(
+    keyed_server: Server, upstream: Upstream, path: str, body: dict[str, Any]
+) -> None:
+    before = len(ledger(keyed_server))
+    known = {"x-api-key": CLIENT_KEY}
+    for headers, status in (
+        ({**known, "origin": "https://evil.example"}, 403), ({"origin": ORIGIN}, 401),
+        ({"x-api-key": "wrong"}, 401), ({"authorization": "Bearer wrong"}, 401), ({}, 401),
+    ):  # fmt: skip
+        assert keyed_server.post(path, body, headers=headers).status_code == status
+    more = {**known, "content-type": "text/plain"}
+    assert keyed_server.post(path, body, headers=more).status_code == 415
+    assert upstream.requests == []
+    upstream.play(official)
+    assert keyed_server.post(path, body, headers=known).status_code == 200
+    rows = wait_for(lambda: (r := ledger(keyed_server)[before:]) and r[-1]["status"] == 200 and r)
+    assert [row["status"] for row in rows] == [403, 401, 401, 401, 401, 415, 200]
+    assert [row["outcome"] for row in rows] == ["rejected"] * 6 + ["ok"]
+    assert rows[-1]["client"] == "key:web"
+
+
+@VENDOR_ROUTES
+def test_every_route_to_a_vendor_counts_in_the_limits(
+    limited_server: Server, upstream: Upstream, key: dict[str, str], path: str,
+    body: dict[str, Any],
+) -> None:  # fmt: skip
+    upstream.play(official)
+    body = body | ({"max_tokens": 10} if "api" in path or "chat" in path else {})
+    body |= {"max_output_tokens": 16} if "responses" in path else {}
+    got = [limited_server.post(path, body, headers=key) for _ in range(4)]
+    assert [reply.status_code for reply in got] == [200, 200, 200, 429]
+    left = [reply.headers["x-ratelimit-remaining-requests"] for reply in got]
+    assert left == ["2", "1", "0", "0"]
+    assert len(upstream.requests) == 3
+
+
+@VENDOR_ROUTES
+def test_every_route_to_a_vendor_has_places_and_a_largest_body(
+    limited_server: Server, upstream: Upstream, key: dict[str, str], path: str,
+    body: dict[str, Any],
+) -> None:  # fmt: skip
+    large = json.dumps(body).encode() + b" " * 200_000
+    alone = {**key, "connection": "close"}  # who is refused while it sends keeps no connection
+    assert limited_server.post(path, content=large, headers=alone).status_code == 413
+    assert limited_server.post(path, content=b"{", headers=key).status_code == 400
+    assert upstream.requests == []
+
+
+@pytest.fixture(scope="module")
+def paused(serve_module: Serve) -> Server:
+    return serve_module("[server]\npaused = true")
+
+
+@VENDOR_ROUTES
+def test_a_paused_proxy_pauses_every_route(
+    paused: Server, upstream: Upstream, path: str, body: dict[str, Any]
+) -> None:
+    got = paused.post(path, body)
+    assert (got.status_code, got.headers["x-should-retry"]) == (503, "false")
+    assert upstream.requests == []
+
+
+@pytest.fixture(scope="module")
+def poor(serve_module: Serve) -> Server:
+    """Keys with a budget each."""
+    budgets = {"none": "0", "little": "0.02", "rich": '"unlimited"'}
+    blocks = "".join(
+        f'[clients.{name}]\nkey_sha256 = "{digest(name)}"\nbudget = {{ per_day = {usd} }}\n'
+        for name, usd in budgets.items()
+    )
+    return serve_module(blocks)
+
+
+@VENDOR_ROUTES
+def test_every_route_to_a_vendor_holds_a_budget(
+    poor: Server, upstream: Upstream, path: str, body: dict[str, Any]
+) -> None:
+    upstream.play(official)
+    refused = poor.post(path, body, headers={"x-api-key": "none"})
+    assert (refused.status_code, refused.headers["x-should-retry"]) == (402, "false")
+    assert upstream.requests == []
+    assert poor.post(path, body, headers={"x-api-key": "rich"}).status_code == 200
+
+
+def test_a_spent_budget_is_the_sdks_exception(poor: Server, upstream: Upstream) -> None:
+    with pytest.raises(anthropic.PaymentRequiredError) as spent:
+        claude(poor.url, "none", 2).messages.create(
+            model="claude-haiku-4-5", max_tokens=9, messages=GREETING
+        )
+    assert spent.value.type == "billing_error"
+    with pytest.raises(openai.APIStatusError) as refused:
+        gpt(poor.url, "none", 2).responses.create(model="gpt-5-mini", input="Hi")
+    assert (refused.value.status_code, refused.value.code) == (402, "budget_exceeded")
+    assert upstream.requests == []
+
+
+def test_n_multiplies_what_is_held(poor: Server, upstream: Upstream) -> None:
+    """1,000 tokens of gpt-4o cost a cent: one answer fits into two cents, and three do not."""
+    upstream.play(official)
+    body = native("chat", max_tokens=1000)
+    key = {"x-api-key": "little"}
+    assert poor.post("/v1/chat/completions", body | {"n": 3}, headers=key).status_code == 402
+    assert upstream.requests == []
+    assert poor.post("/v1/chat/completions", body, headers=key).status_code == 200
+
+
+def test_several_answers_without_usage_are_charged_for_all_of_them(
+    vendors: Server, upstream: Upstream
+) -> None:
+    whole = whole_completion("x" * 2000)
+    del whole["usage"]
+    upstream.play(reply(200, whole))
+    number = next(IDS)
+    ask_native(vendors, "chat", {"x-request-id": number}, n=4, max_tokens=500)
+    row = last_row(vendors, number)
+    assert (row["estimated"], row["output_tokens"]) == (1, 2000)
+
+
+def test_the_calls_of_several_answers_are_told_apart(vendors: Server, upstream: Upstream) -> None:
+    calls = chat_events("", tools=TWO_CALLS[:1])
+    others = [event.replace(b'[{"index": 0', b'[{"index": 1', 1) for event in calls[:-2]]
+    both = itertools.chain.from_iterable(zip(calls[:-2], others, strict=True))
+    upstream.play(stream(*both, *calls[-2:]))
+    number = next(IDS)
+    ask_native(vendors, "chat", {"x-request-id": number}, n=2, stream=True)
+    assert last_row(vendors, number)["outcome"] == "ok"
+
+
+def test_embeddings_cost_and_counted_tokens_do_not(vendors: Server, upstream: Upstream) -> None:
+    upstream.play(official)
+    embedded, counted = next(IDS), next(IDS)
+    got = vendors.post("/v1/embeddings", EMBED, headers={"x-request-id": embedded})
+    row = last_row(vendors, embedded)
+    assert (row["input_tokens"], row["output_tokens"], row["estimated"]) == (7, 0, 0)
+    assert Decimal(row["cost"]) == 7 * Decimal("0.02") / 1_000_000
+    assert Decimal(got.headers["x-cost-usd"]) == Decimal(row["cost"])
+    body = {"model": "claude-opus-5", "messages": GREETING}
+    got = vendors.post("/v1/messages/count_tokens", body, headers={"x-request-id": counted})
+    row = last_row(vendors, counted)
+    assert (Decimal(row["cost"]), row["estimated"], row["outcome"]) == (0, 0, "ok")
+    assert got.json() == {"input_tokens": 12}
+
+
+def test_embeddings_by_token_numbers_count_in_the_limits(
+    limited_server: Server, upstream: Upstream, key: dict[str, str]
+) -> None:
+    upstream.play(official)
+    body = EMBED | {"input": [[1000] * 3000, [2000] * 3000]}
+    got = limited_server.post("/v1/embeddings", body, headers=key)
+    assert got.status_code == 200
+    assert upstream.requests[0].json == body
+    more = EMBED | {"input": [1000] * 12_000}
+    assert limited_server.post("/v1/embeddings", more, headers=key).status_code == 400
+
+
+@STREAMED
+@pytest.mark.parametrize("dialect", NATIVE)
+def test_a_native_hit_replays_byte_for_byte(
+    caching: Server, upstream: Upstream, key: dict[str, str], dialect: str, streamed: bool
+) -> None:
+    upstream.play(official)
+    number = next(IDS)
+    said = {"input": number} if dialect == "responses" else {"messages": [user(number)]}
+    body = native(dialect, stream=streamed, **said)
+    path, _ = NATIVE[dialect]
+    miss = caching.post(path, body, headers=key)
+    hit = caching.post(path, body, headers={**key, "x-request-id": number})
+    assert (miss.headers["x-cache"], hit.headers["x-cache"]) == ("miss", "hit")
+    assert miss.content == hit.content
+    assert len(upstream.requests) == 1
+    assert Decimal(last_row(caching, number)["cost"]) == 0
+    other = caching.post(path, body | {"stream": not streamed}, headers=key)
+    assert other.headers["x-cache"] == "miss"
+    if dialect == "messages":
+        newer = {**key, "anthropic-version": "2026-10-21"}
+        assert caching.post(path, body, headers=newer).headers["x-cache"] == "miss"
+    if dialect == "chat" and streamed:  # the usage chunk of one is not for the other
+        asked = body | {"stream_options": {"include_usage": True}}
+        assert b"prompt_tokens" in caching.post(path, asked, headers=key).content
+        assert b"prompt_tokens" not in caching.post(path, body, headers=key).content
+
+
+def test_embeddings_are_cached_and_apart_by_what_was_asked(
+    caching: Server, upstream: Upstream, key: dict[str, str]
+) -> None:
+    upstream.play(official)
+    body = EMBED | {"input": [next(IDS), "data:1"]}
+    for change, cache in (
+        ({}, "miss"), ({}, "hit"), ({"dimensions": 2}, "miss"), ({"input": ["data:2"]}, "miss"),
+        ({"encoding_format": "base64"}, "miss"), ({}, "hit"),
+    ):  # fmt: skip
+        got = caching.post("/v1/embeddings", body | change, headers=key)
+        assert (got.headers["x-cache"], got.json()) == (cache, EMBEDDED)
+
+
+@pytest.mark.parametrize("dialect", NATIVE)
+def test_identical_native_requests_share_one_upstream_call(
+    caching: Server, upstream: Upstream, key: dict[str, str], dialect: str
+) -> None:
+    gate = threading.Event()
+    events = MAKE_EVENTS[dialect](["Hel", "lo"])
+    begun = next(i for i, event in enumerate(events) if b"Hel" in event) + 1
+    upstream.play(stream(*events[:begun], until(gate), *events[begun:]))
+    number, (path, _) = next(IDS), NATIVE[dialect]
+    said = {"input": number} if dialect == "responses" else {"messages": [user(number)]}
+    body, connections = native(dialect, stream=True, **said), []
+    for _ in range(2):
+        headers = {**key, "Connection": "close"}
+        connection = caching.connect(path, body, headers)
+        connections.append((connection, read_until(connection, b"Hel")))
+    gate.set()
+    end = {"messages": b"message_stop", "responses": b"response.completed", "chat": b"[DONE]"}
+    texts = []
+    for connection, head in connections:
+        with connection:
+            texts.append(head + read_until(connection, end[dialect]))
+    assert [b"x-cache: miss" in texts[0], b"x-cache: coalesced" in texts[1]] == [True, True]
+    assert len(upstream.requests) == 1
+
+
+# Names of models.
+
+
+@pytest.fixture(scope="module")
+def named(serve_module: Serve, upstream_module: Upstream) -> Server:
+    """Providers of each dialect, aliases, and keys for some of the models."""
+    config = f"""
+    [providers.local]
+    adapter = "chat"
+    base_url = "{upstream_module.url}/local/v1"
+    [models.quick]
+    target = "anthropic/claude-haiku-4-5"
+    fallback = ["openai/gpt-5-mini"]
+    [models.own]
+    target = "local/llama-4"
+    [models.astra]
+    target = "openai/gpt-6-astra"
+    [prices]
+    llama-4 = {{ free = true }}
+    "openai/*" = {{ free = true }}
+    [clients.all]
+    key_sha256 = "{digest("all")}"
+    [clients.some]
+    key_sha256 = "{digest("some")}"
+    models = ["claude-haiku-*", "own"]
+    """
+    return serve_module(config)
+
+
+def test_both_sdks_list_the_models_a_key_may_use(named: Server, upstream: Upstream) -> None:
+    theirs = {model.id: model for model in gpt(named.url, "all").models.list()}
+    ours = {model.id: model for model in claude(named.url, "all").models.list(limit=1000)}
+    assert theirs.keys() == ours.keys()
+    assert {
+        "quick",
+        "own",
+        "claude-haiku-4-5",
+        "gpt-6-astra",
+        "text-embedding-3-small",
+    } <= ours.keys()
+    for name, provider in (("claude-opus-5", "anthropic"), ("gpt-5", "openai"), ("own", "alias")):
+        assert (theirs[name].owned_by, theirs[name].object) == (provider, "model")
+        assert (ours[name].type, ours[name].display_name) == ("model", name)
+    haiku = theirs["claude-haiku-4-5"].to_dict()
+    assert (haiku["price"], haiku["max_input_tokens"]) == ({"input": 1, "output": 5}, 200_000)
+    quick = theirs["quick"].to_dict()
+    assert (quick["price"], quick["max_input_tokens"]) == (haiku["price"], 200_000)
+    own = theirs["own"].to_dict()
+    assert (own["price"], own["max_input_tokens"]) == ({"input": 0, "output": 0}, None)
+    few = {model.id for model in gpt(named.url, "some").models.list()}
+    assert few == {"own", "claude-haiku-4-5", "claude-haiku-5-5"}
+    assert few == {model.id for model in claude(named.url, "some").models.list()}
+    with pytest.raises(openai.AuthenticationError):
+        gpt(named.url, "nobody").models.list()
+    with pytest.raises(anthropic.AuthenticationError) as denied:
+        claude(named.url, "nobody").models.list()
+    assert denied.value.type == "authentication_error"
+    assert upstream.requests == []
+
+
+NAMES = [
+    pytest.param("messages", "claude-haiku-4-5", "claude-haiku-4-5", id="a name"),
+    pytest.param("messages", "quick", "claude-haiku-4-5", id="an alias"),
+    pytest.param("messages", "anthropic/claude-opus-5", "claude-opus-5", id="provider/model"),
+    pytest.param("responses", "gpt-5-mini", "gpt-5-mini", id="Responses: a name"),
+    pytest.param("responses", "astra", "gpt-6-astra", id="Responses: an alias"),
+    pytest.param("responses", "openai/gpt-5", "gpt-5", id="Responses: provider/model"),
+    pytest.param("chat", "own", "llama-4", id="Chat: an alias"),
+    pytest.param("chat", "local/llama-4", "llama-4", id="Chat: provider/model"),
+    pytest.param("chat", "openai/gpt-4o", "gpt-4o", id="Chat: OpenAI"),
+    pytest.param("chat", "local/openai/gpt-oss", "openai/gpt-oss", id="Chat: a slash in a name"),
+    pytest.param("chat", "quick", "claude-haiku-4-5", id="translated: an alias"),
+    pytest.param("chat", "anthropic/claude-opus-5", "claude-opus-5", id="translated: prefixed"),
+]
+
+
+@pytest.mark.parametrize(("dialect", "name", "model"), NAMES)
+def test_a_model_is_found_by_its_names_on_every_endpoint(
+    named: Server, upstream: Upstream, dialect: str, name: str, model: str
+) -> None:
+    number, key = next(IDS), {"x-api-key": "all"}
+    upstream.play(answer)
+    body = native(dialect, model=name, stream=True)
+    got = named.post(NATIVE[dialect][0], body, headers={**key, "x-request-id": number})
+    assert (got.status_code, upstream.requests[0].json["model"]) == (200, model)
+    row = last_row(named, number)
+    assert (row["model"], row["outcome"]) == (model, "ok")
+    provider = "anthropic" if "claude" in model else "local" if "/local/" in (
+        upstream.requests[0].path) else "openai"  # fmt: skip
+    assert row["provider"] == provider
+
+
+def test_prefixed_names_work_for_embeddings_and_counts(named: Server, upstream: Upstream) -> None:
+    upstream.play(official)
+    embedded = gpt(named.url, "all").embeddings.create(
+        model="openai/text-embedding-3-small", input="Hi", encoding_format="float"
+    )
+    assert embedded.data[0].embedding == [0.5, -1.0]
+    counted = claude(named.url, "all").messages.count_tokens(model="quick", messages=GREETING)
+    assert counted.input_tokens == 12
+    assert [r.json["model"] for r in upstream.requests] == [
+        "text-embedding-3-small", "claude-haiku-4-5",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "model", "home"),
+    [
+        pytest.param("/v1/messages", "gpt-5", "/v1/responses", id="GPT at Messages"),
+        pytest.param("/v1/messages", "own", "/v1/chat/completions", id="local at Messages"),
+        pytest.param("/v1/messages/count_tokens", "gpt-5", "/v1/responses", id="count"),
+        pytest.param("/v1/responses", "claude-opus-5", "/v1/messages", id="Claude at Responses"),
+        pytest.param("/v1/responses", "quick", "/v1/messages", id="an alias at Responses"),
+        pytest.param("/v1/responses", "own", "/v1/chat/completions", id="local at Responses"),
+        pytest.param("/v1/embeddings", "claude-opus-5", "/v1/messages", id="embedded by Claude"),
+    ],
+)
+def test_a_model_of_another_dialect_is_a_400_that_says_where_it_is(
+    named: Server, upstream: Upstream, path: str, model: str, home: str
+) -> None:
+    body = next(row.values[1] for row in NATIVE_CALLS if row.values[0] == path)
+    got = named.post(path, body | {"model": model}, headers={"x-api-key": "all"})
+    assert got.status_code == 400
+    assert f" {home}," in native_error(got)["message"]
+    assert upstream.requests == []
+
+
+def test_an_alias_falls_back_where_chat_is_translated(named: Server, upstream: Upstream) -> None:
+    upstream.play(reply(529, vendor_error(), ONCE), answer)
+    got = gpt(named.url, "all").chat.completions.create(model="quick", messages=GREETING)
+    assert got.choices[0].message.content == "Hello"
+    assert [r.path for r in upstream.requests] == ["/v1/messages", "/v1/responses"]
+    upstream.clear()
+    upstream.play(reply(529, vendor_error(), ONCE))
+    with pytest.raises(anthropic.OverloadedError):  # which GPT could not answer
+        claude(named.url, "all").messages.create(model="quick", max_tokens=9, messages=GREETING)
+    assert len(upstream.requests) == 1
 
 
 # ---- HTTP --------------------------------------------------------------------------------------
@@ -10371,16 +12130,22 @@ class QuietFiles(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="module")
-def web_port() -> Iterator[int]:
-    """Where testing/ is served from: at app.example, which the proxy knows, and anywhere else."""
-    handler = functools.partial(QuietFiles, directory=str(TESTING))
+@contextlib.contextmanager
+def serve_files(folder: Path) -> Iterator[int]:
+    """Serves a folder at app.example, which the proxy knows, and anywhere else; yields the port."""
+    handler = functools.partial(QuietFiles, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
         thread = threading.Thread(target=web.serve_forever, daemon=True)
         thread.start()
         yield web.server_address[1]
         web.shutdown()
         thread.join(5)
+
+
+@pytest.fixture(scope="module")
+def web_port() -> Iterator[int]:
+    with serve_files(TESTING) as port:
+        yield port
 
 
 Open = Callable[[str], Any]
@@ -10773,3 +12538,752 @@ def test_built_in_page_shows_markup_as_text(
         assert page.text_content("#answer") == markup
     assert page.locator("img").count() == 0
     assert page.evaluate("[window.owned, violations]") == [None, []]
+
+
+# ---- Official SDKs -----------------------------------------------------------------------------
+# The vendors' own clients, unmodified, with only the base URL changed: in Python, in Node, and in a
+# page of another origin, which does the same jobs as Node (testing/node/jobs.mjs). Each answer is
+# what the same client gets from the vendor directly. What was shown is docs/compatibility.md.
+
+NODE = TESTING / "node"
+STREAM_FILES = TESTING / "streams"
+REPLIES = json.loads((STREAM_FILES / "replies.json").read_text())
+TABLE = PROXY.with_name("docs") / "compatibility.md"
+SDK_KEY = "sdk-key-0123456789abcdef"
+DIALECT_OF = {"messages": "messages", "responses": "responses", "chat/completions": "chat"}
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
+CALLS = [["call_01", "get_weather", {"city": "Paris"}], ["call_02", "get_time", {}]]
+HELLO = "Hello, wörld! 🎉"
+THOUGHT = "The user says hello."
+CITY = {"city": "Paris", "people": 2102650}
+
+
+class City(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+    city: str
+    people: int
+
+
+def saying(kind: str) -> Callable[[Received], Any]:
+    """A vendor's answer of some kind (text, tools, thinking, structured) in whatever dialect and
+    manner it was asked."""
+
+    def script(received: Received) -> Any:
+        name, body = received.path.partition("/v1/")[2], received.json
+        if name == "messages/count_tokens":
+            return reply(200, REPLIES["count_tokens"])
+        if name == "embeddings":
+            encoded = "-base64" if body.get("encoding_format") == "base64" else ""
+            return reply(200, REPLIES["embeddings" + encoded])
+        dialect = DIALECT_OF[name]
+        if not body.get("stream"):
+            return reply(200, REPLIES[dialect][kind])
+        events = (STREAM_FILES / f"{dialect}-{kind}.sse").read_bytes().split(b"\n\n")[:-1]
+        if not (body.get("stream_options") or {}).get("include_usage"):
+            events = [event for event in events if b'"choices":[]' not in event]
+        return stream(*(event + b"\n\n" for event in events))
+
+    return script
+
+
+Result = dict[str, Any]
+
+
+class PythonClients:
+    """The jobs of testing/node/jobs.mjs in Python."""
+
+    def run(self, job: dict[str, Any]) -> Result:
+        job = {"retries": 0, "prompt": "Hi"} | job
+        options: Any = {"api_key": job["key"], "max_retries": job["retries"]}
+        body = {"model": job["model"], "messages": [{"role": "user", "content": job["prompt"]}]}
+        self.text = ""
+        try:
+            if job["client"] == "anthropic":
+                with anthropic.Anthropic(base_url=job["url"], **options) as client:
+                    return self.messages(client, job["feature"], body)
+            with openai.OpenAI(base_url=job["url"] + "/v1", **options) as client:
+                act = self.chat if job["dialect"] == "chat" else self.responses
+                return act(client, job["feature"], body)
+        except (openai.OpenAIError, anthropic.AnthropicError) as error:
+            status, request_id = (getattr(error, n, None) for n in ("status_code", "request_id"))
+            failed = {"name": type(error).__name__, "status": status, "message": str(error)}
+            return {"text": self.text, "failed": failed | {"requestID": request_id}}
+
+    def messages(self, client: anthropic.Anthropic, feature: str, body: Any) -> Result:
+        body = {"max_tokens": 2048, **body}
+        match feature:
+            case "models":
+                return {"value": [model.id for model in client.models.list()]}
+            case "count":
+                del body["max_tokens"]
+                return {"value": client.messages.count_tokens(**body).input_tokens}
+            case "structured":
+                parsed = client.messages.parse(output_format=City, **body)
+                assert parsed.parsed_output
+                return {"parsed": parsed.parsed_output.model_dump(), "whole": parsed.to_dict()}
+            case "whole":
+                return self.message(client.messages.create(**body))
+            case "thinking":
+                body["thinking"] = {"type": "enabled", "budget_tokens": 1024}
+            case "tools":
+                body["tools"] = [{"name": n, "input_schema": PARAMETERS} for _, n, _ in CALLS]
+        with client.messages.stream(**body) as events:
+            for text in events.text_stream:
+                self.text += text
+                if feature == "abort":
+                    return {"text": self.text}
+            seen = self.message(events.get_final_message())
+        if feature == "tools":
+            said = {"role": "assistant", "content": seen["whole"]["content"]}
+            results = [
+                {"type": "tool_result", "tool_use_id": call, "content": "sunny"}
+                for call, *_ in seen["tools"]
+            ]
+            body["messages"] += [said, {"role": "user", "content": results}]
+            seen["text"] = self.message(client.messages.create(**body))["text"]
+        return seen
+
+    def message(self, whole: Any) -> Result:
+        blocks = whole.to_dict()["content"]
+        return {
+            "text": "".join(b["text"] for b in blocks if b["type"] == "text"),
+            "thinking": "".join(b["thinking"] for b in blocks if b["type"] == "thinking"),
+            "tools": [[b["id"], b["name"], b["input"]] for b in blocks if b["type"] == "tool_use"],
+            "tokens": whole.usage.output_tokens,
+            "whole": whole.to_dict(),
+        }
+
+    def responses(self, client: openai.OpenAI, feature: str, body: Any) -> Result:
+        body = {"model": body["model"], "input": body["messages"]}
+        match feature:
+            case "structured":
+                parsed = client.responses.parse(text_format=City, **body)
+                assert parsed.output_parsed
+                whole = parsed.to_dict()
+                return {"parsed": parsed.output_parsed.model_dump(), "whole": whole}
+            case "whole":
+                return self.response(client.responses.create(**body))
+            case "thinking":
+                body["reasoning"] = {"effort": "medium", "summary": "auto"}
+            case "tools":
+                body["tools"] = [
+                    {"type": "function", "name": n, "parameters": PARAMETERS, "strict": False}
+                    for _, n, _ in CALLS
+                ]
+        with client.responses.stream(**body) as events:
+            for event in events:
+                if event.type == "response.output_text.delta":
+                    self.text += event.delta
+                    if feature == "abort" and self.text:
+                        return {"text": self.text}
+            seen = self.response(events.get_final_response())
+        if feature == "tools":
+            kept = ("type", "id", "call_id", "name", "arguments")
+            body["input"] += [{n: c[n] for n in kept} for c in seen["whole"]["output"]]
+            body["input"] += [
+                {"type": "function_call_output", "call_id": call, "output": "sunny"}
+                for call, *_ in seen["tools"]
+            ]
+            seen["text"] = self.response(client.responses.create(**body))["text"]
+        return seen
+
+    def response(self, whole: Any) -> Result:
+        items = whole.to_dict()["output"]
+        thoughts = [part["text"] for item in items for part in item.get("summary", ())]
+        calls = [item for item in items if item["type"] == "function_call"]
+        return {
+            "text": whole.output_text,
+            "thinking": "".join(thoughts),
+            "tools": [[c["call_id"], c["name"], json.loads(c["arguments"])] for c in calls],
+            "tokens": whole.usage.output_tokens,
+            "whole": whole.to_dict(),
+        }
+
+    def chat(self, client: openai.OpenAI, feature: str, body: Any) -> Result:
+        chat, more = client.chat.completions, dict[str, Any]()
+        match feature:
+            case "embeddings":
+                made = client.embeddings.create(model="text-embedding-3-small", input="Hi")
+                return {"value": made.data[0].embedding}
+            case "models":
+                return {"value": [model.id for model in client.models.list()]}
+            case "structured":
+                parsed = chat.parse(response_format=City, **body)
+                assert parsed.choices[0].message.parsed
+                found = parsed.choices[0].message.parsed.model_dump()
+                return {"parsed": found, "whole": parsed.to_dict(warnings=False)}
+            case "whole":
+                return self.completion(chat.create(**body))
+            case "tools":
+                functions = [{"name": n, "parameters": PARAMETERS} for _, n, _ in CALLS]
+                body["tools"] = [{"type": "function", "function": f} for f in functions]
+            case "thinking":
+                more["reasoning_effort"] = "medium"
+        thoughts, include = "", {"include_usage": True}
+        with chat.stream(stream_options=include, **body, **more) as events:
+            for event in events:
+                if event.type == "content.delta":
+                    self.text += event.delta
+                    if feature == "abort" and self.text:
+                        return {"text": self.text}
+                if event.type == "chunk" and event.chunk.choices:
+                    delta = event.chunk.choices[0].delta
+                    thoughts += getattr(delta, "reasoning_content", None) or ""
+            seen = self.completion(events.get_final_completion()) | {"thinking": thoughts}
+        if feature == "tools":
+            message = seen["whole"]["choices"][0]["message"]
+            calls = [
+                call | {"function": {n: call["function"][n] for n in ("name", "arguments")}}
+                for call in message["tool_calls"]
+            ]
+            body["messages"] += [{"role": "assistant", "tool_calls": calls}]
+            body["messages"] += [
+                {"role": "tool", "tool_call_id": call, "content": "sunny"}
+                for call, *_ in seen["tools"]
+            ]
+            seen["text"] = self.completion(chat.create(**body))["text"]
+        return seen
+
+    def completion(self, whole: Any) -> Result:
+        message = whole.choices[0].message
+        calls = [(call.id, call.function) for call in message.tool_calls or ()]
+        return {
+            "text": message.content or "",
+            "thinking": getattr(message, "reasoning_content", None) or "",
+            "tools": [[call, f.name, json.loads(f.arguments)] for call, f in calls],
+            "tokens": whole.usage and whole.usage.completion_tokens,
+            "whole": whole.to_dict(),
+        }
+
+
+class NodeClients:
+    """testing/node/node.mjs in a process of its own: a line for each job, a line for its result."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            ["node", "node.mjs"],
+            cwd=NODE,
+            env=clean_environment({"ANTHROPIC_API_KEY": None, "OPENAI_API_KEY": None}),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self.lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        threading.Thread(target=self.collect, daemon=True).start()
+        assert "ready" in self.result(30)
+
+    def collect(self) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            self.lines.put(line)
+
+    def result(self, timeout: float) -> Result:
+        found: Result = json.loads(self.lines.get(timeout=timeout))
+        return found
+
+    def run(self, job: dict[str, Any]) -> Result:
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps(job).encode() + b"\n")
+        self.process.stdin.flush()
+        return self.result(30)
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait(5)
+
+
+class PageClients:
+    """The same jobs in a page of the origin that the server knows."""
+
+    def __init__(self, page: Any) -> None:
+        self.page = page
+
+    def run(self, job: dict[str, Any]) -> Result:
+        found: Result = self.page.evaluate("job => run(job)", job)
+        return found
+
+
+HAND_WRITTEN = [
+    pytest.param(dialect, kind, id=f"{dialect}-{kind}")
+    for dialect in DIALECTS
+    for kind in ("text", "tools", "thinking", "structured")
+]
+
+
+@pytest.mark.parametrize(("dialect", "kind"), HAND_WRITTEN)
+@given(cuts=st.lists(st.integers(1, 5000), max_size=12), hidden=st.booleans(), crlf=st.booleans())
+def test_stream_is_passed_on_byte_for_byte_wherever_it_is_cut(
+    dialect: str, kind: str, cuts: list[int], hidden: bool, crlf: bool
+) -> None:
+    said = (STREAM_FILES / f"{dialect}-{kind}.sse").read_bytes()
+    said = said.replace(b"\n", b"\r\n") if crlf else said
+    speaks = adapter(BY_DIALECT[dialect])
+    speaks.usage_hidden = hidden
+    bounds = [0, *sorted(set(cuts)), len(said) + 5000]
+    chunks = [said[start:end] for start, end in itertools.pairwise(bounds)]
+
+    events = [event for chunk in chunks for event in speaks.pass_on(chunk)]
+
+    passed = b"".join(event.data for event in events if isinstance(event, proxy.Raw))
+    shown = [e for e in re.findall(rb".+?\r?\n\r?\n", said, re.DOTALL) if b'"choices":[]' not in e]
+    assert passed == (b"".join(shown) if hidden else said)
+    assert isinstance(events[-1], proxy.Finish)
+    assert speaks.usage.output_tokens == 31
+
+
+def need_node() -> None:
+    """Skips where the packages of testing/node cannot run."""
+    if not (NODE / "node_modules").is_dir():
+        pytest.skip("the npm packages are not installed: npm ci --prefix testing/node")
+    node = shutil.which("node")
+    said = node and subprocess.run([node, "--version"], capture_output=True, text=True).stdout
+    if not said or tuple(map(int, said.strip("v\n").split(".")[:2])) < (20, 15):
+        pytest.skip(f"the npm packages need Node 20.15 or newer, not {said or 'none'}")
+
+
+@pytest.fixture(scope="module")
+def node_clients() -> Iterator[NodeClients]:
+    need_node()
+    clients = NodeClients()
+    yield clients
+    clients.stop()
+
+
+@pytest.fixture(scope="module")
+def sdk_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]:
+    """A folder, and where it is served."""
+    folder = tmp_path_factory.mktemp("site")
+    with serve_files(folder) as port:
+        yield folder, port
+
+
+@pytest.fixture(scope="module")
+def sdk_pages(browser: Any, sdk_site: tuple[Path, int]) -> Iterator[Callable[[str], PageClients]]:
+    """Opens a page with the SDKs in it, at some host of the site."""
+    need_node()
+    folder, port = sdk_site
+    bundle = ["--bundle", "--keep-names", "--alias:openai=openai-in-a-page", "--log-level=warning"]
+    esbuild = NODE / "node_modules" / ".bin" / "esbuild"
+    command = [str(esbuild), "page.mjs", *bundle, f"--outfile={folder / 'page.js'}"]
+    subprocess.run(command, cwd=NODE, check=True, timeout=60)
+    (folder / "index.html").write_text('<!doctype html><script src="page.js"></script>')
+    context = browser.new_context()
+    context.set_default_timeout(30_000)
+
+    def open_page(host: str) -> PageClients:
+        page = context.new_page()
+        page.goto(f"http://{host}:{port}/index.html")
+        return PageClients(page)
+
+    yield open_page
+    context.close()
+
+
+@pytest.fixture(scope="module")
+def page_clients(sdk_pages: Callable[[str], PageClients]) -> PageClients:
+    return sdk_pages("app.example")
+
+
+@pytest.fixture(scope="module")
+def sdk_server(serve_module: Serve, sdk_site: tuple[Path, int]) -> Server:
+    """A server with client keys that asks a vendor once, so that what retries is the SDK."""
+    config = f"""
+    [server]
+    cors_origins = ["http://app.example:{sdk_site[1]}"]
+    [upstream]
+    attempts = 1
+    [limits]
+    requests_per_minute = 1_000_000
+    burst = 1_000_000
+    tokens_per_minute = 1_000_000_000
+    concurrent = 100
+    max_body = "100KiB"
+    [clients.sdk]
+    key_sha256 = "{digest(SDK_KEY)}"
+    [clients.narrow]
+    key_sha256 = "{digest("narrow")}"
+    models = ["nothing"]
+    [clients.poor]
+    key_sha256 = "{digest("poor")}"
+    budget = {{ per_day = 0.0000001 }}
+    [clients.slow]
+    key_sha256 = "{digest("slow")}"
+    limits = {{ requests_per_minute = 1, burst = 1 }}
+    """
+    return serve_module(config)
+
+
+# A way is what a client calls, and where the model lives.
+WAYS = {
+    "Messages": ("messages", "claude-haiku-4-5"),
+    "Responses": ("responses", "gpt-5-mini"),
+    "Chat": ("chat", "gpt-4o"),
+    "Chat to Messages": ("chat", "claude-haiku-4-5"),
+    "Chat to Responses": ("chat", "gpt-6-astra"),  # which does tools only there
+}
+FEATURES = {
+    "whole": "text", "streamed": "text, streamed", "tools": "tools", "thinking": "thinking",
+    "structured": "structured output", "embeddings": "embeddings", "models": "model list",
+    "count": "token count", "errors": "errors", "retries": "retries", "abort": "abort",
+    "aimock": "aimock",
+}  # fmt: skip
+COMMON = (
+    "whole", "streamed", "tools", "thinking", "structured", "errors", "retries", "abort", "aimock"
+)  # fmt: skip
+# of what models other than OpenAI's think in Chat, @ai-sdk/openai reads nothing
+UNTHINKING = tuple(feature for feature in COMMON if feature != "thinking")
+MATRIX = {
+    "openai": {
+        "Chat": (*COMMON, "embeddings", "models"),
+        "Responses": COMMON,
+        "Chat to Messages": COMMON,
+        "Chat to Responses": ("tools",),
+    },
+    "anthropic": {"Messages": (*COMMON, "models", "count")},
+    "ai": {
+        "Chat": (*UNTHINKING, "embeddings"),
+        "Responses": COMMON,
+        "Messages": COMMON,
+        "Chat to Messages": UNTHINKING,
+        "Chat to Responses": ("tools",),
+    },
+}
+WHERE = {"python": ("openai", "anthropic"), "node": tuple(MATRIX), "page": ("openai", "anthropic")}
+CELLS = [
+    (runtime, client, way, feature)
+    for runtime, clients in WHERE.items()
+    for client in clients
+    for way, features in MATRIX[client].items()
+    for feature in features
+    if (runtime, feature) != ("page", "aimock")
+]
+SHOWN: set[tuple[str, ...]] = set()
+
+
+def cells(*features: str) -> Any:
+    """The cells of the table that one test shows."""
+    rows = [
+        pytest.param(*cell, id="-".join(cell).replace(" ", "-"))
+        for cell in CELLS
+        if cell[3] in features
+    ]
+    return pytest.mark.parametrize(("runtime", "client", "way", "feature"), rows)
+
+
+Ask = Callable[..., Result]
+
+
+@pytest.fixture
+def ask_sdk(
+    request: pytest.FixtureRequest,
+    runtime: str,
+    client: str,
+    way: str,
+    feature: str,
+    sdk_server: Server,
+    upstream: Upstream,
+) -> Ask:
+    """Does the cell's job through the proxy; `more` changes it."""
+    runner: Any = PythonClients()
+    if runtime != "python":
+        runner = request.getfixturevalue(f"{runtime}_clients")
+    dialect, model = WAYS[way]
+    job = {"client": client, "dialect": dialect, "feature": feature, "model": model}
+
+    def ask_sdk(**more: Any) -> Result:
+        found: Result = runner.run(job | {"url": sdk_server.url, "key": SDK_KEY} | more)
+        return found
+
+    return ask_sdk
+
+
+ANSWERED = {"text": HELLO, "thinking": "", "tools": [], "tokens": 31}
+EXPECTED: dict[str, Result] = {
+    "whole": ANSWERED,
+    "streamed": ANSWERED,
+    "tools": {"text": HELLO, "tools": CALLS},
+    "thinking": ANSWERED | {"thinking": THOUGHT},
+    "structured": {"parsed": CITY},
+    "embeddings": {"value": [0.5, -0.25, 0.125]},
+    "count": {"value": 14},
+}
+
+
+@cells(*EXPECTED)
+def test_sdk_gets_what_it_gets_from_the_vendor_directly(
+    runtime: str, client: str, way: str, feature: str, ask_sdk: Ask, upstream: Upstream
+) -> None:
+    kind = feature if feature in ("tools", "thinking", "structured") else "text"
+    plays = [saying(kind), saying("text")]  # what tools have said is answered with text
+
+    upstream.play(*plays)
+    through = ask_sdk()
+    assert "failed" not in through, through["failed"]
+    sent_on = upstream.requests[-1].body.decode()
+    if runtime != "page" and " to " not in way:  # a vendor lets no page of ours in
+        upstream.play(*plays)
+        assert ask_sdk(url=upstream.url) == through
+
+    assert {name: through.get(name) for name in EXPECTED[feature]} == EXPECTED[feature]
+    assert upstream.requests[0].headers.get("authorization", "") != f"Bearer {SDK_KEY}"
+    assert feature != "tools" or "sunny" in sent_on
+    SHOWN.add((runtime, client, way, feature))
+
+
+@cells("models")
+def test_sdk_lists_the_models(
+    runtime: str, client: str, way: str, feature: str, ask_sdk: Ask
+) -> None:
+    listed = ask_sdk()["value"]
+
+    assert {model for _, model in WAYS.values()} <= set(listed)
+    assert ask_sdk(key="narrow")["value"] == []
+    SHOWN.add((runtime, client, way, feature))
+
+
+# What goes wrong, the status that arrives, and what each family of SDKs calls it.
+TROUBLES: dict[str, tuple[int, dict[str, Any], str]] = {
+    "a bad request": (400, {"vendor": 400}, "BadRequestError"),
+    "a wrong key": (401, {"key": "wrong"}, "AuthenticationError"),
+    "a spent budget": (402, {"key": "poor"}, ""),
+    "another's model": (403, {"key": "narrow"}, "PermissionDeniedError"),
+    "an unknown model": (404, {"vendor": 404}, "NotFoundError"),
+    "a large body": (413, {"prompt": "x" * 200_000}, ""),
+    "a request that makes no sense": (422, {"vendor": 422}, "UnprocessableEntityError"),
+    "a limit": (429, {"key": "slow"}, "RateLimitError"),
+    "the vendor's limit": (429, {"vendor": 429}, "RateLimitError"),
+    "the vendor's key": (502, {"vendor": 401}, "InternalServerError"),
+    "a fault of the vendor": (502, {"vendor": 500}, "InternalServerError"),
+    "an overloaded vendor": (529, {"vendor": 529}, "InternalServerError"),
+}
+# Some have names for more of them.
+OWN_NAMES = {
+    ("anthropic", 402): "PaymentRequiredError",
+    ("anthropic", 413): "ContentTooLargeError",
+    ("anthropic", 529): "OverloadedError",
+}
+
+# `ai` hands on some of them as the plain object that came
+STREAM_FAILURES = {
+    "openai": ("APIError",),
+    "anthropic": ("APIError", "APIStatusError", "OverloadedError"),
+    "ai": ("AI_APICallError", "Object"),
+}
+
+
+@cells("errors")
+def test_sdk_raises_its_own_classes_of_errors(
+    runtime: str, client: str, way: str, feature: str, ask_sdk: Ask, upstream: Upstream
+) -> None:
+    ask_sdk(feature="whole", key="slow")  # all that it may in a minute
+    raised, wanted = {}, {}
+    for name, (status, job, error) in TROUBLES.items():
+        job = {**job}
+        if vendor := job.pop("vendor", None):
+            upstream.play(reply(vendor, vendor_error(message="It broke")))
+        failed = ask_sdk(feature="whole", **job)["failed"]
+        raised[name] = (failed["status"], failed["name"])
+        plain = "APIStatusError" if runtime == "python" else "APIError"
+        known = OWN_NAMES.get((client, status), error or plain)
+        wanted[name] = (status, "AI_APICallError" if client == "ai" else known)
+    assert raised == wanted
+
+    # in the middle of an answer there is no status any more
+    half = saying("text")
+    dialect = "messages" if way.endswith("Messages") else WAYS[way][0]
+    broken = {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}
+    for last in (sse(broken), []):  # the vendor says that it failed, or just ends
+
+        def script(received: Received, last: list[bytes] = last) -> list[Any]:
+            _, *chunks, _ = half(received)
+            size = {"messages": 5, "responses": 6, "chat": 3}[dialect]
+            events = [chunk.partition(b"\r\n")[2] for chunk in chunks[:size]]
+            return stream(*events, *last)
+
+        upstream.play(script)
+        failed = ask_sdk(feature="streamed")["failed"]
+        assert failed["name"] in STREAM_FAILURES[client]
+    SHOWN.add((runtime, client, way, feature))
+
+
+@cells("retries")
+def test_sdk_retries_what_may_pass(
+    runtime: str, client: str, way: str, feature: str, ask_sdk: Ask, upstream: Upstream
+) -> None:
+    passing = reply(429 if client == "ai" else 503, vendor_error(), {"retry-after": "0"})
+    upstream.play(passing, saying("text"))
+
+    assert ask_sdk(feature="whole", retries=2)["text"] == HELLO
+    assert len(upstream.requests) == 2
+
+    if client != "ai":  # which does not know the header
+        upstream.clear()
+        upstream.play(reply(500, vendor_error(), ONCE))
+        assert ask_sdk(feature="whole", retries=2)["failed"]["status"] == 502
+        assert len(upstream.requests) == 1
+    SHOWN.add((runtime, client, way, feature))
+
+
+@cells("abort")
+def test_sdk_that_aborts_closes_the_upstream(
+    runtime: str, client: str, way: str, feature: str, ask_sdk: Ask, upstream: Upstream
+) -> None:
+    said = saying("text")
+
+    def endless(received: Received) -> list[Any]:
+        [*begun, _] = said(received)
+        last = next(i for i, step in enumerate(begun) if "Hello" in str(step))
+        return [*begun[: last + 1], HANG]
+
+    upstream.play(endless)
+
+    assert ask_sdk()["text"] == "Hello"
+    assert upstream.requests[0].closed.wait(3)
+    SHOWN.add((runtime, client, way, feature))
+
+
+def test_sdk_in_a_page_of_a_foreign_origin_gets_nothing(
+    sdk_pages: Callable[[str], PageClients], sdk_server: Server, upstream: Upstream
+) -> None:
+    page = sdk_pages("other.example")
+
+    for client, way in (("openai", "Chat"), ("openai", "Responses"), ("anthropic", "Messages")):
+        dialect, model = WAYS[way]
+        job = {"client": client, "dialect": dialect, "model": model, "feature": "streamed"}
+        failed = page.run(job | {"url": sdk_server.url, "key": SDK_KEY})["failed"]
+        assert failed["name"] == "APIConnectionError"
+    assert upstream.requests == []
+
+
+@pytest.mark.parametrize(
+    ("client", "way"),
+    [
+        pytest.param("openai", "Chat", id="openai"),
+        pytest.param("anthropic", "Messages", id="anthropic"),
+    ],
+)
+def test_sdk_in_a_page_reads_the_id_of_a_request_that_failed(
+    page_clients: PageClients, sdk_server: Server, client: str, way: str
+) -> None:
+    dialect, model = WAYS[way]
+    job = {"client": client, "dialect": dialect, "model": model, "feature": "whole"}
+
+    refused = page_clients.run(job | {"url": sdk_server.url, "key": "wrong"})["failed"]
+
+    assert re.fullmatch("[0-9a-f]{24}", refused["requestID"])
+
+
+def recorded_streams() -> list[Any]:
+    ways = {"anthropic": "Messages", "openai-responses": "Responses", "openai-chat": "Chat"}
+    return [
+        pytest.param(way, file, id=f"{folder}-{file.stem}")
+        for folder, way in ways.items()
+        for file in sorted((RECORDINGS / folder).glob("*.sse"))
+    ] or [pytest.param("", Path(), marks=pytest.mark.skip(reason=NO_RECORDINGS))]
+
+
+@pytest.mark.parametrize(("way", "file"), recorded_streams())
+def test_sdk_reads_a_recorded_stream_as_it_does_directly(
+    node_clients: NodeClients, sdk_server: Server, upstream: Upstream, way: str, file: Path
+) -> None:
+    dialect, model = WAYS[way]
+    said = file.read_bytes().rstrip() + b"\n\n"  # some recordings lack the last blank line
+    upstream.play(stream(*(said[at : at + 999] for at in range(0, len(said), 999))))
+
+    for client in ("anthropic" if dialect == "messages" else "openai", "ai"):
+        job = {"client": client, "dialect": dialect, "model": model, "feature": "streamed"}
+        directly = node_clients.run(job | {"url": upstream.url, "key": "direct"})
+        through = node_clients.run(job | {"url": sdk_server.url, "key": SDK_KEY})
+        if "error" in file.stem or "failed" in directly:  # which some clients overlook directly
+            assert through["failed"]["name"] in (*STREAM_FAILURES[client], "BadRequestError")
+            continue
+        if client == "ai":  # which gives ids of its own to what has none
+            del through["whole"], directly["whole"]
+        assert through == directly
+
+
+@pytest.fixture(scope="module")
+def aimock_server(serve_module: Serve) -> Iterator[Server]:
+    """A proxy in front of a double that somebody else wrote."""
+    need_node()
+    port, program = free_port(), "node_modules/@copilotkit/aimock/dist/cli.js"
+    latency = ["-l", "2", "-c", "8"]  # ms before each piece, and characters in it
+    command = ["node", program, "-p", str(port), "-h", "127.0.0.1", "--strict", *latency]
+    with subprocess.Popen(
+        [*command, "-f", str(TESTING / "aimock.json")],
+        cwd=NODE,
+        env=clean_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as double:
+        url = f"http://127.0.0.1:{port}"
+
+        def answers() -> bool:
+            with contextlib.suppress(httpx.TransportError):
+                return httpx.get(f"{url}/health", trust_env=False).status_code == 200
+            return False
+
+        try:
+            wait_for(answers, 20)
+            environ = {"ANTHROPIC_BASE_URL": url, "OPENAI_BASE_URL": f"{url}/v1"}
+            yield serve_module(environ=environ)
+        finally:
+            double.kill()
+
+
+@cells("aimock")
+def test_sdk_talks_to_a_double_that_somebody_else_wrote(
+    runtime: str, client: str, way: str, feature: str, ask_sdk: Ask, aimock_server: Server
+) -> None:
+    for manner in ("whole", "streamed"):
+        said = ask_sdk(feature=manner, url=aimock_server.url, prompt="Say hello")
+        assert said["text"] == "Hello from somebody else's double.", said
+
+    called = ask_sdk(feature="tools", url=aimock_server.url, prompt="Weather?")
+
+    assert [call[1:] for call in called["tools"]] == [["get_weather", {"city": "Paris"}]]
+    assert called["text"] == "It is sunny.", "the double has had the tool's result"
+    SHOWN.add((runtime, client, way, feature))
+
+
+PACKAGES = {
+    "openai": "openai", "anthropic": "@anthropic-ai/sdk",
+    "ai": "ai, @ai-sdk/openai, @ai-sdk/anthropic",
+}  # fmt: skip
+
+
+def version_of(package: str, runtime: str) -> str:
+    if runtime == "python":
+        return importlib.metadata.version(package)
+    folder = "openai-in-a-page" if (package, runtime) == ("openai", "page") else package
+    file = NODE / "node_modules" / folder / "package.json"
+    return str(json.loads(file.read_text())["version"]) if file.exists() else "0.0.0"
+
+
+def compatibility_table() -> str:
+    """docs/compatibility.md, when every cell was shown."""
+    titles = {"python": "Python", "node": "Node", "page": "a page in Chromium"}
+    columns = list(FEATURES)
+    lines = [["client", "in", "endpoint", *FEATURES.values()], ["---"] * (len(columns) + 3)]
+    for runtime, clients in WHERE.items():
+        for client in clients:
+            names = client if runtime == "python" else PACKAGES[client]
+            title = ", ".join(f"{n} {version_of(n, runtime)}" for n in names.split(", "))
+            for way in MATRIX[client]:
+                marks = ["yes" if (runtime, client, way, f) in CELLS else "" for f in columns]
+                lines.append([title, titles[runtime], way, *marks])
+    rows = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return (TESTING / "compatibility.md").read_text().replace("TABLE", rows)
+
+
+def test_sdk_table_says_what_was_shown() -> None:
+    """Written only when every cell was shown. The versions are those of the run that wrote it."""
+    expected, version = compatibility_table(), re.compile(r"\d+\.\d+\.\d+")
+    if os.environ.get("UPDATE_DOCS") and set(CELLS) == SHOWN:
+        TABLE.parent.mkdir(exist_ok=True)
+        TABLE.write_text(expected)
+
+    committed = TABLE.read_text() if TABLE.exists() else ""
+    again = "write it anew with: UPDATE_DOCS=1 uv run pytest -k sdk"
+    assert version.sub("", committed) == version.sub("", expected), again
+    if missing := set(CELLS) - SHOWN:
+        pytest.skip(f"{len(missing)} of {len(CELLS)} cells were not tried in this run")

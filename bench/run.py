@@ -1,4 +1,4 @@
-"""Measure proxy.py beside three peers (see README.md), and write the table to RESULTS.md.
+"""Measure proxy.py beside its peers (see README.md), and write the table to RESULTS.md.
 
     uv run bench/run.py             six minutes; --quick prints a rough table in one
 
@@ -64,7 +64,7 @@ concurrent = 5000
 concurrent_total = 5000
 
 [ledger]
-path = "{folder}/ledger.sqlite3"
+path = "{folder}/ledger-{port}.sqlite3"
 {clients}
 """
 
@@ -120,6 +120,7 @@ class Contestant:
 
     name: str
     needle: str
+    path: str
     port: int
     process: subprocess.Popen[bytes]
     log: Path
@@ -157,9 +158,11 @@ def proxy_command(place: Place, port: int) -> tuple[list[str], dict[str, str]]:
         f'\n[clients.caller{number}]\nkey_sha256 = "{hashlib.sha256(key.encode()).hexdigest()}"\n'
         for number, key in ((number, KEY.format(number)) for number in range(CALLERS))
     )
-    config = place.folder / "config.toml"
+    config = place.folder / f"config-{port}.toml"  # it runs twice, see CONTESTANTS
     config.write_text(
-        PROXY_CONFIG.format(upstream_port=place.upstream_port, folder=place.folder, clients=clients)
+        PROXY_CONFIG.format(
+            upstream_port=place.upstream_port, folder=place.folder, port=port, clients=clients
+        )
     )
     command = [sys.executable, str(place.proxy), "--config", str(config), "--port", str(port)]
     return command, environment(ANTHROPIC_API_KEY="sk-ant-bench-not-a-real-key")
@@ -198,13 +201,19 @@ def nginx_command(place: Place, port: int) -> tuple[list[str], dict[str, str]]:
 
 
 Command = Callable[[Place, int], tuple[list[str], dict[str, str]]]
-CONTESTANTS: dict[str, tuple[Command, str]] = {
-    "proxy.py": (proxy_command, FRAME_TOKEN),
-    "Express": (express_command, FRAME_TOKEN),
-    "floor": (floor_command, VENDOR_TOKEN),
-    "nginx": (nginx_command, VENDOR_TOKEN),
+BROWSER_PATH = "/api/anthropic"
+CONTESTANTS: dict[str, tuple[Command, str, str]] = {
+    "proxy.py": (proxy_command, FRAME_TOKEN, BROWSER_PATH),
+    "pass-through": (proxy_command, VENDOR_TOKEN, "/v1/messages"),
+    "Express": (express_command, FRAME_TOKEN, BROWSER_PATH),
+    "floor": (floor_command, VENDOR_TOKEN, BROWSER_PATH),
+    "nginx": (nginx_command, VENDOR_TOKEN, BROWSER_PATH),
 }  # in the order of the table's columns
-TITLES = {"floor": "bare Granian + aiohttp (floor)"}
+TITLES = {
+    "pass-through": "proxy.py, /v1/messages",
+    "floor": "bare Granian + aiohttp (floor)",
+}
+COSTS = ("paced", "burst", "one", "json")  # the loads whose figure is CPU: all of pass-through's
 
 
 def find_nginx() -> str | None:
@@ -318,13 +327,13 @@ def pss_kib(process: subprocess.Popen[bytes]) -> int:
 
 def start(name: str, place: Place) -> Contestant:
     """Start a contestant and wait for its first answer: a streamed token, not only /health."""
-    command, needle = CONTESTANTS[name]
+    command, needle, path = CONTESTANTS[name]
     port = free_port()
     argv, env = command(place, port)
     log = place.folder / f"{name}.log"
     begin = time.monotonic()
     process = spawn(argv, place.contestant_cores, log, env)
-    contestant = Contestant(name, needle, port, process, log)
+    contestant = Contestant(name, needle, path, port, process, log)
     try:
         while not healthy(port):
             if process.poll() is not None or time.monotonic() - begin > 20:
@@ -352,7 +361,7 @@ def healthy(port: int) -> bool:
 def first_answer(contestant: Contestant) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", contestant.port, timeout=10)
     headers = {name: value.replace("%k", "0") for name, value in HEADERS.items()}
-    connection.request("POST", "/api/anthropic", body("one"), headers)
+    connection.request("POST", contestant.path, body("one"), headers)
     response = connection.getresponse()
     answer = response.read().decode(errors="replace")
     connection.close()
@@ -421,7 +430,7 @@ class Sample:
 
 def apply_load(load: Load, contestant: Contestant, place: Place) -> Sample:
     """Run the driver against a contestant once, and read what that has cost."""
-    command = [str(build("drv")), "-p", str(contestant.port), "-P", "/api/anthropic"]
+    command = [str(build("drv")), "-p", str(contestant.port), "-P", contestant.path]
     command += ["-c", str(load.streams), "-d", str(load.seconds), "-R", str(load.ramp_ms)]
     command += ["-b", body(load.mode, load.stream), "-T", "30"]
     command += ["-k", contestant.needle if load.stream else JSON_ANSWER]
@@ -527,7 +536,7 @@ def warm_up(contestant: Contestant, place: Place) -> None:
 
 
 def figures_of(kind: str, sample: Sample) -> Figures:
-    if kind in ("single", "some", "many"):
+    if kind not in COSTS:
         figures = {
             f"{kind} p50": sample.driver["ttft_ms_p50"],
             f"{kind} p99": sample.driver["ttft_ms_p99"],
@@ -558,6 +567,8 @@ def run_round(
             figures[contestant.name]["idle MB"] = pss_kib(contestant.process) * 1024 / 1e6
         for kind, load in wanted.items():
             for contestant in contestants:
+                if contestant.name == "pass-through" and kind not in COSTS:
+                    continue
                 sample = measure(load, contestant, place)
                 problems += [f"{contestant.name}, {kind}: {what}" for what in sample.problems]
                 figures[contestant.name] |= figures_of(kind, sample)
@@ -630,14 +641,26 @@ def verdict(row: Row, own: float | None, ratio: float | None) -> tuple[str, str]
 
 def make_table(rounds: list[dict[str, Figures]], table_rows: list[Row]) -> str:
     titles = [TITLES.get(name, name) for name in CONTESTANTS]
-    header = ["", *titles, "to Express", "to floor", "to nginx", "aim", "met"]
-    lines = [header, ["---"] + ["---:"] * 7 + ["---", "---"]]
+    peers = [name for name in CONTESTANTS if name != "proxy.py"]
+    header = ["", *titles, *(f"to {peer}" for peer in peers), "aim", "met"]
+    lines = [header, ["---"] + ["---:"] * (len(titles) + len(peers)) + ["---", "---"]]
     for row in table_rows:
         own, *others = (median_of(rounds, name, row.key) for name in CONTESTANTS)
-        ratios = [ratio_to(rounds, name, row.key) for name in CONTESTANTS if name != "proxy.py"]
-        aim, met = verdict(row, own, ratios[0])
+        ratios = [ratio_to(rounds, peer, row.key) for peer in peers]
+        aim, met = verdict(row, own, ratios[peers.index("Express")])
         lines.append([row.label, *map(show, [own, *others, *ratios]), aim, met])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def pass_through_line(rounds: list[dict[str, Figures]]) -> list[str]:
+    """What the vendor's own bytes cost beside the browser's frames; it must not be more."""
+    ratios = {key: ratio_to(rounds, "pass-through", key) for key in ("paced", "burst")}
+    if None in ratios.values():
+        return []
+    parts = [f"{show(1 / ratio)} for a {key} token" for key, ratio in ratios.items() if ratio]
+    met = "yes" if all(ratio and ratio >= 1 for ratio in ratios.values()) else "**no**"
+    title = f"`/v1/messages` (bytes passed on) divided by `{BROWSER_PATH}` (frames)"
+    return [f"{title}: {', '.join(parts)}; aim ≤ 1; met: {met}.", ""]
 
 
 def version_of(command: list[str]) -> str:
@@ -676,6 +699,7 @@ def make_report(
     skipped: list[str],
     problems: list[str],
     table: str,
+    pass_through: list[str],
 ) -> str:
     command = "uv run bench/run.py" + (" --quick" if options.quick else "")
     rounds = "one round" if options.rounds == 1 else f"medians of {options.rounds} rounds"
@@ -690,6 +714,7 @@ def make_report(
         "",
         table,
         "",
+        *pass_through,
     ]
     if problems:
         lines += ["**Checks that failed; do not trust these figures:**", ""]
@@ -787,7 +812,8 @@ def run(options: argparse.Namespace) -> int:
             order = names[number % len(names) :] + names[: number % len(names)]
             rounds.append(run_round(order, place, wanted, problems))
     table = make_table(rounds, rows(wanted["some"].streams, many))
-    report = make_report(options, names, skipped, problems, table)
+    through = pass_through_line(rounds)
+    report = make_report(options, names, skipped, problems, table, through)
     if options.output:
         options.output.write_text(report)
     print("\n" + report)

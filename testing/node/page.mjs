@@ -1,0 +1,4 @@
+// The same jobs in a page.
+import { run } from "./jobs.mjs";
+
+window.run = run;
