@@ -14,11 +14,11 @@
 # ///
 """Let code in a browser call language models without seeing an API key.
 
-    browser ─► origin, client ─► limits ─► cache / single flight ─► adapter.encode ─► upstream
-                                                                       (retry, fallback) │ bytes
-    browser ◄─ writer (SDK frames | JSON) ◄──── events ◄──── adapter.decode ◄─ SSE ◄─────┘
+    caller ─► origin, client ─► limits ─► cache / single flight ─► budget hold ─► adapter.encode
+                                                                    (retry, fallback) │ upstream
+    caller ◄─ writer (SDK frames | JSON | native) ◄─ events ◄─ adapter.decode ◄─ SSE ◄┘ bytes
                      │ at the end, however it ends
-                     └─► ledger row ─► metrics ─► one log line
+                     └─► settle the hold ─► ledger row ─► metrics ─► one log line
 
 Run it with `uv run proxy.py --demo`; the README says the rest. Read it from top to bottom: each
 section uses only what stands above it.
