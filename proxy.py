@@ -3747,7 +3747,33 @@ class Proxy:
             await self.ledger.record(call.entry)
 
     async def upstream(self, call: Call, targets: list[Target]) -> AsyncGenerator[Batch, None]:
-        """The vendor's answer: retries and fallbacks until the first event, then that stream."""
+        """The vendor's answer, from its first batch to its end."""
+        account, now = call.account, time.monotonic
+        attempt, batch = await self.connect(call, targets)
+        began = now() - account.seconds
+        try:
+            attempt.watch(asyncio.current_task())  # type: ignore[arg-type]
+            while True:
+                account.seconds = now() - began
+                account.usage = attempt.adapter.usage
+                for event in batch:
+                    if isinstance(event, Text | Thinking):
+                        account.produced += len(event.text.encode())
+                last = batch[-1] if batch else None
+                if isinstance(last, Failure):
+                    yield batch[:-1]
+                    raise last.error
+                yield batch
+                if isinstance(last, Finish):
+                    return
+                batch = await attempt.next()
+        except Exception as failed:
+            raise self.explain(failed, account.provider) from None
+        finally:
+            await self.leave(call, attempt, began)
+
+    async def connect(self, call: Call, targets: list[Target]) -> tuple[Attempt, Batch]:
+        """An attempt whose answer has begun, and its first batch, after retries and fallbacks."""
         times, account, now = self.config.upstream, call.account, time.monotonic
         # an answer that is not streamed begins with its end
         deadline = call.started + (times.first_byte if call.request.stream else times.total)
@@ -3768,69 +3794,79 @@ class Proxy:
                     refusal = failed
                     break
                 if error:
-                    more = account.lost + call.most - call.held
-                    if call.caps and more > 0:  # what failed may be billed, and this may be too
-                        try:
-                            await self.set_aside(call, more, more)
-                        except BudgetExceeded:
-                            raise error from None
-                    self.metrics.retries.labels(provider, error.code).inc()
-                    fields = {"id": call.entry.id, "provider": provider, "model": model}
-                    fields |= {"after": error.code, "message": error.message}
-                    LOG.info("retry", extra={"fields": fields})
-                account.attempts += 1
-                account.provider, account.model = provider, model
-                account.dropped = attempt.adapter.dropped
-                account.bound = input_bound(call.request, model)
-                # thinking that is not shown, or only its summary, is billed all the same
-                asked = call.request.thinking and "enable_thinking" not in account.dropped
-                account.hidden = attempt.adapter.reasons or bool(asked)
-                account.billed = True  # until it is known better; also where the caller leaves
-                begun, began = False, now() - account.seconds
+                    await self.prepare_again(call, provider, model, error)
+                self.enter(call, attempt, provider, model)
+                began = now() - account.seconds
                 try:
                     async with asyncio.timeout(limit - now()):
                         batch = await attempt.open()
-                    begun, account.headers = True, attempt.headers
+                except BaseException as failed:
+                    await self.leave(call, attempt, began)
+                    error = self.explain(failed, provider)
+                    self.lose(call, error, model)
+                else:
+                    account.headers = attempt.headers
                     if not call.request.stream:  # its text is not read
                         account.produced += sum(len(e.data) for e in batch if isinstance(e, Raw))
-                    attempt.watch(asyncio.current_task())  # type: ignore[arg-type]
-                    while True:
-                        account.seconds = now() - began
-                        account.usage = attempt.adapter.usage
-                        for event in batch:
-                            if isinstance(event, Text | Thinking):
-                                account.produced += len(event.text.encode())
-                        last = batch[-1] if batch else None
-                        if isinstance(last, Failure):
-                            yield batch[:-1]
-                            raise last.error
-                        yield batch
-                        if isinstance(last, Finish):
-                            return
-                        batch = await attempt.next()
-                except UpstreamError as failed:
-                    error = failed
-                except (httpx.HTTPError, aiohttp.ClientError, OSError) as failed:
-                    error = classify(failed)
-                finally:
-                    account.seconds = now() - began
-                    calls = attempt.adapter.calls.values()  # the vendor has said them, we not yet
-                    account.produced += sum(len((c.name + c.arguments).encode()) for c in calls)
-                    await attempt.close()
-                error.message = redact(error.message, self.secrets)
-                if error.status == 504:
-                    self.metrics.timeouts.labels(provider).inc()
-                if begun:
-                    raise error
-                account.billed = False
-                if error.sent and (price := self.prices.of(model)):  # it may be billed in part
-                    fixed, each = cost_bound(price, account.bound)
-                    whole = error.status == 504 or account.hidden
-                    tokens = output_bound(call.request.max_tokens, call.request.n) if whole else 0
-                    account.lost += fixed + each * tokens
+                    return attempt, batch
             if error and not error.worth_fallback:
                 break
         raise error or refusal or UpstreamError(504, "the vendor did not answer in time")
+
+    async def prepare_again(
+        self, call: Call, provider: str, model: str, error: UpstreamError
+    ) -> None:
+        """What failed may be billed, and what is tried next may be too: hold money for both. Raises
+        the error where there is not enough."""
+        more = call.account.lost + call.most - call.held
+        if call.caps and more > 0:
+            try:
+                await self.set_aside(call, more, more)
+            except BudgetExceeded:
+                raise error from None
+        self.metrics.retries.labels(provider, error.code).inc()
+        fields = {"id": call.entry.id, "provider": provider, "model": model}
+        fields |= {"after": error.code, "message": error.message}
+        LOG.info("retry", extra={"fields": fields})
+
+    def enter(self, call: Call, attempt: Attempt, provider: str, model: str) -> None:
+        """Account for an attempt as billed, until it is known better; also if the caller leaves."""
+        account = call.account
+        account.attempts += 1
+        account.provider, account.model = provider, model
+        account.dropped = attempt.adapter.dropped
+        account.bound = input_bound(call.request, model)
+        # thinking that is not shown, or only its summary, is billed all the same
+        asked = call.request.thinking and "enable_thinking" not in account.dropped
+        account.hidden = attempt.adapter.reasons or bool(asked)
+        account.billed = True
+
+    async def leave(self, call: Call, attempt: Attempt, began: float) -> None:
+        call.account.seconds = time.monotonic() - began
+        for tool in attempt.adapter.calls.values():  # the vendor has said them, we not yet
+            call.account.produced += len((tool.name + tool.arguments).encode())
+        await attempt.close()
+
+    def explain(self, failed: BaseException, provider: str) -> UpstreamError:
+        """What the caller is told of it; whatever is not the vendor's failure is raised again."""
+        if isinstance(failed, httpx.HTTPError | aiohttp.ClientError | OSError):
+            failed = classify(failed)
+        if not isinstance(failed, UpstreamError):
+            raise failed
+        failed.message = redact(failed.message, self.secrets)
+        if failed.status == 504:
+            self.metrics.timeouts.labels(provider).inc()
+        return failed
+
+    def lose(self, call: Call, error: UpstreamError, model: str) -> None:
+        """Add what an attempt that never answered may be billed, all the same."""
+        account, request = call.account, call.request
+        account.billed = False
+        if error.sent and (price := self.prices.of(model)):
+            fixed, each = cost_bound(price, account.bound)
+            whole = error.status == 504 or account.hidden
+            tokens = output_bound(request.max_tokens, request.n) if whole else 0
+            account.lost += fixed + each * tokens
 
     async def settle(self, call: Call) -> None:
         """Account for a request, once, and then end its reply."""
