@@ -38,6 +38,7 @@ import hashlib
 import hmac
 import html
 import importlib
+import io
 import ipaddress
 import itertools
 import logging
@@ -74,6 +75,11 @@ from litestar.response.base import ASGIResponse
 from litestar.types import ASGIApp, Receive, Scope, Send
 from msgspec import Meta, Struct, field
 from msgspec.structs import asdict, astuple, replace
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 __version__ = "0.1.0"
 
@@ -445,6 +451,11 @@ def check_values(config: Config) -> None:
     for pattern, price in config.prices.items():
         if not price.free and not price.input and not price.output:
             raise ConfigError(f'prices."{pattern}": set input and output, or free = true')
+        for name, provider in config.providers.items():
+            sold = price.free and provider.key_env and not config.demo
+            if sold and any(fnmatch.fnmatchcase(model, pattern) for model in provider.models):
+                wanted = f'would make those of {name} free, too; write "PROVIDER/{pattern}"'
+                raise ConfigError(f'prices."{pattern}": {wanted}')
 
     monthly = [cap for name, cap in asdict(config.budget).items() if name.endswith("_per_month")]
     monthly += [key.budget.per_month or UNLIMITED for key in config.clients.values()]
@@ -738,7 +749,8 @@ class Sampling(Struct):
 class Request(Sampling, kw_only=True, omit_defaults=True):
     """What is asked of a model, whoever serves it. `thinking` None leaves it to the model. A
     `native` body is sent as it is, in its `dialect`: `path` says where, if not where the dialect is
-    at home, and `limit` what it calls max_tokens. `stream` is about the vendor's answer."""
+    at home, and `limit` what it calls max_tokens. `documents` says that it holds some, and `hosted`
+    names a tool that runs at the vendor. `stream` is about the vendor's answer."""
 
     model: str
     max_tokens: int
@@ -747,6 +759,8 @@ class Request(Sampling, kw_only=True, omit_defaults=True):
     dialect: str = ""
     path: str = ""
     limit: str = ""
+    documents: bool = False
+    hosted: str = ""
     stream: bool = True
     usage_hidden: bool = False
     output_format: dict[str, Any] | None = None  # as Responses has it
@@ -917,7 +931,21 @@ def check_texts(request: Request, limits: Limits, said: Iterable[Any]) -> None:
             raise BadRequest("messages: hold a text that is not allowed here")
 
 
+LISTS = ("messages", "input", "system", "tools")
+
+
+def limit_blocks(raw: Map[str, Any], limits: Limits) -> None:
+    """A body of a million empty blocks would keep everybody else waiting."""
+    given = [value for value in raw.values() if isinstance(value, list)]
+    items = [item for value in given for item in value if isinstance(item, dict)]
+    inner = [item.get(name) for item in items for name in ("content", "tool_calls")]
+    count = sum(len(value) for value in (*given, *inner) if isinstance(value, list))
+    if count > 10 * limits.max_messages:
+        raise BadRequest(f"messages: at most {10 * limits.max_messages} blocks are allowed")
+
+
 def read_request(given: Body, limits: Limits, default_model: str, dropped: list[str]) -> Request:
+    limit_blocks({name: getattr(given, name) for name in LISTS}, limits)
     stop = given.stop or given.stop_sequences or []
     # four spellings of one setting
     lengths = {name: value for name in MAX_TOKENS if (value := getattr(given, name))}
@@ -1247,6 +1275,7 @@ def parse_native(
         raise BadRequest(f"{redact(name, length=50)}: is not passed on by this proxy; {fix}")
     if limits.templates_only:
         raise BadRequest("messages: only templates may be asked for, at /api")
+    limit_blocks(raw, limits)
     given = convert_body(raw, NativeBody)
     key = "messages" if "messages" in NATIVE_FIELDS[kind] else "input"
     if not raw.get(key):
@@ -1254,11 +1283,13 @@ def parse_native(
     check_conversation(raw, key, limits, allowed)
     if (given.tools or raw.get("functions")) and not limits.allow_tools:
         raise BadRequest("tools: are not allowed here")
+    hosted, kinds = "", {str(block.get("type")) for block in blocks(raw[key])}
     for i, tool in enumerate(given.tools or ()):
-        if (name := str(tool.get("type", "custom"))) not in ("function", "custom", *allowed):
-            shown = redact(name, length=50)
-            fix = "the server's owner can add it to the provider's `allow`"
-            raise BadRequest(f"tools[{i}].type: {shown!r} runs at the vendor; {fix}")
+        if (name := str(tool.get("type", "custom"))) not in ("function", "custom"):
+            hosted = redact(name, length=50)
+            if name not in allowed:
+                fix = "the server's owner can add it to the provider's `allow`"
+                raise BadRequest(f"tools[{i}].type: {hosted!r} runs at the vendor; {fix}")
     lengths = {n: v for n, v in asdict(given).items() if n.startswith("max_") and v}
     limit = next(reversed(lengths), "")  # of two names the newer one goes up, with the lower value
     dropped += [n for n, tokens in lengths.items() if tokens > limits.max_tokens or n != limit]
@@ -1273,8 +1304,9 @@ def parse_native(
     path = "" if kind in ADAPTERS else f"/{kind}"
     length = 0 if path else min([*lengths.values(), limits.max_tokens])
     return Request(
-        model=given.model, max_tokens=length, limit=limit, n=given.n or 1,
+        model=given.model, max_tokens=length, limit=limit, n=given.n or 1, hosted=hosted,
         native=native, path=path, stream=given.stream is True,
+        documents=not kinds.isdisjoint(("document", "input_file", "file")),
     )  # fmt: skip
 
 
@@ -1300,11 +1332,13 @@ def check_conversation(
     for block in blocks(items):
         system.append(block.get("role") in ("system", "developer"))
         source = block.get("source")
-        kinds = {block.get("type"), source.get("type") if isinstance(source, dict) else None}
-        named = kinds & {"item_reference", "container_upload"} or "file_id" in block
+        inner = source.get("type") if isinstance(source, dict) else ""
+        kinds = {str(block.get("type")), str(inner)}
+        # sound has a price of its own
+        named = kinds & {"item_reference", "container_upload", "input_audio"} or "file_id" in block
         kept = bool(named or referred or block.get("audio"))
         if (kept or "file_url" in block or {"document", "url"} <= kinds) and "files" not in allowed:
-            wrong = "files and items that the vendor keeps or fetches are not passed on"
+            wrong = "sound, and files and items that the vendor keeps or fetches, are not passed on"
             raise BadRequest(f'{key}: {wrong}; add "files" to the provider\'s `allow`')
     if any(system) and not limits.allow_system:
         raise BadRequest("system: a system prompt is not allowed here")
@@ -1392,6 +1426,7 @@ class Client(Struct, frozen=True):
     id: str
     limits: Limits
     models: tuple[str, ...] = ("*",)
+    parent_models: tuple[str, ...] = ("*",)
     group: str = ""
     per_day: Usd = UNLIMITED
     per_month: Usd = UNLIMITED
@@ -1572,6 +1607,7 @@ class Clients:
         except jwt.PyJWTError:
             return None
         session = {"session": claims["jti"], "per_session": self.config.session.budget}
+        session |= {"parent_models": tuple(claims["parent_models"])}
         more = {"models": tuple(claims["models"]), "group": claims["group"]} | session
         return self.client(claims["sub"], **more) if claims["origin"] == origin else None
 
@@ -1585,7 +1621,7 @@ class Clients:
         models = table.models if table.models != ("*",) else parent.models
         claims: dict[str, Any] = {"iss": SESSION_ISSUER, "sub": parent.id, "group": parent.group}
         claims |= {"jti": secrets.token_hex(12), "origin": origin, "models": models}
-        claims |= {"iat": now, "exp": now + seconds}
+        claims |= {"iat": now, "exp": now + seconds, "parent_models": parent.models}
         token = jwt.encode(claims, self.session_key, "HS256")
         return {"token": token, "expiresIn": seconds, "models": models}
 
@@ -2033,6 +2069,10 @@ def look_up(table: str, model: str) -> frozenset[str]:
     return frozenset()
 
 
+def context_size(model: str) -> int | None:
+    return int(min(look_up(CONTEXT_SIZES, model), default="0")) or None
+
+
 def capability(model: str) -> frozenset[str]:
     return look_up(CAPABILITIES, model)
 
@@ -2095,7 +2135,7 @@ class Adapter:
         self.dropped: list[str] = []
         self.cut: list[str] = []
         self.reason = "stop"
-        self.complete = self.heard = self.usage_hidden = False
+        self.complete = self.heard = self.ending = self.usage_hidden = False
         self.pending = b""
 
     def url(self, path: str = "") -> str:
@@ -2356,7 +2396,7 @@ class Messages(Adapter):
                 self.usage.known = False
             case "message_delta", dict(delta):
                 self.reason = REASONS.get(delta.get("stop_reason"), self.reason)
-                self.count(event.get("usage") or self.counts)
+                self.count(event.get("usage"))
             case "message_stop", _:
                 yield from self.finish()
             case "error", _:
@@ -2517,6 +2557,9 @@ class Chat(OpenAI):
             case {"error": error} if error:
                 yield self.fail(error)
             case {"choices": [{"delta": dict(delta)} as choice, *_]}:
+                self.ending = self.ending or bool(choice.get("finish_reason"))
+                if not self.ending:  # a running count, not the final one
+                    self.usage.known = False
                 thought = delta.get("reasoning_content") or delta.get("reasoning")
                 if thought and isinstance(thought, str):
                     yield Thinking(thought)
@@ -2786,13 +2829,19 @@ def built_in_prices() -> dict[str, Price]:
     return prices
 
 
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
 class Prices:
+    """A pattern may begin with a provider, as in ollama/*: others may sell a model of that name."""
+
     def __init__(self, configured: Map[str, Price]) -> None:
         self.configured = sorted(configured.items(), key=lambda item: -len(item[0]))
 
-    def of(self, model: str) -> Price | None:
+    def of(self, provider: str, model: str) -> Price | None:
         for pattern, price in self.configured:  # the longest, that is the most exact, first
-            if fnmatch.fnmatchcase(model, pattern):
+            if matches(model, [pattern]) or matches(f"{provider}/{model}", [pattern]):
                 return price
         known = built_in_prices()
         return known.get(model) or known.get(DATED.sub("", model))
@@ -2832,11 +2881,13 @@ TOOL_TOKENS = 1000  # what a vendor writes before the tools
 
 def input_bound(request: Request, model: str = "") -> int:
     """The most tokens a request can be billed for as input: a token is at least a byte."""
-    image = MINI_IMAGE_TOKENS if model.startswith("gpt-4o-mini") else IMAGE_TOKENS
+    image = MINI_IMAGE_TOKENS if "gpt-4o-mini" in model else IMAGE_TOKENS
     images, native = request.images(), request.native or {}
     size = len(msgspec.json.encode(request)) - sum(map(len, images))
     tools = TOOL_TOKENS if request.tools or native.get("tools") else 0
-    return size + image * len(images) + tools
+    size += image * len(images) + tools
+    # a page of a document may be a few bytes; but no model reads more than its context holds
+    return max(size, context_size(model) or 2_000_000) if request.documents else size
 
 
 def output_bound(tokens: int, n: int) -> int:
@@ -2945,6 +2996,21 @@ def read_spending(database: sqlite3.Connection, now: float) -> dict[tuple[str, s
     return {key: usd for key, usd in spending.items() if usd}
 
 
+def lock_ledger(path: Path) -> Any:
+    """What is spent is counted in one process's memory: two on one file would spend it twice. The
+    lock is held until what is returned is closed, or the process ends."""
+    if fcntl is None:
+        return io.BytesIO()
+    try:
+        file = open(f"{path}.lock", "w")  # noqa: SIM115 - for as long as the process lives
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        fix = "stop that one, or give this one another file"
+        wrong = f"another process has {path}" if isinstance(error, BlockingIOError) else str(error)
+        raise ConfigError(f"ledger.path: {wrong}; {fix}") from None
+    return file
+
+
 def open_ledger(path: Path) -> sqlite3.Connection:
     try:
         database = sqlite3.connect(path, check_same_thread=False)
@@ -2960,7 +3026,7 @@ class Ledger:
         self.healthy = True
         self.rows: list[tuple[Any, ...]] = []
         self.thread, self.turn = ThreadPoolExecutor(1), asyncio.Lock()
-        self.database = open_ledger(path)
+        self.lock, self.database = lock_ledger(path), open_ledger(path)
 
     def record(self, entry: Entry) -> Awaitable[None]:
         """Done when the row is on disk. Never raises: a full disk must not end an answer."""
@@ -2994,6 +3060,7 @@ class Ledger:
         self.thread.shutdown()
         self.commit(self.rows)
         self.database.close()
+        self.lock.close()
 
 
 # ---- Metrics and logs --------------------------------------------------------------------------
@@ -3206,6 +3273,7 @@ class Attempt:
 
     def __init__(self, proxy: Proxy, provider: str, model: str, call: Call) -> None:
         self.transport, self.times = proxy.transport, proxy.config.upstream
+        self.account = call.account
         self.deadline, self.key = call.started + self.times.total, proxy.keys[provider]
         settings, self.request = proxy.config.providers[provider], call.request
         adapter = ADAPTERS[self.request.dialect or settings.adapter](settings, model)
@@ -3262,6 +3330,9 @@ class Attempt:
             asyncio.current_task().uncancel()  # type: ignore[union-attr]
             raise UpstreamError(504, "the vendor stopped in the middle of its answer") from None
         self.waiting_since = None
+        for event in batch:  # before the cut: what the caller does not get is billed, too
+            if isinstance(event, Text | Thinking):
+                self.account.produced += len(event.text.encode())
         return self.cutter.cut(batch) if self.cutter else batch
 
     def watch(self, task: asyncio.Task[Any]) -> None:
@@ -3413,8 +3484,8 @@ class Proxy:
         limits += [usd for key in config.clients.values() for usd in astuple(key.budget) if usd]
         limits += [config.session.budget] if config.session else []
         capped = min(limits, default=UNLIMITED) < UNLIMITED and not config.demo
-        for _, model in named:
-            if capped and model and self.prices.of(model) is None:
+        for provider, model in named:
+            if capped and model and self.prices.of(provider, model) is None:
                 raise ConfigError(f'prices."{model}": {unpriced(model)}')
 
     def list_models(self, client: Client) -> dict[str, Any]:
@@ -3425,13 +3496,14 @@ class Proxy:
             offered = [m for m in built_in_prices() if matches(m, settings.models)]
             names |= dict.fromkeys(filter(None, [*offered, settings.default_model]), provider)
         listed = []
-        for name in filter(lambda name: matches(name, client.models), names):
-            model = next(iter(self.resolve_alias(name)), ("", name))[1]
-            price = self.prices.of(model)
+        for name in names:
+            if not (matches(name, client.models) and matches(name, client.parent_models)):
+                continue
+            provider, model = next(iter(self.resolve_alias(name)), (names[name], name))
+            price = self.prices.of(provider, model)
             usd = {"input": float(price.input), "output": float(price.output)} if price else None
             shape: dict[str, Any] = {"id": name, "object": "model", "type": "model"}
-            size = look_up(CONTEXT_SIZES, model)
-            shape |= {"display_name": name, "max_input_tokens": int(min(size)) if size else None}
+            shape |= {"display_name": name, "max_input_tokens": context_size(model)}
             shape |= {"created": 0, "created_at": "1970-01-01T00:00:00Z"}
             listed.append(shape | {"owned_by": names[name] or "alias", "price": usd})
         ends = {"first_id": listed[0]["id"], "last_id": listed[-1]["id"]} if listed else {}
@@ -3598,7 +3670,8 @@ class Proxy:
         limits, request = call.client.limits, call.request
         # an alias by its name, any other model by its own: "openai/gpt-5" is no o*
         name = request.model if self.resolve_alias(request.model) else targets[0][1]
-        if not matches(name, call.client.models):
+        client = call.client
+        if not (matches(name, client.models) and matches(name, client.parent_models)):
             allowed = f"this caller may use {', '.join(call.client.models)}"
             message = f"model: {allowed}, not {redact(request.model)!r}"
             raise ProxyError(403, "model_not_allowed", message)
@@ -3720,8 +3793,11 @@ class Proxy:
         if not call.caps or self.config.demo:
             return
         request, bounds = call.request, []
-        for _, model in targets:
-            if (price := self.prices.of(model)) is None:
+        if request.hosted:
+            wrong = "has a price that no budget here can hold for"
+            raise BadRequest(f"tools: {request.hosted!r} runs at the vendor and {wrong}")
+        for provider, model in targets:
+            if (price := self.prices.of(provider, model)) is None:
                 raise BadRequest(f"model: {unpriced(model)}")
             bounds.append(cost_bound(price, input_bound(request, model)))
 
@@ -3756,9 +3832,6 @@ class Proxy:
             while True:
                 account.seconds = now() - began
                 account.usage = attempt.adapter.usage
-                for event in batch:
-                    if isinstance(event, Text | Thinking):
-                        account.produced += len(event.text.encode())
                 last = batch[-1] if batch else None
                 if isinstance(last, Failure):
                     yield batch[:-1]
@@ -3837,8 +3910,10 @@ class Proxy:
         account.dropped = attempt.adapter.dropped
         account.bound = input_bound(call.request, model)
         # thinking that is not shown, or only its summary, is billed all the same
-        asked = call.request.thinking and "enable_thinking" not in account.dropped
-        account.hidden = attempt.adapter.reasons or bool(asked)
+        request, native = call.request, call.request.native or {}
+        asked = request.thinking and "enable_thinking" not in account.dropped
+        asked = asked or native.get("thinking") or native.get("reasoning")
+        account.hidden = attempt.adapter.reasons or bool(asked) or not request.stream
         account.billed = True
 
     async def leave(self, call: Call, attempt: Attempt, began: float) -> None:
@@ -3862,7 +3937,7 @@ class Proxy:
         """Add what an attempt that never answered may be billed, all the same."""
         account, request = call.account, call.request
         account.billed = False
-        if error.sent and (price := self.prices.of(model)):
+        if error.sent and (price := self.prices.of(account.provider, model)):
             fixed, each = cost_bound(price, account.bound)
             whole = error.status == 504 or account.hidden
             tokens = output_bound(request.max_tokens, request.n) if whole else 0
@@ -3920,7 +3995,7 @@ class Proxy:
         entry.attempts = account.attempts
         if entry.estimated:  # some vendors write all of it to a cache, at another price
             usage = replace(usage, cache_read_tokens=0, cache_write_tokens=usage.input_tokens)
-        usd = cost(usage, self.prices.of(account.model))
+        usd = cost(usage, self.prices.of(account.provider, account.model))
         entry.cost = None if usd is None else f"{(usd + account.lost).normalize():f}"
 
     async def report(self, call: Call) -> None:
@@ -3943,10 +4018,6 @@ def unpriced(model: str) -> str:
         f"{model} has no price, so no budget can hold for it; the server's owner can add "
         f'[prices."{model}"] with input and output in USD per million tokens, or free = true'
     )
-
-
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def check_media_type(headers: Headers) -> None:
@@ -4556,7 +4627,9 @@ def serve(config: Config, public: bool) -> None:
 
     create_app(config, public=public)  # whatever is wrong is said here: a worker is not heard
     if config.ledger.path and not config.demo:
-        open_ledger(Path(__file__).parent / config.ledger.path).close()
+        path = Path(__file__).parent / config.ledger.path
+        open_ledger(path).close()
+        lock_ledger(path).close()
     server, places = config.server, max(1024, 2 * config.limits.concurrent_total)
     address = check_port(server.host, server.port)
     LOG.info("serving http://%s:%s", f"[{address}]" if ":" in address else server.host, server.port)
@@ -4590,9 +4663,9 @@ def print_check(config: Config, environ: Map[str, str], public: bool) -> int:
     lines += [
         ("template", f"{name}: {template.model}") for name, template in config.templates.items()
     ]
-    budget = asdict(config.budget) | {
-        "client_per_day": config.budget.client_per_day or "0.5 by address"
-    }
+    budget = asdict(config.budget)
+    if config.budget.client_per_day is None:
+        budget["client_per_day"] = "0.5 by address"
     caps = (
         f"{n.replace('_', ' ')} {usd}"
         for n, usd in budget.items()

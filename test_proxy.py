@@ -2274,13 +2274,56 @@ def test_what_a_provider_allows_goes_up(
     natives: Server, upstream: Upstream, key: dict[str, str]
 ) -> None:
     upstream.play(official)
-    search = {"type": "web_search_20250305", "name": "web_search"}
     file = {"type": "document", "source": {"type": "file", "file_id": "file_1"}}
-    messages = [user([file])]
-    body = {"container": "c_1", "tools": [search], "messages": messages}
+    body = {"container": "c_1", "messages": [user([file])]}
     assert ask_native(natives, "messages", key, **body).status_code == 200
     assert {n: upstream.requests[0].json[n] for n in body} == body
     assert ask_native(natives, "chat", key, container="c_1").status_code == 400
+
+
+def test_a_whole_reply_that_is_left_is_charged_all_its_tokens(
+    natives: Server, upstream: Upstream, key: dict[str, str]
+) -> None:
+    """Nothing of it has been seen, but all of it may have been written."""
+    upstream.play([HANG])
+    number = next(IDS)
+    body = native("messages", stream=False, max_tokens=400)
+    with natives.connect("/v1/messages", body, {**key, "X-Request-ID": number}):
+        wait_for(lambda: upstream.requests)
+    row = last_row(natives, number)
+    assert (row["outcome"], row["output_tokens"], row["estimated"]) == ("cancelled", 400, 1)
+
+
+def test_what_runs_at_the_vendor_is_held_back_by_a_budget(
+    natives: Server, upstream: Upstream, key: dict[str, str]
+) -> None:
+    """Allowed, but nobody knows what it will cost."""
+    search = {"type": "web_search_20250305", "name": "web_search"}
+    refused = ask_native(natives, "messages", key, tools=[search])
+    assert (refused.status_code, upstream.requests) == (400, [])
+    assert "no budget here can hold for" in refused.json()["error"]["message"]
+
+
+def test_a_document_is_held_for_as_all_that_the_model_reads() -> None:
+    """Its pages may be a few bytes each."""
+    source = {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0="}
+    raw = {
+        "model": "claude-haiku-4-5",
+        "messages": [user([{"type": "document", "source": source}])],
+    }
+    request = proxy.parse_native(raw, "messages", proxy.Limits(), (), [])
+    assert proxy.input_bound(request, "claude-haiku-4-5") == 200_000
+    assert proxy.input_bound(request, "of-unknown-size") >= 1_000_000
+
+
+@pytest.mark.parametrize("path", ["/api/anthropic", "/v1/messages"])
+def test_a_million_empty_blocks_are_refused_at_once(
+    plain_server: Server, upstream: Upstream, path: str
+) -> None:
+    body = ask([""] * 1_000_000) | {"max_tokens": 5}
+    refused = plain_server.post(path, body)
+    assert (refused.status_code, upstream.requests) == (400, [])
+    assert "blocks are allowed" in refused.text
 
 
 def part(**block: Any) -> dict[str, Any]:
@@ -6544,6 +6587,20 @@ def test_unknown_keys_and_chunks_without_choices_are_skipped_in_chat() -> None:
     assert fed("chat", b"".join(between(odd)(EVENTS["chat"]))) == WHOLE
 
 
+def test_a_message_that_ends_without_figures_has_none_that_are_final() -> None:
+    """Those of its start are of one token."""
+    data = b"".join(EVENTS["messages"])
+    assert fed("messages", data).usage is not None
+    assert fed("messages", re.sub(rb', "usage": \{"output_tokens": \d+\}', b"", data)).usage is None
+
+
+def test_a_running_count_of_chat_is_not_final() -> None:
+    usage = b'"usage":{"prompt_tokens":1,"completion_tokens":1}'
+    adapter = proxy.Chat(proxy.Provider("chat", "http://localhost/v1"), "m")
+    adapter.feed(b'data: {"choices":[{"delta":{"content":"a"}}],' + usage + b"}\n\n")
+    assert not adapter.usage.known
+
+
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_a_huge_event_is_read(dialect: str) -> None:
     text = "x" * 4_000_000
@@ -8873,7 +8930,7 @@ def test_plain_chat_of_a_model_goes_to_openais_own_chat(
 def price(**fields: Any) -> Any:
     """A price as config has it."""
     config = proxy.load_config(None, {}, prices={"x": fields})
-    return proxy.Prices(config.prices).of("x")
+    return proxy.Prices(config.prices).of("", "x")
 
 
 FULL = {"input": 3, "output": 15, "cache_read": 0.3, "cache_write_5m": 3.75, "cache_write_1h": 6}
@@ -8925,8 +8982,25 @@ def test_cost(fields: dict[str, Any], tokens: dict[str, int], usd: str) -> None:
 
 
 def test_the_cost_of_an_unknown_price_is_unknown() -> None:
-    assert proxy.Prices({}).of("a-model-nobody-sells") is None
+    assert proxy.Prices({}).of("", "a-model-nobody-sells") is None
     assert proxy.cost(proxy.Usage(input_tokens=5), None) is None
+
+
+def test_a_price_may_be_of_one_provider_alone() -> None:
+    prices = {"llama*": {"input": 1, "output": 1}, "ollama/*": {"free": True}}
+    table = proxy.Prices(proxy.load_config(None, {}, prices=prices).prices)
+    assert table.of("ollama", "llama-4") == proxy.Price(free=True)
+    assert table.of("groq", "llama-4") == proxy.Price(Decimal(1), Decimal(1))
+
+
+def test_a_free_pattern_that_covers_what_a_vendor_sells_is_refused() -> None:
+    groq = {"adapter": "chat", "base_url": "https://api.groq.com/openai/v1", "key_env": "GROQ"}
+    tables = {
+        "providers.groq": groq | {"models": ["llama-*"]},
+        "prices": {"llama*": {"free": True}},
+    }
+    with pytest.raises(proxy.ConfigError, match="groq free, too"):
+        proxy.load_config(None, {}, **tables)
 
 
 @pytest.mark.parametrize(
@@ -8941,9 +9015,9 @@ def test_the_cost_of_an_unknown_price_is_unknown() -> None:
 )
 def test_a_date_behind_a_name_is_the_same_model(model: str, same_as: str | None) -> None:
     prices = proxy.Prices({})
-    assert prices.of(model) == (prices.of(same_as) if same_as else None)
+    assert prices.of("", model) == (prices.of("", same_as) if same_as else None)
     if same_as:
-        assert prices.of(model) is not None
+        assert prices.of("", model) is not None
 
 
 def test_configured_prices_win_and_the_closest_pattern_counts() -> None:
@@ -8956,12 +9030,12 @@ def test_configured_prices_win_and_the_closest_pattern_counts() -> None:
     config = proxy.load_config(None, {}, prices=table)
     prices = proxy.Prices(config.prices)
     found = [
-        prices.of(model).input
+        prices.of("", model).input
         for model in ("claude-opus-4-6", "claude-haiku-5-5", "claude-haiku-4-5")
     ]
     assert found == [1, 2, 3]
-    assert proxy.cost(proxy.Usage(input_tokens=5), prices.of("llama-4")) == 0
-    assert prices.of("gpt-4o") == proxy.Prices({}).of("gpt-4o")
+    assert proxy.cost(proxy.Usage(input_tokens=5), prices.of("", "llama-4")) == 0
+    assert prices.of("", "gpt-4o") == proxy.Prices({}).of("", "gpt-4o")
 
 
 def public_prices() -> list[Any]:
@@ -8971,13 +9045,14 @@ def public_prices() -> list[Any]:
         missing = pytest.mark.skip(reason=f"there is no {file.name} in ../shared")
         return [pytest.param("", {}, id="none", marks=missing)]
     rows, known = json.loads(file.read_text()), proxy.Prices({})
-    return [pytest.param(model, row, id=model) for model, row in rows.items() if known.of(model)]
+    known_rows = {model: row for model, row in rows.items() if known.of("", model)}
+    return [pytest.param(model, row, id=model) for model, row in known_rows.items()]
 
 
 @pytest.mark.parametrize(("model", "row"), public_prices())
 def test_a_built_in_price_agrees_with_the_public_table(model: str, row: dict[str, Any]) -> None:
     """Also of a date behind a name that is sold at another price than the name."""
-    built_in = proxy.Prices({}).of(model)
+    built_in = proxy.Prices({}).of("", model)
 
     def agrees(ours: Any, theirs: dict[str, Any]) -> None:
         for name in ("input", "output", "cache_read", "cache_write_5m", "cache_write_1h"):
@@ -9001,7 +9076,7 @@ def test_a_built_in_price_agrees_with_the_public_table(model: str, row: dict[str
     [*(name for name in CLAUDES if name != "claude-opus-9"), *GPTS],
 )
 def test_the_models_the_documents_name_have_a_price(model: str) -> None:
-    assert proxy.Prices({}).of(model) is not None
+    assert proxy.Prices({}).of("", model) is not None
 
 
 def every_price() -> list[Any]:
@@ -9254,6 +9329,17 @@ def test_refused_requests_have_a_row_as_well(limited_server: Server, key: dict[s
     assert [row["status"] for row in rows] == [403, 400, 200, 429, 401]
     assert [row["attempts"] for row in rows] == [0, 0, 1, 0, 0]
     assert not any(Decimal(row["cost"] or 0) for row in rows if row["outcome"] == "rejected")
+
+
+def test_two_processes_do_not_share_a_ledger(serve: Serve) -> None:
+    """Each would spend the whole budget."""
+    first = serve()
+    config = str(first.directory / "config.toml")
+    second = run_proxy("--config", config, "--port", str(free_port()))
+    assert second.returncode == 2
+    assert "another process has" in second.stderr and "ledger.path" in second.stderr
+    first.kill()
+    assert "USD" in run_proxy("--config", config, "usage").stdout
 
 
 def test_kill_9_loses_no_row_whose_last_byte_was_sent(serve: Serve) -> None:
