@@ -50,16 +50,17 @@ import signal
 import socket
 import sqlite3
 import sys
+import tempfile
 import threading
 import time
 import tomllib
 import weakref
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from collections.abc import Mapping as Map
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from decimal import Decimal
+from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
@@ -137,14 +138,25 @@ class Server(Table, frozen=True):
 
 
 class Provider(Table, frozen=True):
-    """`allow` names fields, tools and betas of native bodies that would be refused otherwise."""
+    """`allow` names fields, tools and betas of native bodies that would be refused otherwise. At
+    most `max_concurrent` requests of all replicas are at the provider, and `queue_limit` more wait
+    for it in each process."""
 
     adapter: Literal["messages", "responses", "chat"]
     base_url: str
-    key_env: str = ""
+    key_env: str | tuple[str, ...] = ""
     models: tuple[str, ...] = ("*",)
     default_model: str = ""
     allow: tuple[str, ...] = ()
+    max_concurrent: Count | None = None
+    queue_limit: Annotated[int, Meta(ge=0)] = 100
+    queue_timeout: Duration = Duration(10)
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """The names in `key_env`."""
+        names = (self.key_env,) if isinstance(self.key_env, str) else self.key_env
+        return tuple(filter(None, names))
 
 
 class Upstream(Table, frozen=True):
@@ -217,6 +229,19 @@ class CacheTable(Table, frozen=True):
     ttl: Duration = Duration(3600)
     size: Size = Size(64 * 2**20)
     shared: bool = False
+
+
+class RedisTable(Table, frozen=True):
+    """What all replicas share. While it is away, each process has its share of the rates for itself
+    (one of `replicas` times the workers), or serves nobody ("closed"); and the same of budgets."""
+
+    url: str = ""
+    namespace: str = "proxy"
+    replicas: Count = 1
+    limits_when_away: Literal["local", "closed"] = "local"
+    budget_when_away: Literal["local", "closed"] = "closed"
+    lease: Duration = Duration(30)  # of what a process has, from its last sign of life
+    rows: Count = 100_000  # of the ledger that Redis keeps
 
 
 class KeyBudget(Table, frozen=True):
@@ -292,6 +317,7 @@ class Config(Table, frozen=True):
     clients: dict[str, Key] = {}
     jwt: Jwt | None = None
     session: Session | None = None
+    redis: RedisTable = RedisTable()
     templates: dict[str, Template] = {}
     demo: bool = False  # --demo; a config file cannot set it
 
@@ -312,7 +338,9 @@ ENVIRONMENT = {
     "providers.anthropic.default_model": "DEFAULT_ANTHROPIC_MODEL",
     "providers.openai.base_url": "OPENAI_BASE_URL",
     "providers.openai.default_model": "DEFAULT_OPENAI_MODEL",
-    "limits.max_tokens": "MAX_TOKENS_LIMIT", "limits.concurrent_total": "MAX_CONCURRENT_REQUESTS",
+    "limits.max_tokens": "MAX_TOKENS_LIMIT", "redis.url": "REDIS_URL",
+    "providers.anthropic.max_concurrent": "MAX_CONCURRENT_REQUESTS",
+    "providers.openai.max_concurrent": "MAX_CONCURRENT_REQUESTS",
     "budget.webhook_secret": "BUDGET_WEBHOOK_SECRET", "jwt.secret": "JWT_SECRET",
     "session.secret": "SESSION_SECRET", "session.turnstile_secret": "TURNSTILE_SECRET_KEY",
 }  # fmt: skip
@@ -452,7 +480,7 @@ def check_values(config: Config) -> None:
         if not price.free and not price.input and not price.output:
             raise ConfigError(f'prices."{pattern}": set input and output, or free = true')
         for name, provider in config.providers.items():
-            sold = price.free and provider.key_env and not config.demo
+            sold = price.free and provider.variables and not config.demo
             if sold and any(fnmatch.fnmatchcase(model, pattern) for model in provider.models):
                 wanted = f'would make those of {name} free, too; write "PROVIDER/{pattern}"'
                 raise ConfigError(f'prices."{pattern}": {wanted}')
@@ -464,10 +492,19 @@ def check_values(config: Config) -> None:
     if config.ledger.keep < 86400:
         raise ConfigError('ledger.keep: must be at least "1d"; a day\'s budget is read from it')
     check_secrets(config)
+    if not re.fullmatch(r"[\w.:-]+", config.redis.namespace):
+        raise ConfigError("redis.namespace: use letters, digits, and . : _ -")
+    if config.redis.lease < 1:
+        raise ConfigError('redis.lease: must be at least "1s"')
     if config.limits.templates_only and not config.templates:
         raise ConfigError("limits.templates_only: needs a [templates.NAME] block to be asked for")
     for name, template in config.templates.items():
         check_template(f"templates.{name}", template)
+
+
+def is_shared(config: Config) -> bool:
+    """Are there, or may there be, other processes that share limits and budgets with this one?"""
+    return bool(config.redis.url) and not config.demo
 
 
 def signing_secrets(config: Config) -> list[str]:
@@ -538,22 +575,24 @@ def is_loopback(host: str) -> bool:
     return host == "localhost"
 
 
-def vendor_keys(config: Config, environ: Map[str, str]) -> dict[str, str]:
-    """The key of each provider that can be used, "" where it needs none. The two built-in
+def vendor_keys(config: Config, environ: Map[str, str]) -> dict[str, tuple[str, ...]]:
+    """The keys of each provider that can be used, "" where it needs none. The two built-in
     providers may go without as long as one provider is left. Raises ConfigError."""
     if config.demo:
-        return dict.fromkeys(config.providers, "")
+        return dict.fromkeys(config.providers, ("",))
     keys = {}
     for name, provider in config.providers.items():
-        key = environ.get(provider.key_env, "").strip()
-        if not (key.isascii() and key.isprintable()):
-            raise ConfigError(f"{provider.key_env}: holds a character no key has")
-        if key or not provider.key_env:
-            keys[name] = key
-        elif name not in BUILT_IN_PROVIDERS:
-            raise ConfigError(f"providers.{name}.key_env: {provider.key_env} is not set or empty")
+        found = {variable: environ.get(variable, "").strip() for variable in provider.variables}
+        for variable, key in found.items():
+            if not (key.isascii() and key.isprintable()):
+                raise ConfigError(f"{variable}: holds a character no key has")
+        missing = ", ".join(variable for variable, key in found.items() if not key)
+        if missing and (name not in BUILT_IN_PROVIDERS or any(found.values())):
+            raise ConfigError(f"providers.{name}.key_env: {missing} is not set or empty")
+        if not missing:
+            keys[name] = tuple(dict.fromkeys(found.values())) or ("",)
     if not keys:
-        wanted = " or ".join(provider.key_env for provider in config.providers.values())
+        wanted = " or ".join(provider.variables[0] for provider in config.providers.values())
         raise ConfigError(f"no provider has a key: set {wanted}, or try it with --demo")
     return keys
 
@@ -583,7 +622,8 @@ def examine(config: Config, environ: Map[str, str], public: bool) -> list[str]:
          f"{platform} is set, so server.trusted_proxies = {PLATFORMS.get(platform)}"),
         (count_unset and not platform, "server.trusted_proxies: behind a proxy all count as one "
          "client; set it to how many there are in front of this server (0 if none)"),
-        (not config.ledger.persistent and not config.demo, "ledger.path: what was spent may be "
+        (not (config.ledger.persistent or config.redis.url or config.demo),
+         "ledger.path: what was spent may be "
          "forgotten at a restart, and then every budget begins anew; where the disk is kept, set "
          "ledger.path to it and ledger.persistent = true"),
     )  # fmt: skip
@@ -675,14 +715,15 @@ def redact(message: str, known: Iterable[str] = (), length: int = 500) -> str:
 
 class UpstreamError(ProxyError):
     """The vendor failed us. `status` here is the vendor's; `names` are what it calls the error;
-    `sent` says whether it may bill the attempt; `wait` is its retry-after in seconds."""
+    `sent` says whether it may bill the attempt; `wait` is its retry-after in seconds; `moved`
+    that another key of ours may be taken at once."""
 
     def __init__(
         self, status: int, message: str, names: Iterable[str] = (), *, code: str = "",
         wait: float | None = None, advice: str = "", sent: bool = True,
     ) -> None:  # fmt: skip
         shown, known_code = UPSTREAM_CODES.get(status, (502, "upstream_error"))
-        self.sent, self.wait = sent, wait
+        self.sent, self.wait, self.moved = sent, wait, False
         passing = status >= 500 or status in (408, 409, 429)
         self.retryable = passing and advice != "false" and EXHAUSTED.isdisjoint(names)
         if known_code == "upstream_auth":
@@ -1657,75 +1698,10 @@ def read_claim(claims: dict[str, Any], name: str) -> str | None:
     return text if usable else None
 
 
-# ---- Limiter -----------------------------------------------------------------------------------
-# Two token buckets a client: one of requests, one of LLM tokens. It does not know money.
-
-
-class Bucket(Struct):
-    """Holds up to `burst` and refills at `rate` a minute. Only a correction draws it below 0."""
-
-    rate: float
-    burst: float
-    level: float
-    updated: float
-
-    def refill(self, now: float) -> float:
-        self.level = min(self.burst, self.level + (now - self.updated) * self.rate / 60)
-        self.updated = now
-        return self.level
-
-
-class Taken(Struct):
-    """What the buckets hold after a request, or why they refused it and for how many seconds."""
-
-    requests: float
-    tokens: float
-    refused: str = ""
-    wait: float = 0.0
-
-
-class Limiter(Protocol):
-    async def take(self, client: str, limits: Limits, requests: int, tokens: int) -> Taken:
-        """Take from both of the client's buckets, or from neither."""
-
-    async def give_back(self, client: str, limits: Limits, tokens: int) -> None:
-        """Correct an estimate: put `tokens` back, or take more of them when negative."""
-
-
-class MemoryLimiter:
-    """Remembers the clients seen last; one it has forgotten has full buckets again."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock = clock
-        self.buckets: cachetools.LRUCache[str, tuple[Bucket, Bucket]] = cachetools.LRUCache(50_000)
-
-    def of(self, client: str, limits: Limits) -> tuple[Bucket, Bucket]:
-        """The client's requests and its tokens."""
-        now = self.clock()
-        if not (buckets := self.buckets.get(client)):
-            rate, tokens = limits.requests_per_minute, limits.tokens_per_minute
-            requests = Bucket(rate, limits.burst, limits.burst, now)
-            buckets = self.buckets[client] = requests, Bucket(tokens, tokens, tokens, now)
-        for bucket in buckets:
-            bucket.refill(now)
-        return buckets
-
-    async def take(self, client: str, limits: Limits, requests: int, tokens: int) -> Taken:
-        first, second = self.of(client, limits)
-        for kind, bucket, wanted in (("requests", first, requests), ("tokens", second, tokens)):
-            if (lacking := wanted - bucket.level) > 0:
-                return Taken(first.level, second.level, kind, lacking * 60 / bucket.rate)
-        first.level -= requests
-        second.level -= tokens
-        return Taken(first.level, second.level)
-
-    async def give_back(self, client: str, limits: Limits, tokens: int) -> None:
-        self.of(client, limits)[1].level += tokens
-
-
-# ---- Budget ------------------------------------------------------------------------------------
-# Money is set aside before an upstream call and corrected after it, against every cap that applies.
-# What is held counts as spent, so that no number of requests at once can pass a cap.
+# ---- Stores ------------------------------------------------------------------------------------
+# What all workers and replicas must agree on: rates, places, money, answers. One Store has all of
+# it, so that a request asks once before it may cost something and tells once what it came to.
+# MemoryStore serves one process, RedisStore any number of them.
 
 
 class Cap(Struct, frozen=True):
@@ -1770,6 +1746,114 @@ class BudgetExceeded(ProxyError):
         super().__init__(402, "budget_exceeded", message, retry=False)
 
 
+class Ask(Struct):
+    """What a request wants before it may begin: `requests` and `tokens` of the client's rates, one
+    of its places, between `least` and `most` USD of every cap, the answer that the cache may have
+    under `key`, and one of `places` at `provider`. It is asked `again` where another replica was
+    fetching the same answer: then the rates and the place of the client are taken already. Without
+    an `id` it wants nothing but the rates. `rests`
+    names what may be resting, and `row` is the request's should this process die."""
+
+    id: str
+    client: str
+    limits: Limits
+    requests: int = 1
+    tokens: int = 0
+    caps: list[Cap] = []
+    least: Decimal = Decimal(0)
+    most: Decimal = Decimal(0)
+    key: str = ""
+    provider: str = ""
+    places: int = 0
+    again: bool = False
+    rests: list[str] = []
+    row: bytes = b""
+
+
+class Admission(Struct):
+    """What was given: what is left of the client's rates, or the one that is used up (`refused`)
+    and for how many seconds; the USD held; the cached answer, or whether another replica is about
+    to have it (`pending`); whether it has a place at the provider; for how long what is rests.
+    Where a cap was `exceeded`, only the request is taken from the rates."""
+
+    requests: float = 0.0
+    tokens: float = 0.0
+    refused: Literal["", "busy", "concurrent", "requests", "tokens"] = ""
+    wait: float = 0.0
+    held: Decimal = Decimal(0)
+    answer: bytes | None = None
+    pending: bool = False
+    placed: bool = False
+    rests: dict[str, float] = {}
+    exceeded: BudgetExceeded | None = None
+
+
+class Settlement(Struct):
+    """What a request came to: its cost, the tokens it did not use, and the places it leaves. `row`
+    is the ledger's, for all replicas to read, b"" where it has none."""
+
+    id: str
+    client: str
+    limits: Limits
+    unused: int = 0
+    usd: Decimal = Decimal(0)
+    caps: list[Cap] = []
+    key: str = ""
+    providers: list[str] = []
+    row: bytes = b""
+    used: dict[str, int] = {}
+
+
+class Store(Protocol):
+    offset: float  # seconds that the store's clock is ahead of this machine's
+
+    async def admit(self, ask: Ask) -> Admission:
+        """Give a request all that it asks for, or say what it lacks."""
+
+    async def hold(self, id: str, caps: list[Cap], least: Decimal, most: Decimal) -> Decimal:
+        """Set aside `most` USD, or what every cap has left of it, beside what `id` holds, and
+        return how much. Raises BudgetExceeded where that is below `least`."""
+
+    async def settle(self, end: Settlement) -> None:
+        """Put the true cost in the place of what was held, and give the rest back. Once: the
+        second time does nothing."""
+
+    async def spent(self, caps: list[Cap]) -> list[Decimal]:
+        """USD that count against each of the caps, held ones included."""
+
+    def put(self, key: str, answer: bytes) -> None:
+        """Keep a finished answer, for as long as the cache does."""
+
+    async def enter(self, provider: str, places: int, waiting: bool) -> bool:
+        """Take one of a provider's places, if one is free and nobody else waits for it."""
+
+    async def leave(self, provider: str) -> None:
+        """Give a place back."""
+
+    async def freed(self, provider: str) -> None:
+        """Wait until a place may be free: for a second at most, as whoever had it may have died."""
+
+    def rest(self, name: str, seconds: float) -> None:
+        """Let all who ask know that a vendor, or a key of ours, is not to be used for a while."""
+
+    async def once(self, token: str, seconds: float) -> bool:
+        """Is it the first time that a token is shown? `seconds` 0 forgets it."""
+
+
+class Bucket(Struct):
+    """Holds up to `burst` and refills at `rate` a minute. Only a correction draws it below 0."""
+
+    rate: float
+    burst: float
+    level: float
+    updated: float
+
+    def refill(self, now: float) -> float:
+        self.level = min(self.burst, self.level + (now - self.updated) * self.rate / 60)
+        self.updated = now
+        return self.level
+
+
 class Spending(Struct):
     """USD of one scope in one window; `told` says whether its end was told of."""
 
@@ -1778,35 +1862,69 @@ class Spending(Struct):
     told: bool = False
 
 
-class Budget(Protocol):
-    async def hold(self, id: str, caps: list[Cap], least: Decimal, most: Decimal) -> Decimal:
-        """Set aside `most`, or what every cap has left of it, and return how much. Raises
-        BudgetExceeded where that is below `least`. A second hold adds to the first."""
+class MemoryStore:
+    """For one process. Its spending starts from `settled`, what the ledger remembers by scope and
+    window. `tell` hears of each cap once when 80 % of it are spent, and once when it is at its end.
+    Of clients it remembers those seen last; one it has forgotten has full buckets again."""
 
-    async def settle(self, id: str, usd: Decimal) -> None:
-        """Put the true cost in the place of all that `id` holds, once."""
-
-    async def spent(self, caps: list[Cap]) -> list[Decimal]:
-        """USD that count against each of the caps, held ones included."""
-
-
-class MemoryBudget:
-    """Starts from `settled`, what the ledger remembers by scope and window. `tell` hears of each
-    cap once when 80 % of it are spent, and once when it is at its end."""
+    offset = 0.0
 
     def __init__(
-        self, settled: Map[tuple[str, str], Decimal], tell: Callable[[Cap, int], None]
+        self,
+        clock: Callable[[], float],
+        tell: Callable[[Cap, int], None],
+        cache: CacheTable,
+        settled: Map[tuple[str, str], Decimal] = {},
     ) -> None:
-        self.tell, self.holds = tell, dict[str, tuple[list[Cap], Decimal]]()
+        self.clock, self.tell = clock, tell
+        self.buckets: cachetools.LRUCache[str, tuple[Bucket, Bucket]] = cachetools.LRUCache(50_000)
+        self.holds: dict[str, tuple[list[Cap], Decimal]] = {}
         self.windows: dict[str, dict[str, Spending]] = {}
         for (scope, window), usd in settled.items():
             self.windows.setdefault(window, {})[scope] = Spending(usd)
+        self.answers: cachetools.TTLCache[str, bytes] = cachetools.TTLCache(
+            cache.size, cache.ttl, timer=clock, getsizeof=lambda answer: len(answer) + 200
+        )
+        self.taken: dict[str, int] = defaultdict(int)  # places, by provider
+        self.news = asyncio.Event()
+        self.shown: cachetools.TTLCache[str, bool] = cachetools.TTLCache(100_000, 600, timer=clock)
+
+    def rates(self, client: str, limits: Limits) -> tuple[Bucket, Bucket]:
+        """The client's requests and its tokens."""
+        now = self.clock()
+        if not (buckets := self.buckets.get(client)):
+            rate, tokens = limits.requests_per_minute, limits.tokens_per_minute
+            requests = Bucket(rate, limits.burst, limits.burst, now)
+            buckets = self.buckets[client] = requests, Bucket(tokens, tokens, tokens, now)
+        for bucket in buckets:
+            bucket.refill(now)
+        return buckets
 
     def of(self, cap: Cap) -> Spending:
         return self.windows.get(cap.window, {}).get(cap.scope) or Spending()
 
-    async def spent(self, caps: list[Cap]) -> list[Decimal]:
-        return [self.of(cap).settled + self.of(cap).held for cap in caps]
+    async def admit(self, ask: Ask) -> Admission:
+        requests, tokens = self.rates(ask.client, ask.limits)
+        lacking = ask.requests - requests.level, ask.tokens - tokens.level
+        for kind, bucket, lack in zip(
+            ("requests", "tokens"), (requests, tokens), lacking, strict=True
+        ):
+            if lack > 0:
+                wait = lack * 60 / bucket.rate
+                return Admission(requests.level, tokens.level, kind, wait)  # type: ignore[arg-type]
+        requests.level -= ask.requests
+        given = Admission(requests.level, tokens.level - ask.tokens)
+        given.answer = self.answers.get(ask.key)
+        if given.answer is None:
+            if ask.caps:
+                try:
+                    given.held = await self.hold(ask.id, ask.caps, ask.least, ask.most)
+                except BudgetExceeded as exceeded:
+                    given.exceeded, given.tokens = exceeded, tokens.level
+                    return given
+            given.placed = ask.places > 0 and await self.enter(ask.provider, ask.places, False)
+        tokens.level -= ask.tokens
+        return given
 
     async def hold(self, id: str, caps: list[Cap], least: Decimal, most: Decimal) -> Decimal:
         left = [cap.limit - self.of(cap).settled - self.of(cap).held for cap in caps]
@@ -1815,7 +1933,7 @@ class MemoryBudget:
             tightest = caps[left.index(min(left))]
             spending = self.of(tightest)
             nearly = 0 < tightest.limit * Decimal("0.8") <= spending.settled
-            if nearly and not spending.told:
+            if nearly and not spending.told:  # what is left is too little for what is asked
                 spending.told = True
                 self.tell(tightest, 100)
             raise BudgetExceeded(tightest, granted)
@@ -1829,11 +1947,12 @@ class MemoryBudget:
                 del self.windows[past]
         return granted
 
-    async def settle(self, id: str, usd: Decimal) -> None:
-        caps, held = self.holds.pop(id, ([], Decimal(0)))
+    async def settle(self, end: Settlement) -> None:
+        self.rates(end.client, end.limits)[1].level += end.unused
+        caps, held = self.holds.pop(end.id, ([], Decimal(0)))
         for cap in caps:
             spending = self.of(cap)
-            before, spending.settled = spending.settled, spending.settled + usd
+            before, spending.settled = spending.settled, spending.settled + end.usd
             spending.held -= held
             for percent in (80, 100):
                 if before < cap.limit * percent / 100 <= spending.settled and not spending.told:
@@ -1841,6 +1960,705 @@ class MemoryBudget:
                     self.tell(cap, percent)
             if not (spending.settled or spending.held):  # what costs nothing is not remembered
                 self.windows.get(cap.window, {}).pop(cap.scope, None)
+        for provider in end.providers:
+            await self.leave(provider)
+
+    async def spent(self, caps: list[Cap]) -> list[Decimal]:
+        return [self.of(cap).settled + self.of(cap).held for cap in caps]
+
+    def put(self, key: str, answer: bytes) -> None:
+        with contextlib.suppress(ValueError):  # larger than the whole cache
+            self.answers[key] = answer
+
+    async def enter(self, provider: str, places: int, waiting: bool) -> bool:
+        free = self.taken[provider] < places
+        self.taken[provider] += free
+        return free
+
+    async def leave(self, provider: str) -> None:
+        self.taken[provider] -= 1
+        self.news.set()
+        self.news = asyncio.Event()
+
+    async def freed(self, provider: str) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                await self.news.wait()
+
+    def rest(self, name: str, seconds: float) -> None:
+        """Nobody else needs to know."""
+
+    async def once(self, token: str, seconds: float) -> bool:
+        first = token not in self.shown
+        if seconds:
+            self.shown[token] = True
+        else:
+            self.shown.pop(token, None)
+        return first
+
+
+# Each runs as one step in Redis, by Redis's clock. All keys begin with KEYS[1], whose hash tag puts
+# them in one slot of a Cluster. What a process has (places, holds, locks) is worth something only
+# while the process shows signs of life, so that nothing is left of one that was killed. Money is in
+# billionths of a USD: whole numbers, which stay exact.
+SCRIPTS = {
+    "": """
+local p, time = KEYS[1], redis.call('TIME')
+local now = time[1] + time[2] / 1000000
+local clock = string.format('%.6f', now)
+local function num(value) return tonumber(value) or 0 end
+local function alive(process)
+  return now < num(redis.call('ZSCORE', p .. 'processes', process))
+end
+local function count(key)
+  local sum, fields = 0, redis.call('HGETALL', key)
+  for i = 1, #fields, 2 do
+    if alive(fields[i]) then sum = sum + fields[i + 1]
+    else redis.call('HDEL', key, fields[i]) end
+  end
+  return sum
+end
+local function take(key, process)
+  redis.call('HINCRBY', key, process, 1)
+  redis.call('EXPIRE', key, 86400)
+end
+local function leave(key, process)
+  local has = num(redis.call('HGET', key, process))
+  if has > 1 then redis.call('HINCRBY', key, process, -1)
+  elseif has == 1 then redis.call('HDEL', key, process) end
+end
+local function enter(provider, places, process, waiting)
+  local wanted = p .. 'wanted:' .. provider
+  if count(p .. 'places:' .. provider) < places and
+     (waiting or redis.call('EXISTS', wanted) == 0) then
+    take(p .. 'places:' .. provider, process)
+    return 1
+  end
+  if waiting then redis.call('SET', wanted, 1, 'PX', 1500) end
+  return 0
+end
+local function free(provider, process)
+  leave(p .. 'places:' .. provider, process)
+  if redis.call('EXISTS', p .. 'wanted:' .. provider) == 1 then
+    redis.call('LPUSH', p .. 'freed:' .. provider, 1)
+    redis.call('LTRIM', p .. 'freed:' .. provider, 0, 999)
+    redis.call('PEXPIRE', p .. 'freed:' .. provider, 2000)
+  end
+end
+local function charge(cap, settled, held)
+  local key = p .. 'money:' .. cap.name
+  local sum = redis.call('HINCRBY', key, 'settled', settled)
+  redis.call('HINCRBY', key, 'held', held)
+  redis.call('EXPIRE', key, cap.ttl)
+  return sum
+end
+local function hold(ask)
+  local granted, least, tightest = ask.most, nil, 0
+  for i, cap in ipairs(ask.caps) do
+    local spent = redis.call('HMGET', p .. 'money:' .. cap.name, 'settled', 'held')
+    local left = cap.limit - num(spent[1]) - num(spent[2])
+    if not least or left < least then least, tightest = left, i end
+    granted = math.min(granted, math.max(left, 0))
+  end
+  if granted < ask.least then
+    local cap = ask.caps[tightest]
+    local key = p .. 'money:' .. cap.name
+    local tell = cap.limit > 0 and num(redis.call('HGET', key, 'settled')) >= cap.limit * 0.8 and
+      redis.call('HSETNX', key, 'told', 1) == 1
+    return {exceeded = tightest, left = granted, tell = tell}
+  end
+  local open = p .. 'open:' .. ask.id
+  for _, cap in ipairs(ask.caps) do charge(cap, 0, granted) end
+  redis.call('HINCRBY', open, 'held', granted)
+  redis.call('HSET', open, 'caps', cjson.encode(ask.caps))
+  return {held = granted}
+end
+local function append(row, seconds)
+  redis.call('XADD', p .. 'rows', 'MAXLEN', '~', ROWS, '*', 'row', row)
+  redis.call('EXPIRE', p .. 'rows', seconds)
+end
+""",
+    "admit": """
+local ask, given = cjson.decode(ARGV[1]), {rests = {}}
+local rate, live = p .. 'rate:' .. ask.client, p .. 'live:' .. ask.client
+local level = redis.call('HMGET', rate, 'requests', 'tokens', 'time')
+local minutes = math.max(0, now - (tonumber(level[3]) or now)) / 60
+local requests = math.min(ask.burst, (tonumber(level[1]) or ask.burst) + minutes * ask.rate)
+local tokens = math.min(ask.tpm, (tonumber(level[2]) or ask.tpm) + minutes * ask.tpm)
+given.requests, given.tokens = requests, tokens
+if not ask.again then
+  if count(p .. 'live') >= ask.total then given.refused = 'busy'
+  elseif count(live) >= ask.concurrent then given.refused = 'concurrent'
+  elseif requests < ask.requests then
+    given.refused, given.wait = 'requests', (ask.requests - requests) * 60 / ask.rate
+  elseif tokens < ask.tokens then
+    given.refused, given.wait = 'tokens', (ask.tokens - tokens) * 60 / ask.tpm
+  end
+  if given.refused then return {cjson.encode(given)} end
+  requests = requests - ask.requests
+end
+local function save()
+  given.requests, given.tokens = requests, tokens
+  redis.call('HSET', rate, 'requests', requests, 'tokens', tokens, 'time', clock)
+  local full = math.max((ask.burst - requests) / ask.rate, (ask.tpm - tokens) / ask.tpm)
+  redis.call('EXPIRE', rate, math.ceil(full * 60) + 60)
+end
+local open, lock, answer = p .. 'open:' .. ask.id, p .. 'lock:' .. ask.key, false
+if ask.key ~= '' then
+  answer = redis.call('GET', p .. 'answer:' .. ask.key)
+  local leader = redis.call('GET', lock)
+  given.pending = not answer and leader and alive(string.match(leader, '%S+')) or false
+end
+if not answer and not given.pending then
+  local held = #ask.caps > 0 and hold(ask) or {}
+  for name, value in pairs(held) do given[name] = value end
+  if given.exceeded then
+    if not ask.again then save() end
+    return {cjson.encode(given)}
+  end
+  if ask.key ~= '' then
+    redis.call('SET', lock, ask.process .. ' ' .. ask.id, 'EX', 3600)
+  end
+  if ask.places > 0 then
+    given.placed = enter(ask.provider, ask.places, ask.process, false) == 1
+  end
+end
+if not ask.again then
+  tokens = tokens - ask.tokens
+  save()
+end
+if ask.id == '' then return {cjson.encode(given)} end
+if not ask.again then
+  take(p .. 'live', ask.process)
+  take(live, ask.process)
+end
+redis.call('HSET', open, 'state', 'open', 'process', ask.process, 'row', ARGV[2])
+redis.call('EXPIRE', open, 86400)
+redis.call('SADD', p .. 'opens:' .. ask.process, ask.id)
+redis.call('EXPIRE', p .. 'opens:' .. ask.process, 86400)
+for _, name in ipairs(ask.rests) do
+  local left = redis.call('PTTL', p .. 'rest:' .. name)
+  if left > 0 then given.rests[name] = left / 1000 end
+end
+return {cjson.encode(given), answer}
+""",
+    "hold": """
+return cjson.encode(hold(cjson.decode(ARGV[1])))
+""",
+    # A request that began while Redis was away has no state; what it cost counts all the same. One
+    # whose process seemed dead was charged all that it held, and is corrected.
+    "settle": """
+local done, told = cjson.decode(ARGV[1]), {}
+local open = p .. 'open:' .. done.id
+local saved = redis.call('HMGET', open, 'state', 'held', 'caps', 'process')
+local state, held, caps = saved[1], num(saved[2]), saved[3] and cjson.decode(saved[3]) or done.caps
+if state == 'settled' then return '[]' end
+if held == 0 and done.usd == 0 then caps = {} end
+for i, cap in ipairs(caps) do
+  local change, off = done.usd, -held
+  if state == 'swept' then change, off = done.usd - held, 0 end
+  local sum = charge(cap, change, off)
+  for _, percent in ipairs({80, 100}) do
+    local mark, key = cap.limit * percent / 100, p .. 'money:' .. cap.name
+    if sum - change < mark and mark <= sum and redis.call('HEXISTS', key, 'told') == 0 then
+      if percent == 100 then redis.call('HSET', key, 'told', 1) end
+      told[#told + 1] = {i, percent}
+    end
+  end
+end
+if state == 'open' then
+  leave(p .. 'live', saved[4])
+  leave(p .. 'live:' .. done.client, saved[4])
+  for _, provider in ipairs(done.providers) do free(provider, saved[4]) end
+  local lock = p .. 'lock:' .. done.key
+  if redis.call('GET', lock) == saved[4] .. ' ' .. done.id then redis.call('DEL', lock) end
+  redis.call('SREM', p .. 'opens:' .. saved[4], done.id)
+end
+local rate = p .. 'rate:' .. done.client
+if state and done.unused ~= 0 then
+  if redis.call('HEXISTS', rate, 'tokens') == 1 then
+    redis.call('HINCRBYFLOAT', rate, 'tokens', done.unused)
+  elseif done.unused < 0 then
+    redis.call('HSET', rate, 'tokens', done.tpm + done.unused, 'time', clock)
+    redis.call('EXPIRE', rate, 3600)
+  end
+end
+if ARGV[2] ~= '' then
+  append(ARGV[2], done.keep)
+  local used = p .. 'used:' .. done.day .. ':' .. done.client
+  for name, value in pairs(done.used) do redis.call('HINCRBY', used, name, value) end
+  redis.call('EXPIRE', used, 2 * 86400)
+end
+redis.call('DEL', open)
+redis.call('HSET', open, 'state', 'settled')
+redis.call('EXPIRE', open, 3600)
+return cjson.encode(told)
+""",
+    "spent": """
+local sums = {}
+for i, name in ipairs(cjson.decode(ARGV[1])) do
+  local spent = redis.call('HMGET', p .. 'money:' .. name, 'settled', 'held')
+  sums[i] = string.format('%.0f', num(spent[1]) + num(spent[2]))
+end
+return sums
+""",
+    # The cache is bounded here, because what Redis would evict by itself could be money.
+    "put": """
+local key, ttl, size = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local index, bytes = p .. 'answers', p .. 'answers:bytes'
+local function drop(member)
+  redis.call('ZREM', index, member)
+  redis.call('DEL', p .. 'answer:' .. string.match(member, ' (.+)'))
+  redis.call('DECRBY', bytes, string.match(member, '%d+'))
+end
+redis.call('DEL', p .. 'lock:' .. key)
+if #ARGV[4] + 200 > size then return 0 end
+for _, member in ipairs(redis.call('ZRANGEBYSCORE', index, '-inf', now - ttl)) do drop(member) end
+local old = redis.call('STRLEN', p .. 'answer:' .. key)
+if old > 0 then drop((old + 200) .. ' ' .. key) end
+redis.call('SET', p .. 'answer:' .. key, ARGV[4], 'PX', math.ceil(ttl * 1000))
+redis.call('ZADD', index, now, (#ARGV[4] + 200) .. ' ' .. key)
+while redis.call('INCRBY', bytes, 0) + #ARGV[4] + 200 > size do
+  drop(redis.call('ZRANGE', index, 0, 0)[1])
+end
+redis.call('INCRBY', bytes, #ARGV[4] + 200)
+redis.call('EXPIRE', index, math.ceil(ttl))
+redis.call('EXPIRE', bytes, math.ceil(ttl))
+return 1
+""",
+    "enter": "return enter(ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4] == '1')",
+    "leave": "free(ARGV[1], ARGV[2])",
+    "rest": "redis.call('SET', p .. 'rest:' .. ARGV[1], 1, 'PX', ARGV[2])",
+    "once": """
+local key = p .. 'shown:' .. ARGV[1]
+if ARGV[2] == '0' then return redis.call('DEL', key) end
+return redis.call('SET', key, 1, 'NX', 'PX', ARGV[2]) and 1 or 0
+""",
+    "used": "return redis.call('HGETALL', p .. 'used:' .. ARGV[1])",
+    # A sign of life; and the requests of a process that gave none may have cost all that they held.
+    "beat": """
+redis.call('ZADD', p .. 'processes', now + ARGV[2], ARGV[1])
+redis.call('EXPIRE', p .. 'processes', 86400)
+for _, process in ipairs(redis.call('ZRANGEBYSCORE', p .. 'processes', '-inf', now)) do
+  for _, id in ipairs(redis.call('SMEMBERS', p .. 'opens:' .. process)) do
+    local open = p .. 'open:' .. id
+    local saved = redis.call('HMGET', open, 'held', 'caps', 'row', 'state')
+    if saved[4] == 'open' then
+      local held, caps = num(saved[1]), saved[2] and cjson.decode(saved[2]) or {}
+      for _, cap in ipairs(caps) do charge(cap, held, -held) end
+      if saved[3] ~= '' then
+        local row = cjson.decode(saved[3])
+        row.cost = string.format('%.9f', held / 1000000000)
+        append(cjson.encode(row), ARGV[3])
+      end
+      redis.call('HSET', open, 'state', 'swept')
+    end
+  end
+  redis.call('DEL', p .. 'opens:' .. process)
+  redis.call('ZREM', p .. 'processes', process)
+end
+return {time[1], time[2]}
+""",
+}
+
+
+class StoreAway(ProxyError):
+    """Redis has not answered: what needs it is refused, or does without it."""
+
+    def __init__(self, message: str = "what all replicas share cannot be reached") -> None:
+        super().__init__(503, "store_unavailable", f"{message}; try again", after=2)
+
+
+class Link:
+    """This process's way to Redis. Scripts that are asked for in the same moment go in one pipeline
+    and come back in one round trip. While Redis is away nobody waits for it: `up` is False until a
+    sign of life has got through."""
+
+    patience = 0.2  # seconds, for an answer
+    up = False
+    sender: asyncio.Task[None] | None = None
+
+    def __init__(self, table: RedisTable) -> None:
+        self.redis, self.prefix = connect_redis(table.url), f"{{{table.namespace}}}:"
+        head = SCRIPTS[""].replace("ROWS", str(table.rows))
+        self.scripts = {name: head + body for name, body in SCRIPTS.items() if name}
+        self.shas = {n: hashlib.sha1(text.encode()).hexdigest() for n, text in self.scripts.items()}
+        self.queue: list[tuple[str, tuple[Any, ...], asyncio.Future[Any]]] = []
+        self.unanswered: set[asyncio.Future[Any]] = set()
+
+    async def run(self, script: str, *args: Any) -> Any:
+        """What the script returns. Raises StoreAway, after `patience` at the latest."""
+        if not self.up:
+            raise StoreAway
+        loop = asyncio.get_running_loop()
+        answer = loop.create_future()
+        self.queue.append((script, args, answer))
+        self.unanswered.add(answer)
+        if self.sender is None:
+            self.sender = asyncio.create_task(self.send())
+        timer = loop.call_later(self.patience, self.give_up, answer, loop.time() + self.patience)
+        try:
+            return await answer
+        finally:
+            timer.cancel()
+            self.unanswered.discard(answer)
+
+    async def send(self) -> None:
+        try:
+            while self.queue:
+                batch, self.queue = self.queue, []
+                pipeline = self.redis.pipeline(transaction=False)
+                for script, args, _ in batch:
+                    pipeline.evalsha(self.shas[script], 1, self.prefix, *args)
+                replies = await pipeline.execute(raise_on_error=False)
+                for (script, _, answer), reply in zip(batch, replies, strict=True):
+                    if isinstance(reply, Exception):
+                        LOG.error("redis: %s failed (%s)", script, redact(str(reply)))
+                        reply = StoreAway("what all replicas share cannot be changed")
+                    if not answer.done():  # else whoever asked has left
+                        fail = isinstance(reply, StoreAway)
+                        (answer.set_exception if fail else answer.set_result)(reply)
+        except Exception as error:
+            self.fall(redact(repr(error)))
+        finally:
+            self.sender = None
+
+    def give_up(self, answer: asyncio.Future[Any], due: float) -> None:
+        """Time is up, but not where it is this process that was too busy to read the answer."""
+        loop = asyncio.get_running_loop()
+        late = loop.time() - due > 0.01
+        if late and not answer.done():
+            loop.call_later(0.03, self.give_up, answer, loop.time() + 0.03)
+        elif not answer.done():
+            self.fall(f"no answer within {self.patience:g} s")
+
+    def fall(self, reason: str) -> None:
+        """Nobody waits any longer, and nobody new until Redis is back."""
+        if self.up:
+            LOG.error("redis is away: %s", reason)
+        self.up, self.queue = False, []
+        if self.sender and self.sender is not asyncio.current_task():
+            self.sender.cancel()
+        for answer in self.unanswered:
+            if not answer.done():
+                answer.set_exception(StoreAway())
+
+
+def connect_redis(url: str) -> Any:
+    """A client that asks once: whoever waits would rather know. Raises ConfigError."""
+    try:
+        redis = importlib.import_module("redis.asyncio")
+    except ImportError:
+        fix = "pip install redis, or uv run --with redis proxy.py"
+        raise ConfigError(f"redis.url: needs a package more: {fix}") from None
+    from redis.asyncio.retry import Retry
+    from redis.backoff import NoBackoff
+
+    try:
+        times = {"socket_connect_timeout": 2, "socket_timeout": 5}
+        return redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), protocol=2, **times)
+    except ValueError as error:
+        raise ConfigError(f"redis.url: {error}") from None
+
+
+EVICTS = (
+    "its maxmemory-policy may evict what was spent, so budgets are closed; set it to noeviction"
+)
+
+
+def check_redis(table: RedisTable, capped: bool) -> None:
+    """Say at the start what every request would suffer from. Raises ConfigError."""
+
+    async def memory() -> dict[str, Any]:
+        redis = connect_redis(table.url)
+        try:
+            async with asyncio.timeout(3):
+                return dict(await redis.info("memory"))
+        finally:
+            await redis.aclose()
+
+    try:
+        policy = asyncio.run(memory()).get("maxmemory_policy", "noeviction")
+    except Exception as error:
+        LOG.warning("redis.url: cannot be reached now (%s)", redact(repr(error)))
+        return
+    if capped and policy != "noeviction":
+        raise ConfigError(f"redis.url: {EVICTS}")
+
+
+def billionths(usd: Decimal) -> int:
+    return int((usd * 10**9).to_integral_value(ROUND_CEILING))
+
+
+class RedisStore:
+    """For any number of processes. While Redis is away, each has its share of the rates by itself
+    and, only where the config says so, of the budgets; what was settled meanwhile is put off into
+    the ledger, and told to Redis when it is back."""
+
+    offset = 0.0
+
+    def __init__(self, config: Config, tell: Callable[[Cap, int], None], ledger: Ledger) -> None:
+        self.table, self.cache, self.keep = config.redis, config.cache, int(config.ledger.keep)
+        self.tell, self.ledger, self.link = tell, ledger, Link(config.redis)
+        self.share = config.redis.replicas * config.server.workers
+        self.local = MemoryStore(time.monotonic, tell, config.cache)
+        self.alone: set[str] = set()  # requests that were admitted without Redis
+        self.process, self.tasks = secrets.token_hex(8), set[asyncio.Task[Any]]()
+        self.evicts, self.closed = False, config.redis.budget_when_away == "closed"
+
+    async def open(self) -> None:
+        await self.beat()
+        self.post(self.live())
+
+    def post(self, work: Awaitable[Any]) -> None:
+        """Do it beside whatever is done now. What Redis misses of it, it does without."""
+
+        async def quietly() -> None:
+            with contextlib.suppress(StoreAway):
+                await work
+
+        task = asyncio.create_task(quietly())
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def live(self) -> None:
+        """Show signs of life, and deliver what was put off, until cancelled."""
+        while True:
+            await asyncio.sleep(min(1, self.table.lease / 4) if self.link.up else 0.25)
+            await self.beat()
+            try:
+                while self.link.up and (due := await self.ledger.due()):
+                    for _, message, row in due:
+                        await self.link.run("settle", message, row)
+                    await self.ledger.delivered(id for id, _, _ in due)
+            except StoreAway:
+                continue
+
+    async def beat(self) -> None:
+        link = self.link
+        try:
+            async with asyncio.timeout(2):
+                if not link.up:
+                    for text in link.scripts.values():
+                        await link.redis.script_load(text)
+                pipeline = link.redis.pipeline(transaction=False)
+                life = (self.process, self.table.lease, self.keep)
+                pipeline.evalsha(link.shas["beat"], 1, link.prefix, *life)
+                pipeline.info("memory")
+                (seconds, micros), memory = await pipeline.execute()
+        except Exception as error:
+            link.fall(redact(repr(error)))
+            return
+        self.offset = int(seconds) + int(micros) / 1e6 - time.time()
+        evicts = memory.get("maxmemory_policy", "noeviction") != "noeviction"
+        if evicts and not self.evicts:
+            LOG.error("redis: %s", EVICTS)
+        if not link.up:
+            LOG.info("redis is there")
+        link.up, self.evicts = True, evicts
+
+    async def close(self) -> None:
+        """Leave nothing for others to wait for."""
+        with contextlib.suppress(Exception):
+            await self.link.run("beat", self.process, 0, self.keep)
+        for task in self.tasks:
+            task.cancel()
+        await self.link.redis.aclose()
+
+    def serving(self) -> bool:
+        """Is nobody refused for want of Redis?"""
+        return self.link.up or not (self.closed or self.table.limits_when_away == "closed")
+
+    def caps(self, caps: Iterable[Cap]) -> list[dict[str, Any]]:
+        return [
+            {"name": f"{cap.window}:{sha256(cap.scope)[:32]}", "limit": billionths(cap.limit),
+             "ttl": (3 if len(cap.window) == 10 else 40) * 86400}
+            for cap in caps
+        ]  # fmt: skip
+
+    async def admit(self, ask: Ask) -> Admission:
+        limits = ask.limits
+        wanted = {
+            "id": ask.id, "process": self.process, "client": sha256(ask.client)[:32],
+            "requests": ask.requests, "tokens": ask.tokens, "rate": limits.requests_per_minute,
+            "burst": limits.burst, "tpm": limits.tokens_per_minute,
+            "concurrent": limits.concurrent, "total": limits.concurrent_total,
+            "caps": self.caps(ask.caps), "least": billionths(ask.least),
+            "most": billionths(ask.most), "key": ask.key, "provider": ask.provider,
+            "places": ask.places, "again": ask.again, "rests": ask.rests,
+        }  # fmt: skip
+        try:
+            if self.evicts and ask.caps:
+                raise StoreAway(EVICTS)
+            said, *answer = await self.link.run("admit", msgspec.json.encode(wanted), ask.row)
+        except StoreAway:
+            if self.table.limits_when_away == "closed" or (ask.caps and self.closed):
+                raise
+            self.alone.add(ask.id)
+            few: dict[str, Any] = {"requests_per_minute": limits.requests_per_minute / self.share}
+            few |= {"burst": max(1, limits.burst // self.share)}
+            few |= {"tokens_per_minute": max(1, limits.tokens_per_minute // self.share)}
+            places, caps = self.places(ask.places), self.shares(ask.caps)
+            return await self.local.admit(
+                replace(ask, limits=replace(limits, **few), places=places, caps=caps)
+            )
+        given = msgspec.json.decode(said)
+        return Admission(
+            given["requests"], given["tokens"], given.get("refused", ""), given.get("wait", 0.0),
+            Decimal(given.get("held", 0)).scaleb(-9), answer[0] if answer else None,
+            given.get("pending", False), given.get("placed", False), given["rests"],
+            self.exceeded(given, ask.caps),
+        )  # fmt: skip
+
+    def exceeded(self, given: dict[str, Any], caps: list[Cap]) -> BudgetExceeded | None:
+        if not (position := given.get("exceeded")):
+            return None
+        if given.get("tell"):
+            self.tell(caps[position - 1], 100)
+        return BudgetExceeded(caps[position - 1], Decimal(given["left"]).scaleb(-9))
+
+    def shares(self, caps: list[Cap]) -> list[Cap]:
+        return [replace(cap, limit=cap.limit / self.share) for cap in caps]
+
+    def places(self, places: int) -> int:
+        return max(1, places // self.share) if places else 0
+
+    async def hold(self, id: str, caps: list[Cap], least: Decimal, most: Decimal) -> Decimal:
+        if id in self.alone:
+            return await self.local.hold(id, self.shares(caps), least, most)
+        wanted: dict[str, Any] = {"id": id, "caps": self.caps(caps)}
+        wanted |= {"least": billionths(least), "most": billionths(most)}
+        given = msgspec.json.decode(await self.link.run("hold", msgspec.json.encode(wanted)))
+        if exceeded := self.exceeded(given, caps):
+            raise exceeded
+        return Decimal(given["held"]).scaleb(-9)
+
+    async def settle(self, end: Settlement) -> None:
+        alone = end.id in self.alone
+        if alone:
+            self.alone.discard(end.id)
+            await self.local.settle(end)
+        there = [] if alone else [p for p in end.providers if not await self.left_alone(p)]
+        message = msgspec.json.encode({
+            "id": end.id, "client": sha256(end.client)[:32], "tpm": end.limits.tokens_per_minute,
+            "unused": 0 if alone else end.unused, "usd": billionths(end.usd),
+            "caps": self.caps(end.caps), "key": end.key, "providers": there, "used": end.used,
+            "day": self.today(), "keep": self.keep,
+        })  # fmt: skip
+        try:
+            told = await self.link.run("settle", message, end.row)
+        except StoreAway:
+            return await self.ledger.put_off(end.id, message, end.row)
+        for position, percent in msgspec.json.decode(told):
+            self.tell(end.caps[position - 1], percent)
+
+    async def spent(self, caps: list[Cap]) -> list[Decimal]:
+        names = msgspec.json.encode([cap["name"] for cap in self.caps(caps)])
+        return [Decimal(int(usd)).scaleb(-9) for usd in await self.link.run("spent", names)]
+
+    def put(self, key: str, answer: bytes) -> None:
+        self.post(self.link.run("put", key, float(self.cache.ttl), int(self.cache.size), answer))
+
+    async def enter(self, provider: str, places: int, waiting: bool) -> bool:
+        try:
+            taken = await self.link.run("enter", provider, places, self.process, int(waiting))
+        except StoreAway:
+            return await self.local.enter(provider, self.places(places), waiting)
+        return bool(taken)
+
+    async def leave(self, provider: str) -> None:
+        if not await self.left_alone(provider):
+            self.post(self.link.run("leave", provider, self.process))
+
+    async def left_alone(self, provider: str) -> bool:
+        """Give a place back that was taken while Redis was away, if there is one."""
+        if taken := self.local.taken[provider] > 0:
+            await self.local.leave(provider)
+        return taken
+
+    async def freed(self, provider: str) -> None:
+        try:
+            await self.link.redis.blpop(f"{self.link.prefix}freed:{provider}", timeout=1)
+        except Exception:  # whatever it is, the next one who asks hears of it
+            await self.local.freed(provider)
+
+    def rest(self, name: str, seconds: float) -> None:
+        self.post(self.link.run("rest", name, int(seconds * 1000)))
+
+    async def once(self, token: str, seconds: float) -> bool:
+        return bool(await self.link.run("once", sha256(token), int(seconds * 1000)))
+
+    async def used(self, client: str) -> Totals:
+        """What a client has used today, at all replicas."""
+        fields = await self.link.run("used", f"{self.today()}:{sha256(client)[:32]}")
+        used = {fields[i].decode(): int(fields[i + 1]) for i in range(0, len(fields), 2)}
+        cost = Decimal(used.pop("cost", 0)).scaleb(-9)
+        return Totals(**used, cost=cost)  # type: ignore[arg-type]
+
+    def today(self) -> str:
+        return time.strftime("%Y-%m-%d", time.gmtime(time.time() + self.offset))
+
+
+class Line:
+    """Those who wait for a place at a provider. Clients take turns, so that one with a hundred
+    requests waits behind itself and not in front of the others."""
+
+    def __init__(self, store: Store, name: str, provider: Provider) -> None:
+        self.store, self.name = store, name
+        self.places, self.limit = provider.max_concurrent or 0, provider.queue_limit
+        self.turns: dict[str, deque[asyncio.Future[None]]] = {}
+        self.calling: asyncio.Task[None] | None = None
+
+    async def enter(self, client: str, patience: float) -> None:
+        """Raises 503 where too many wait, or it takes too long."""
+        if not self.turns and await self.store.enter(self.name, self.places, False):
+            return
+        if sum(map(len, self.turns.values())) >= self.limit:
+            raise ProxyError(503, "busy", f"too many are waiting for {self.name}", after=5)
+        turn = asyncio.get_running_loop().create_future()
+        self.turns.setdefault(client, deque()).append(turn)
+        if self.calling is None:
+            self.calling = asyncio.create_task(self.call())
+        try:
+            async with asyncio.timeout(patience):
+                await turn
+        except BaseException as error:
+            if turn.done() and not turn.cancelled():  # its turn came in the very moment it left
+                await self.store.leave(self.name)
+            if not isinstance(error, TimeoutError):
+                raise
+            message = f"no place at {self.name} came free within {patience:.0f} s"
+            raise ProxyError(503, "busy", message, after=5) from None
+        finally:
+            with contextlib.suppress(KeyError, ValueError):  # where it was called, it is in no line
+                self.turns[client].remove(turn)
+                if not self.turns[client]:
+                    del self.turns[client]
+
+    async def call(self) -> None:
+        """Give places to those who wait, as they come free."""
+        try:
+            while self.turns:
+                if not await self.store.enter(self.name, self.places, True):
+                    await self.store.freed(self.name)
+                elif turn := self.next():
+                    turn.set_result(None)
+                else:  # they have all left meanwhile
+                    await self.store.leave(self.name)
+        finally:
+            self.calling = None
+
+    def next(self) -> asyncio.Future[None] | None:
+        """Whose turn it is. The client stands behind all the others then."""
+        while self.turns:
+            client = next(iter(self.turns))
+            turns = self.turns.pop(client)
+            turn = turns.popleft()
+            if turns:
+                self.turns[client] = turns
+            if not turn.done():
+                return turn
+        return None
 
 
 class Webhook:
@@ -1877,9 +2695,9 @@ class Webhook:
                     LOG.warning("budget.webhook: not delivered (%s)", redact(str(error)))
 
 
-# ---- Cache -------------------------------------------------------------------------------------
-# Finished answers, kept as the batches they arrived in so that a replay has the same pieces, and
-# flights: upstream calls that several identical requests share while they run.
+# ---- Flights -----------------------------------------------------------------------------------
+# Upstream calls that several identical requests share while they run. A finished answer is kept, if
+# the cache is on, as the batches it arrived in, so that a replay has the same pieces.
 
 
 class Account(Struct):
@@ -1903,21 +2721,6 @@ class Account(Struct):
     batches: list[Batch] = []
 
 
-class Cache:
-    def __init__(self, table: CacheTable, clock: Callable[[], float]) -> None:
-        self.entries: cachetools.TTLCache[str, bytes] = cachetools.TTLCache(
-            table.size, table.ttl, timer=clock, getsizeof=lambda entry: len(entry) + 200
-        )
-
-    def get(self, key: str) -> Account | None:
-        entry = self.entries.get(key)
-        return msgspec.msgpack.decode(entry, type=Account) if entry else None
-
-    def put(self, key: str, account: Account) -> None:
-        with contextlib.suppress(ValueError):  # larger than the whole cache
-            self.entries[key] = msgspec.msgpack.encode(account)
-
-
 class Flight:
     """One upstream call and the requests that read its batches. It is cancelled when the last of
     them leaves, and not before; `keep` is called when it has arrived whole."""
@@ -1926,7 +2729,7 @@ class Flight:
     readers = 0
 
     def __init__(
-        self, source: AsyncGenerator[Batch, None], account: Account, keep: Callable[[], None]
+        self, source: AsyncGenerator[Batch, None], account: Account, keep: Callable[[Account], None]
     ) -> None:
         self.account, self.keep = account, keep
         self.changed = asyncio.Event()
@@ -1939,7 +2742,7 @@ class Flight:
                     self.account.batches.append(batch)
                     match batch:
                         case [*_, Finish("stop" | "tool_calls")]:
-                            self.keep()
+                            self.keep(self.account)
                     self.wake()
         except Exception as error:  # for its readers
             self.error = error
@@ -2902,7 +3705,7 @@ def output_bound(tokens: int, n: int) -> int:
 OUTCOMES = {"stop": "ok", "tool_calls": "ok", "length": "truncated", "content_filter": "refused"}
 
 
-class Entry(Struct):
+class Entry(Struct, omit_defaults=True):
     """One row. `time` is in seconds since 1970, the other times are in seconds, and `cost` is in
     USD, as text so that it stays exact. `outcome` is ok, truncated, refused, error, cancelled or
     rejected; while it is open, `cost` is what is held. `estimated` means the vendor never said its
@@ -2935,11 +3738,13 @@ class Entry(Struct):
 
 
 COLUMNS = Entry.__struct_fields__
+INSERT = f"INSERT OR REPLACE INTO entries VALUES ({', '.join('?' * len(COLUMNS))})"
 SCHEMA = f"""
 PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;
 CREATE TABLE IF NOT EXISTS entries ("{'", "'.join(COLUMNS)}", PRIMARY KEY (id)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS entries_time ON entries (time);
 CREATE INDEX IF NOT EXISTS entries_client ON entries (client, time);
+CREATE TABLE IF NOT EXISTS put_off (id, message, row, PRIMARY KEY (id)) WITHOUT ROWID;
 """
 GROUPS = {
     "client": "client",
@@ -2960,18 +3765,46 @@ class Totals(Struct):
     unpriced: int = 0
 
 
-def read_totals(path: Path, since: float, by: str, client: str = "") -> list[Totals]:
+def read_totals(
+    database: sqlite3.Connection, since: float, by: str, client: str = ""
+) -> list[Totals]:
     query = f"""
         SELECT {GROUPS[by]} AS name, count(*), sum(outcome IN ('error', 'rejected')),
                sum(input_tokens), sum(output_tokens), coalesce(group_concat(cost, ' '), ''),
                sum(cost IS NULL AND attempts > 0)
         FROM entries WHERE time >= ? AND ? IN ('', client) GROUP BY name ORDER BY name
     """
-    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
-        rows = database.execute(query, (since, client)).fetchall()
+    rows = database.execute(query, (since, client)).fetchall()
     # money is added up here, because SQLite would do it in floats
     sums = (sum(map(Decimal, row[5].split()), Decimal(0)) for row in rows)
     return [Totals(*row[:5], usd, row[6]) for row, usd in zip(rows, sums, strict=True)]  # type: ignore[call-arg]
+
+
+def read_ledger(path: Path, since: float, by: str, client: str = "") -> list[Totals]:
+    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
+        return read_totals(database, since, by, client)
+
+
+def read_replicas(table: RedisTable, since: float, by: str) -> list[Totals]:
+    """The same from Redis, where the rows of all replicas are."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as database:
+        database.executescript(SCHEMA)
+        for row in asyncio.run(fetch_rows(table, since)):
+            database.execute(INSERT, astuple(row))  # of two with one id the later one counts
+        return read_totals(database, since, by)
+
+
+async def fetch_rows(table: RedisTable, since: float) -> list[Entry]:
+    redis, rows, start = connect_redis(table.url), list[Entry](), str(int(since * 1000))
+    try:
+        while page := await redis.xrange(f"{{{table.namespace}}}:rows", start, count=1000):
+            rows += [msgspec.json.decode(fields[b"row"], type=Entry) for _, fields in page]
+            start = f"({page[-1][0].decode()}"
+    except Exception as error:
+        raise ConfigError(f"redis.url: cannot be read ({redact(repr(error))})") from None
+    finally:
+        await redis.aclose()
+    return rows
 
 
 def read_spending(database: sqlite3.Connection, now: float) -> dict[tuple[str, str], Decimal]:
@@ -3011,9 +3844,9 @@ def lock_ledger(path: Path) -> Any:
     return file
 
 
-def open_ledger(path: Path) -> sqlite3.Connection:
+def open_ledger(path: Path | None) -> sqlite3.Connection:
     try:
-        database = sqlite3.connect(path, check_same_thread=False)
+        database = sqlite3.connect(path or ":memory:", check_same_thread=False)
         database.executescript(SCHEMA)
     except sqlite3.Error as error:
         raise ConfigError(f"ledger.path: {path} cannot be written ({error})") from None
@@ -3021,12 +3854,18 @@ def open_ledger(path: Path) -> sqlite3.Connection:
 
 
 class Ledger:
-    def __init__(self, path: Path, keep: float, clock: Callable[[], float]) -> None:
+    """`path` None keeps the rows only as long as the process lives. Where Redis counts what is
+    spent, several processes may write to one file, and it holds what Redis has not heard of yet."""
+
+    def __init__(
+        self, path: Path | None, keep: float, clock: Callable[[], float], shared: bool = False
+    ) -> None:
         self.path, self.keep, self.clock = path, keep, clock
         self.healthy = True
         self.rows: list[tuple[Any, ...]] = []
         self.thread, self.turn = ThreadPoolExecutor(1), asyncio.Lock()
-        self.lock, self.database = lock_ledger(path), open_ledger(path)
+        self.lock = lock_ledger(path) if path and not shared else io.BytesIO()
+        self.database = open_ledger(path)
 
     def record(self, entry: Entry) -> Awaitable[None]:
         """Done when the row is on disk. Never raises: a full disk must not end an answer."""
@@ -3037,20 +3876,36 @@ class Ledger:
 
     async def write(self) -> None:
         await asyncio.sleep(0.002)  # so that rows that end together are one commit
-        loop = asyncio.get_running_loop()
-        with contextlib.suppress(RuntimeError):  # after close(), which writes what is left
-            async with self.turn:
-                written = loop.run_in_executor(self.thread, self.commit, self.rows)
-                self.rows = []
-                await written
+        async with self.turn:
+            rows, self.rows = self.rows, []
+            old = self.clock() - self.keep
+            await self.run((INSERT, rows), ("DELETE FROM entries WHERE time < ?", [(old,)]))
 
-    def commit(self, rows: list[tuple[Any, ...]]) -> None:
-        insert = f"INSERT OR REPLACE INTO entries VALUES ({', '.join('?' * len(COLUMNS))})"
+    async def put_off(self, id: str, message: bytes, row: bytes) -> None:
+        """Keep what Redis is to be told later."""
+        insert = "INSERT OR REPLACE INTO put_off VALUES (?, ?, ?)"
+        await self.run((insert, [(id, message, row)]))
+
+    async def due(self) -> list[tuple[str, bytes, bytes]]:
+        """Some of what was put off."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            self.thread, lambda: self.database.execute("SELECT * FROM put_off LIMIT 200").fetchall()
+        )
+
+    async def delivered(self, ids: Iterable[str]) -> None:
+        await self.run(("DELETE FROM put_off WHERE id = ?", [(id,) for id in ids]))
+
+    async def run(self, *statements: tuple[str, list[tuple[Any, ...]]]) -> None:
+        with contextlib.suppress(RuntimeError):  # after close(), which writes what is left
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self.thread, self.commit, *statements)
+
+    def commit(self, *statements: tuple[str, list[tuple[Any, ...]]]) -> None:
         try:
             with self.database:  # commits, or rolls back when it fails
-                self.database.executemany(insert, rows)
-                old = self.clock() - self.keep
-                self.database.execute("DELETE FROM entries WHERE time < ?", (old,))
+                for statement, rows in statements:
+                    self.database.executemany(statement, rows)
             self.healthy = True
         except sqlite3.Error as error:
             self.healthy = False
@@ -3058,7 +3913,7 @@ class Ledger:
 
     def close(self) -> None:
         self.thread.shutdown()
-        self.commit(self.rows)
+        self.commit((INSERT, self.rows))
         self.database.close()
         self.lock.close()
 
@@ -3077,7 +3932,7 @@ class Metrics:
         self.registry = prometheus_client.CollectorRegistry()
         make: Any = functools.partial
         counter = make(prometheus_client.Counter, registry=self.registry)
-        gauge = make(prometheus_client.Gauge, registry=self.registry)
+        gauge = make(prometheus_client.Gauge, registry=self.registry, multiprocess_mode="livesum")
         histogram = make(prometheus_client.Histogram, registry=self.registry, buckets=SECONDS)
         served = ("provider", "model")
         self.requests = counter("proxy_requests", "By end", (*served, "outcome", "status"))
@@ -3095,6 +3950,21 @@ class Metrics:
         self.seen: dict[str, set[str]] = {"client": set(), "model": set()}
         # prometheus_client checks and locks at every look-up
         self.of = functools.lru_cache(10_000)(lambda metric, *labels: metric.labels(*labels))
+
+    def text(self) -> bytes:
+        """For Prometheus: of all workers, where there are several."""
+        registry, directory = self.registry, os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+        if directory:
+            multiprocess: Any = importlib.import_module("prometheus_client.multiprocess")
+            for file in Path(directory).glob("gauge_live*.db"):
+                process = int(file.stem.rpartition("_")[2])
+                try:
+                    os.kill(process, 0)
+                except ProcessLookupError:  # it can take nothing back
+                    multiprocess.mark_process_dead(process, directory)
+            registry = prometheus_client.CollectorRegistry()
+            multiprocess.MultiProcessCollector(registry, directory)
+        return prometheus_client.generate_latest(registry)
 
     def label(self, kind: str, name: str) -> str:
         if name not in self.seen[kind] and len(self.seen[kind]) >= self.NAMES:
@@ -3174,7 +4044,10 @@ class Call:
         self.estimate, self.finish, self.dialect = 0, "", ""
         self.passed: dict[str, str] = {}
         self.caps: list[Cap] = []
+        self.bounds: list[tuple[Decimal, Decimal]] = []  # of input, and of a token of output
         self.most = self.held = Decimal(0)  # what one attempt may cost, and what is set aside
+        self.asked, self.key = False, ""  # of the store, and in the cache
+        self.places: list[str] = []  # the providers it has a place at
         self.leads: Flight | None = None
         self.failure: ProxyError | None = None
         self.task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
@@ -3184,6 +4057,21 @@ class Call:
         if not (self.stopped or self.settled):
             self.stopped, self.failure = True, error
             self.task.cancel()
+
+    def cost_of(self, tokens: int) -> Decimal:
+        """The most USD that an answer of so many tokens can cost."""
+        output = output_bound(tokens, self.request.n)
+        return max(fixed + output * each for fixed, each in self.bounds)
+
+    def show_rates(self, given: Admission) -> None:
+        limits = self.client.limits
+        for kind, level, full, rate in (
+            ("requests", given.requests, limits.burst, limits.requests_per_minute),
+            ("tokens", given.tokens, limits.tokens_per_minute, limits.tokens_per_minute),
+        ):
+            self.rates[f"x-ratelimit-limit-{kind}"] = f"{rate:.15g}"
+            self.rates[f"x-ratelimit-remaining-{kind}"] = str(max(0, int(level)))
+            self.rates[f"x-ratelimit-reset-{kind}"] = f"{(full - level) * 60 / rate:.0f}s"
 
     def all_dropped(self) -> str:
         return ", ".join(dict.fromkeys(self.dropped + self.account.dropped))
@@ -3271,10 +4159,10 @@ class Attempt:
     waiting_since: float | None = None
     silent = False
 
-    def __init__(self, proxy: Proxy, provider: str, model: str, call: Call) -> None:
+    def __init__(self, proxy: Proxy, provider: str, model: str, key: str, call: Call) -> None:
         self.transport, self.times = proxy.transport, proxy.config.upstream
         self.account = call.account
-        self.deadline, self.key = call.started + self.times.total, proxy.keys[provider]
+        self.deadline, self.key = call.started + self.times.total, key
         settings, self.request = proxy.config.providers[provider], call.request
         adapter = ADAPTERS[self.request.dialect or settings.adapter](settings, model)
         self.adapter, self.more, self.headers = adapter, call.passed, dict[str, str]()
@@ -3383,6 +4271,11 @@ async def read_refusal(response: httpx.Response) -> UpstreamError:
     return UpstreamError(status, message, names, wait=wait, advice=advice, sent=billed)
 
 
+def resting(provider: str, wait: float) -> UpstreamError:
+    message = f"{provider} has asked to be left alone for {wait:.0f} s"
+    return UpstreamError(429, message, wait=wait, sent=False)
+
+
 def read_retry_after(headers: Map[str, str]) -> float | None:
     """Seconds, from milliseconds, seconds or a date."""
     milliseconds, after = headers.get("retry-after-ms"), headers.get("retry-after")
@@ -3419,23 +4312,27 @@ class Proxy:
         self, config: Config, environ: Map[str, str], public: bool, clock: Callable[[], float]
     ) -> None:
         self.config, self.clock = config, clock
+        if is_shared(config):
+            connect_redis(config.redis.url)  # is it a URL, and the package there?
         self.keys = vendor_keys(config, environ)
         self.warnings = examine(config, environ, public)
-        self.secrets = (*self.keys.values(), config.server.admin_token, *signing_secrets(config))
+        self.secrets = (*itertools.chain(*self.keys.values()), config.server.admin_token)
+        self.secrets += (*signing_secrets(config), httpx.URL(config.redis.url).password)
         self.clients = Clients(config, environ, public)
         self.prices, self.metrics = Prices(config.prices), Metrics()
-        self.limiter: Limiter = MemoryLimiter(time.monotonic)
         self.webhook = Webhook(config.budget.webhook, config.budget.webhook_secret)
-        self.budget: Budget = MemoryBudget({}, self.webhook.tell)
-        self.cache = Cache(config.cache, time.monotonic) if config.cache.enabled else None
+        self.store: Store = MemoryStore(time.monotonic, self.webhook.tell, config.cache)
+        self.replicas: RedisStore | None = None
+        self.lines: dict[str, Line] = {}
+        self.rests: dict[str, float] = {}  # until when a provider, or a key of it, is not asked
+        self.turn = itertools.count()  # of the keys
         # a flight is over when nobody holds it
         self.flights: weakref.WeakValueDictionary[str, Flight] = weakref.WeakValueDictionary()
         self.leading: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
-        self.used_proofs: cachetools.TTLCache[str, bool] = cachetools.TTLCache(100_000, 600)
         self.templates = self.template_targets()
         self.check_prices()
         self.live: set[Call] = set()
-        self.rejected_rows = Bucket(60, 1000, 1000, time.monotonic())
+        self.rejected_rows = Bucket(60, 10_000, 10_000, time.monotonic())
 
     @contextlib.asynccontextmanager
     async def running(
@@ -3445,22 +4342,48 @@ class Proxy:
             LOG.warning("%s", warning)
         self.transport, table = transport, self.config.ledger
         self.http = self.clients.http = http
-        if table.path and not self.config.demo:
-            self.ledger = Ledger(Path(__file__).parent / table.path, table.keep, self.clock)
+        shared = is_shared(self.config)
+        if shared or (table.path and not self.config.demo):
+            path = Path(__file__).parent / table.path if table.path else None
+            self.ledger = Ledger(path, table.keep, self.clock, shared)
+        if shared and self.ledger:
+            self.store = self.replicas = RedisStore(self.config, self.webhook.tell, self.ledger)
+            await self.replicas.open()
+        elif self.ledger:
             spent = read_spending(self.ledger.database, self.clock())
-            self.budget = MemoryBudget(spent, self.webhook.tell)
-        hooks = asyncio.create_task(self.webhook.run(http))
+            tell, cache = self.webhook.tell, self.config.cache
+            self.store = MemoryStore(time.monotonic, tell, cache, spent)
+        for name, provider in self.config.providers.items():
+            if provider.max_concurrent:
+                self.lines[name] = Line(self.store, name, provider)
+        tasks = [asyncio.create_task(w) for w in (self.webhook.run(http), self.keep_showing())]
         try:
             yield
         finally:
             self.stop_calls()
-            if tasks := [call.task for call in self.live]:
-                await asyncio.wait(tasks, timeout=5)
-            hooks.cancel()
+            if calls := [call.task for call in self.live]:
+                await asyncio.wait(calls, timeout=5)
+            for task in tasks:
+                task.cancel()
+            if self.replicas:
+                await self.replicas.close()
             await transport.aclose()
             await http.aclose()
             if self.ledger:
                 await asyncio.to_thread(self.ledger.close)
+
+    def now(self) -> float:
+        """Seconds since 1970, by the clock that all replicas go by."""
+        return self.clock() + self.store.offset
+
+    async def used_today(self, client: str) -> Totals:
+        if self.replicas:
+            return await self.replicas.used(client)
+        rows, midnight = [], self.clock() // 86400 * 86400
+        if self.ledger and self.ledger.path:
+            path = self.ledger.path
+            rows = await asyncio.to_thread(read_ledger, path, midnight, "day", client)
+        return rows[0] if rows else Totals()
 
     def template_targets(self) -> dict[str, list[Target]]:
         """Where each template goes. Raises ConfigError where one cannot be served."""
@@ -3483,7 +4406,7 @@ class Proxy:
         limits = [cap.limit for cap in client_caps(caller, config.budget, 0)]
         limits += [usd for key in config.clients.values() for usd in astuple(key.budget) if usd]
         limits += [config.session.budget] if config.session else []
-        capped = min(limits, default=UNLIMITED) < UNLIMITED and not config.demo
+        self.capped = capped = min(limits, default=UNLIMITED) < UNLIMITED and not config.demo
         for provider, model in named:
             if capped and model and self.prices.of(provider, model) is None:
                 raise ConfigError(f'prices."{model}": {unpriced(model)}')
@@ -3529,8 +4452,9 @@ class Proxy:
                 read = read if kind else functools.partial(self.read, call, provider)
                 # in no variable of ours: a long stream need not keep the body
                 targets = read(await read_body(receive, call))
-            finally:  # a body that is refused counts as a request too
-                await self.take(call)
+            except (ProxyError, asyncio.CancelledError):  # a body not taken is a request, too
+                await self.admit(call)
+                raise
             await self.work(call, targets, receive)
         except ProxyError as error:
             call.failure = error
@@ -3563,10 +4487,9 @@ class Proxy:
         """Take one of the client's and of the server's places, from before the body to the end."""
         limits, taken = call.client.limits, self.places()
         if len(taken) >= self.config.limits.concurrent_total:
-            raise ProxyError(503, "busy", "the server is at its limit; try again", after=1)
+            raise refusal(Admission(refused="busy"), limits)
         if taken.count(call.client.id) >= limits.concurrent:
-            message = f"{limits.concurrent} requests at a time are allowed; let one end"
-            raise ProxyError(429, "too_many_streams", message, after=1)
+            raise refusal(Admission(refused="concurrent"), limits)
         self.live.add(call)
 
     async def new_session(self, scope: Scope, receive: Receive) -> dict[str, Any]:
@@ -3580,7 +4503,7 @@ class Proxy:
         limits = replace(self.config.limits, **few, max_body=Size(65536))
         parent = replace(self.clients.by_address(scope, headers), limits=limits)
         call.client = parent
-        taken = await self.limiter.take(f"session {parent.id}", limits, 1, 0)
+        taken = await self.store.admit(Ask("", f"session {parent.id}", limits))
         if taken.refused:
             raise ProxyError(429, "rate_limited", "too many sessions; try later", after=taken.wait)
         body = await read_body(receive, call)
@@ -3602,9 +4525,8 @@ class Proxy:
         refused = ProxyError(
             403, "challenge_failed", "turnstile: the token is not valid", retry=False
         )
-        if (digest := sha256(token)) in self.used_proofs:
+        if not await self.store.once(token, 600):
             raise refused
-        self.used_proofs[digest] = True
         form = {"secret": table.turnstile_secret, "response": token, "remoteip": address}
         try:
             reply = await self.http.post(table.siteverify_url, data=form)
@@ -3614,7 +4536,7 @@ class Proxy:
                 raise ValueError(codes)
         except (httpx.HTTPError, aiohttp.ClientError, OSError, ValueError, AttributeError) as error:
             LOG.error("session.siteverify_url: no verdict (%s)", redact(repr(error), self.secrets))
-            self.used_proofs.pop(digest, None)
+            await self.store.once(token, 0)
             message = "the challenge cannot be checked now"
             raise ProxyError(503, "identity_unavailable", message, after=5) from None
         if not good:
@@ -3623,6 +4545,17 @@ class Proxy:
     def places(self) -> list[str]:
         """The client of each request that has a place."""
         return [call.client.id for call in self.live if not call.settled]
+
+    def show_places(self) -> None:
+        places = self.places()
+        self.metrics.streams.set(len(places))
+        self.metrics.clients.set(len(set(places)))
+
+    async def keep_showing(self) -> None:
+        """Another worker may be asked for what is in flight here."""
+        while self.config.server.workers > 1:
+            self.show_places()
+            await asyncio.sleep(1)
 
     def read(self, call: Call, provider: str, body: bytes) -> list[Target]:
         """Read the body, find the model, and estimate the tokens."""
@@ -3682,22 +4615,68 @@ class Proxy:
             allowed = f"{limits.tokens_per_minute} a minute are allowed; send less"
             raise BadRequest(f"max_tokens: about {estimate} tokens are needed, {allowed}")
         call.estimate = estimate
+        self.bound(call, targets)
 
-    async def take(self, call: Call) -> None:
-        """Take a request and its tokens from the client's buckets. Raises 429."""
-        limits = call.client.limits
-        taken = await self.limiter.take(call.client.id, limits, 1, call.estimate)
-        for kind, level, full, rate in (
-            ("requests", taken.requests, limits.burst, limits.requests_per_minute),
-            ("tokens", taken.tokens, limits.tokens_per_minute, limits.tokens_per_minute),
-        ):
-            call.rates[f"x-ratelimit-limit-{kind}"] = f"{rate:.15g}"
-            call.rates[f"x-ratelimit-remaining-{kind}"] = str(max(0, int(level)))
-            call.rates[f"x-ratelimit-reset-{kind}"] = f"{(full - level) * 60 / rate:.0f}s"
-        if taken.refused:
+    def bound(self, call: Call, targets: list[Target]) -> None:
+        """The most that the dearest target can cost. Raises 400 for a model without a price."""
+        call.caps = client_caps(call.client, self.config.budget, call.entry.time)
+        if not call.caps or self.config.demo:
+            call.caps = []
+            return
+        request = call.request
+        if request.hosted:
+            wrong = "has a price that no budget here can hold for"
+            raise BadRequest(f"tools: {request.hosted!r} runs at the vendor and {wrong}")
+        for provider, model in targets:
+            if (price := self.prices.of(provider, model)) is None:
+                raise BadRequest(f"model: {unpriced(model)}")
+            call.bounds.append(cost_bound(price, input_bound(request, model)))
+        call.most = call.cost_of(request.max_tokens)
+
+    async def admit(
+        self, call: Call, targets: list[Target] | None = None, again: bool = False
+    ) -> Admission:
+        """Take what a request needs before it may go to `targets`, or only what any request counts
+        for. Raises 402, 429 or 503."""
+        client, limits = call.client, call.client.limits
+        ask = Ask(call.entry.id, client.id, limits, 1, call.estimate, again=again)
+        if targets:
+            ask.caps, ask.most, ask.key = call.caps, call.most, call.key
+            short = min(256, call.request.max_tokens)
+            ask.least = call.most if call.chosen or not call.caps else call.cost_of(short)
+            ask.provider, line = targets[0][0], self.lines.get(targets[0][0])
+            ask.places = line.places if line and not line.turns else 0
+            if self.replicas:
+                ask.rests = [name for p, _ in targets for name in (p, *self.key_names(p))]
+                died = replace(call.entry, outcome="error", code="proxy_died", estimated=True)
+                ask.row = msgspec.json.encode(died)
+        call.asked = True
+        given = await self.store.admit(ask)
+        now = time.monotonic()
+        self.rests |= {name: now + seconds for name, seconds in given.rests.items()}
+        if not again:
+            call.show_rates(given)
+        if given.refused or given.exceeded:
             call.estimate = 0
-            message = f"too many {taken.refused}; try again in {taken.wait:.0f} s"
-            raise ProxyError(429, "rate_limited", message, after=taken.wait)
+            raise given.exceeded or refusal(given, limits)
+        call.places += [ask.provider] if given.placed else []
+        if ask.caps and given.answer is None and not given.pending:
+            await self.keep(call, given.held)
+        return given
+
+    async def keep(self, call: Call, held: Decimal) -> None:
+        """The row of a request that is still open says what it holds, should the process die."""
+        call.held += held
+        call.entry.cost, call.entry.outcome = f"{call.held:f}", "open"
+        if self.ledger and call.held and not self.replicas:
+            await self.ledger.record(call.entry)
+        if call.held < call.most:  # a length that the caller did not ask for is lowered to it
+            request = call.request
+            left = ((call.held - fixed, each * request.n) for fixed, each in call.bounds if each)
+            affordable = (int(usd / each) for usd, each in left)
+            request.max_tokens = min(affordable, default=request.max_tokens)
+            call.most = call.held
+            call.dropped.append(request.limit or "max_tokens")
 
     def resolve(self, provider: str, name: str) -> list[Target]:
         """The targets of a model name or alias, first choice first. Raises 403."""
@@ -3762,65 +4741,39 @@ class Proxy:
 
     async def source(self, call: Call, targets: list[Target]) -> AsyncGenerator[Batch, None]:
         """Where the answer comes from: the cache, another request's flight, or the vendor."""
-        if self.cache is None or "no-cache" in call.headers.get("cache-control", ""):
-            await self.hold(call, targets)
+        bypass = "no-cache" in call.headers.get("cache-control", "")
+        if bypass or not self.config.cache.enabled:
+            await self.admit(call, targets)
             return self.upstream(call, targets)
         scope = "" if self.config.cache.shared else call.client.id
         try:
             version = [call.passed.get(f"anthropic-{name}") for name in ("version", "beta")]
-            key = sha256(repr((scope, targets, call.request, version)))
+            call.key = key = sha256(repr((scope, targets, call.request, version)))
         except RecursionError:
             raise BadRequest("tools: are nested too deeply") from None
-        if account := self.cache.get(key):
-            call.entry.cache, call.account = "hit", account
-            return replay(account.batches)
         async with self.leading.setdefault(key, asyncio.Lock()):  # only one of them holds money
             flight = self.flights.get(key)
             if flight and flight.readers and not flight.task.done():
+                await self.admit(call)
                 call.entry.cache, call.account = "coalesced", flight.account
-            else:
-                await self.hold(call, targets)
-                call.entry.cache = "miss"
-                keep = functools.partial(self.cache.put, key, call.account)
-                flight = Flight(self.upstream(call, targets), call.account, keep)
-                call.leads = self.flights[key] = flight
+                return flight.read()
+            given = await self.admit(call, targets)
+            while given.pending:  # another replica will have it soon
+                await asyncio.sleep(0.1)
+                if time.monotonic() > call.started + self.config.upstream.first_byte / 2:
+                    call.key = ""  # it takes too long: this one goes by itself
+                given = await self.admit(call, targets, again=True)
+            if given.answer:
+                account = msgspec.msgpack.decode(given.answer, type=Account)
+                call.entry.cache, call.account = "hit", account
+                return replay(account.batches)
+            call.entry.cache = "miss"
+            flight = Flight(self.upstream(call, targets), call.account, self.keep_answer(key))
+            call.leads = self.flights[key] = flight
         return flight.read()
 
-    async def hold(self, call: Call, targets: list[Target]) -> None:
-        """Set aside the most that the dearest target can cost. Where less is left, a length that
-        the caller did not ask for is lowered to it. Raises 400 for a model without a price, 402."""
-        call.caps = client_caps(call.client, self.config.budget, call.entry.time)
-        if not call.caps or self.config.demo:
-            return
-        request, bounds = call.request, []
-        if request.hosted:
-            wrong = "has a price that no budget here can hold for"
-            raise BadRequest(f"tools: {request.hosted!r} runs at the vendor and {wrong}")
-        for provider, model in targets:
-            if (price := self.prices.of(provider, model)) is None:
-                raise BadRequest(f"model: {unpriced(model)}")
-            bounds.append(cost_bound(price, input_bound(request, model)))
-
-        def most(tokens: int) -> Decimal:
-            output = output_bound(tokens, request.n)
-            return max(fixed + output * each for fixed, each in bounds)
-
-        call.most = most(request.max_tokens)
-        least = call.most if call.chosen else most(min(256, request.max_tokens))
-        await self.set_aside(call, least, call.most)
-        if call.held < call.most:
-            left = ((call.held - fixed, each * request.n) for fixed, each in bounds if each)
-            affordable = (int(usd / each) for usd, each in left)
-            request.max_tokens = min(affordable, default=request.max_tokens)
-            call.most = call.held
-            call.dropped.append(request.limit or "max_tokens")
-
-    async def set_aside(self, call: Call, least: Decimal, most: Decimal) -> None:
-        """The row of a request that is still open says what it holds, should the process die."""
-        call.held += await self.budget.hold(call.entry.id, call.caps, least, most)
-        call.entry.cost, call.entry.outcome = f"{call.held:f}", "open"
-        if self.ledger and call.held:
-            await self.ledger.record(call.entry)
+    def keep_answer(self, key: str) -> Callable[[Account], None]:
+        return lambda account: self.store.put(key, msgspec.msgpack.encode(account))
 
     async def upstream(self, call: Call, targets: list[Target]) -> AsyncGenerator[Batch, None]:
         """The vendor's answer, from its first batch to its end."""
@@ -3851,18 +4804,26 @@ class Proxy:
         # an answer that is not streamed begins with its end
         deadline = call.started + (times.first_byte if call.request.stream else times.total)
         error: UpstreamError | None = None
-        refusal: BadRequest | None = None
+        refusal: ProxyError | None = None
         for position, (provider, model) in enumerate(targets):
             # while other targets are left, this one gets its share of the time
-            limit = now() + (deadline - now()) / (len(targets) - position)
+            others = len(targets) - position
+            limit = now() + (deadline - now()) / others
+            try:
+                await self.take_place(call, provider, limit - now())
+            except ProxyError as failed:
+                refusal = failed
+                continue
             for retry in range(times.attempts):
-                if retry and error:
+                key, wait = self.choose_key(provider)
+                if retry and error and not (wait or error.moved):
                     wait = retry if error.wait is None else error.wait
-                    if not error.retryable or now() + wait >= limit:
-                        break
-                    await asyncio.sleep(wait)
+                if wait and (now() + wait >= limit or (others > 1 and not retry)):
+                    error = error or resting(provider, wait)
+                    break
+                await asyncio.sleep(wait)
                 try:
-                    attempt = Attempt(self, provider, model, call)
+                    attempt = Attempt(self, provider, model, key, call)
                 except BadRequest as failed:  # this model cannot be asked, another may be
                     refusal = failed
                     break
@@ -3877,6 +4838,9 @@ class Proxy:
                     await self.leave(call, attempt, began)
                     error = self.explain(failed, provider)
                     self.lose(call, error, model)
+                    self.rest(provider, key, error)
+                    if not (error.retryable or error.moved):
+                        break
                 else:
                     account.headers = attempt.headers
                     if not call.request.stream:  # its text is not read
@@ -3886,6 +4850,49 @@ class Proxy:
                 break
         raise error or refusal or UpstreamError(504, "the vendor did not answer in time")
 
+    async def take_place(self, call: Call, provider: str, seconds: float) -> None:
+        """Wait in line for one of the provider's places, if they are counted. Raises 503."""
+        if provider in call.places:
+            return
+        while call.places:  # what failed needs its place no longer
+            await self.store.leave(call.places.pop())
+        if line := self.lines.get(provider):
+            patience = self.config.providers[provider].queue_timeout
+            await line.enter(call.client.id, min(patience, seconds))
+            call.places.append(provider)
+
+    def key_names(self, provider: str) -> list[str]:
+        """What the keys of a provider are called where others may read it."""
+        return [f"{provider}:{sha256(key)[:16]}" for key in self.keys[provider]]
+
+    def choose_key(self, provider: str) -> tuple[str, float]:
+        """The provider's next key that does not rest, and for how long it still does if all do."""
+        now, turn = time.monotonic(), next(self.turn)
+        keys = list(zip(self.keys[provider], self.key_names(provider), strict=True))
+        first = turn % len(keys)
+        until = [(self.rests.get(name, 0), key) for key, name in keys[first:] + keys[:first]]
+        rest, key = min(until, key=lambda item: max(now, item[0]))
+        return key, max(0, rest - now, self.rests.get(provider, 0) - now)
+
+    def rest(self, provider: str, key: str, error: UpstreamError) -> None:
+        """A vendor that says when to come again is left alone until then, by all replicas. A key
+        that it does not take rests while there are others."""
+        names = dict(zip(self.keys[provider], self.key_names(provider), strict=True))
+        name, seconds = names[key], error.wait
+        if error.status == 529:
+            name = provider
+        elif error.status == 429:
+            seconds = seconds or (10 if len(names) > 1 else None)
+        elif len(names) > 1 and error.code == "upstream_auth":
+            seconds = 60
+        else:
+            return
+        if seconds:
+            seconds = min(60, seconds)
+            self.rests[name] = time.monotonic() + seconds
+            self.store.rest(name, seconds)
+            error.moved = name != provider and self.choose_key(provider)[1] == 0
+
     async def prepare_again(
         self, call: Call, provider: str, model: str, error: UpstreamError
     ) -> None:
@@ -3894,9 +4901,10 @@ class Proxy:
         more = call.account.lost + call.most - call.held
         if call.caps and more > 0:
             try:
-                await self.set_aside(call, more, more)
-            except BudgetExceeded:
+                held = await self.store.hold(call.entry.id, call.caps, more, more)
+            except (BudgetExceeded, StoreAway):
                 raise error from None
+            await self.keep(call, held)
         self.metrics.retries.labels(provider, error.code).inc()
         fields = {"id": call.entry.id, "provider": provider, "model": model}
         fields |= {"after": error.code, "message": error.message}
@@ -3963,14 +4971,11 @@ class Proxy:
             entry.outcome, entry.status, entry.code = "cancelled", 499, "client_left"
         try:
             self.charge(call)
-            if call.estimate:
-                unused = call.estimate - entry.input_tokens - entry.output_tokens
-                await self.limiter.give_back(call.client.id, call.client.limits, unused)
             self.metrics.count(entry, call.account)
-            await self.report(call)
+            self.log(call)
         except Exception:  # a figure gone wrong must not take the answer with it
             LOG.exception("a request could not be accounted for")
-        await self.budget.settle(entry.id, Decimal(entry.cost or 0))
+        await self.record(call)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(5):
                 await call.end()
@@ -3998,19 +5003,49 @@ class Proxy:
         usd = cost(usage, self.prices.of(account.provider, account.model))
         entry.cost = None if usd is None else f"{(usd + account.lost).normalize():f}"
 
-    async def report(self, call: Call) -> None:
-        """The log line and the ledger row."""
-        entry = call.entry
-        fields = asdict(entry) | {"dropped": call.all_dropped(), "time": None}
-        fields["cost"] = entry.cost and float(entry.cost)
+    def log(self, call: Call) -> None:
+        fields = asdict(call.entry) | {"dropped": call.all_dropped(), "time": None}
+        fields["cost"] = call.entry.cost and float(call.entry.cost)
         LOG.info("request", extra={"fields": {k: v for k, v in fields.items() if v}})
-        # what asked nothing of a vendor costs nothing: a flood of it must not fill the disk
-        if (entry.outcome == "rejected" or not entry.model) and not call.held:
-            if self.rejected_rows.refill(time.monotonic()) < 1:
-                return
-            self.rejected_rows.level -= 1
-        if self.ledger:
-            await self.ledger.record(entry)
+
+    async def record(self, call: Call) -> None:
+        """The ledger's row, and the end of all that the request has in the store."""
+        entry, usd, row = call.entry, Decimal(call.entry.cost or 0), b""
+        written: Awaitable[None] | None = None
+        if self.ledger and (call.held or self.worth_a_row(entry)):
+            written = self.ledger.record(entry)
+            row = msgspec.json.encode(entry) if self.replicas else b""
+        if call.asked or row:
+            used = {"requests": 1, "input_tokens": entry.input_tokens, "cost": billionths(usd)}
+            used |= {"output_tokens": entry.output_tokens}
+            unused = call.estimate and call.estimate - entry.input_tokens - entry.output_tokens
+            await self.store.settle(
+                Settlement(
+                    entry.id, entry.client, call.client.limits, unused, usd, call.caps, call.key,
+                    call.places, row, used,
+                )
+            )  # fmt: skip
+        if written:
+            await written
+
+    def worth_a_row(self, entry: Entry) -> bool:
+        """What asked nothing of a vendor costs nothing: a flood of it must not fill the disk."""
+        if entry.model and entry.outcome != "rejected":
+            return True
+        worth = self.rejected_rows.refill(time.monotonic()) >= 1
+        self.rejected_rows.level -= worth
+        return worth
+
+
+def refusal(given: Admission, limits: Limits) -> ProxyError:
+    match given.refused:
+        case "busy":
+            return ProxyError(503, "busy", "the server is at its limit; try again", after=1)
+        case "concurrent":
+            message = f"{limits.concurrent} requests at a time are allowed; let one end"
+            return ProxyError(429, "too_many_streams", message, after=1)
+    message = f"too many {given.refused}; try again in {given.wait:.0f} s"
+    return ProxyError(429, "rate_limited", message, after=given.wait)
 
 
 def unpriced(model: str) -> str:
@@ -4265,7 +5300,7 @@ class App(litestar.Litestar):
         added |= {"x-demo": "true" if proxy.config.demo else "", "vary": "Origin"}
         added |= {"access-control-allow-origin": granted}
         added |= {"access-control-expose-headers": EXPOSED if granted else ""}
-        entry = Entry(proxy.clock(), number, given)
+        entry = Entry(proxy.now(), number, given)
         call = Call(entry, proxy.clients.client(""), headers, added, send)
         if "/v1/" in scope["path"]:  # the shape of errors, whoever finds them
             anthropic = "/v1/messages" in scope["path"] or "anthropic-version" in headers
@@ -4356,9 +5391,10 @@ def create_app(
     @litestar.route(["/ready", "/readyz"], http_method=["GET", "HEAD"])
     async def ready() -> litestar.Response[Any]:
         written = not proxy.ledger or proxy.ledger.healthy
-        good = written and not proxy.draining
+        shared = proxy.replicas
+        good = written and not proxy.draining and (not shared or shared.serving())
         body = {"status": "ready" if good else "not ready", "ledger": written}
-        body["draining"] = proxy.draining
+        body |= {"draining": proxy.draining} | ({"redis": shared.link.up} if shared else {})
         return litestar.Response(body, status_code=200 if good else 503)
 
     @litestar.get("/metrics")
@@ -4369,27 +5405,21 @@ def create_app(
         if not known and not proxy.clients.trusted(scope, headers):
             message = "metrics need server.admin_token as `Authorization: Bearer TOKEN`"
             raise ProxyError(401, "invalid_key", message, retry=False)
-        proxy.metrics.streams.set(len(places := proxy.places()))
-        proxy.metrics.clients.set(len(set(places)))
-        text = prometheus_client.generate_latest(proxy.metrics.registry)
-        return litestar.Response(text, media_type="text/plain; version=0.0.4")
+        proxy.show_places()
+        return litestar.Response(proxy.metrics.text(), media_type="text/plain; version=0.0.4")
 
     @litestar.get("/usage")
     async def usage(scope: Scope) -> dict[str, Any]:
         client = await proxy.clients.identify(scope, scope["state"]["call"].headers)
-        midnight, rows = proxy.clock() // 86400 * 86400, []
-        if proxy.ledger:
-            path = proxy.ledger.path
-            rows = await asyncio.to_thread(read_totals, path, midnight, "day", client.id)
-        spent, limits = rows[0] if rows else Totals(), client.limits
+        spent, limits = await proxy.used_today(client.id), client.limits
         today = {"requests": spent.requests, "costUsd": float(spent.cost)}
         today |= {"inputTokens": spent.input_tokens, "outputTokens": spent.output_tokens}
-        taken = await proxy.limiter.take(client.id, limits, 0, 0)
+        taken = await proxy.store.admit(Ask("", client.id, limits, requests=0))
         left = {"requests": int(taken.requests), "tokens": int(taken.tokens)}
         rates = {"requestsPerMinute": limits.requests_per_minute}
         rates |= {"tokensPerMinute": limits.tokens_per_minute}
-        caps = [c for c in client_caps(client, config.budget, proxy.clock()) if c.scope != "all"]
-        used = await proxy.budget.spent(caps)
+        caps = [c for c in client_caps(client, config.budget, proxy.now()) if c.scope != "all"]
+        used = await proxy.store.spent(caps)
         budget = [
             {"scope": cap.scope, "window": cap.window, "limitUsd": float(cap.limit),
              "leftUsd": float(max(cap.limit - usd, Decimal(0))), "resetsAt": cap.resets()}
@@ -4600,11 +5630,14 @@ def configure(options: argparse.Namespace, environ: Map[str, str]) -> Config:
     elif environ.get("PORT"):
         given = {"server.host": "0.0.0.0"} | given  # a PaaS says so
     config = load_config(options.config, environ, **given)
-    if config.server.workers != 1:
-        reason = "limits are kept in one process's memory, so there can be only 1"
-        raise ConfigError(f"server.workers: {reason}")
-    if environ.get("WEB_CONCURRENCY", "1") != "1":
-        LOG.warning("WEB_CONCURRENCY is ignored: limits are kept in one process's memory")
+    wanted, reason = environ.get("WEB_CONCURRENCY", ""), "limits are in one process's memory"
+    if is_shared(config):
+        if options.workers is None and wanted.isdecimal() and int(wanted):
+            return replace(config, server=replace(config.server, workers=int(wanted)))
+    elif config.server.workers != 1:
+        raise ConfigError(f"server.workers: {reason}; set REDIS_URL for more than 1")
+    elif wanted not in ("", "1"):
+        LOG.warning("WEB_CONCURRENCY is ignored: %s; with REDIS_URL it counts", reason)
     return config
 
 
@@ -4625,21 +5658,30 @@ def serve(config: Config, public: bool) -> None:
     from granian import Granian
     from granian.constants import HTTPModes, Interfaces, Loops
 
-    create_app(config, public=public)  # whatever is wrong is said here: a worker is not heard
+    # whatever is wrong is said here: a worker is not heard
+    proxy = create_app(config, public=public).proxy
+    shared = is_shared(config)
     if config.ledger.path and not config.demo:
         path = Path(__file__).parent / config.ledger.path
         open_ledger(path).close()
-        lock_ledger(path).close()
+        if not shared:
+            lock_ledger(path).close()
+    if shared:
+        check_redis(config.redis, proxy.capped)
     server, places = config.server, max(1024, 2 * config.limits.concurrent_total)
     address = check_port(server.host, server.port)
     LOG.info("serving http://%s:%s", f"[{address}]" if ":" in address else server.host, server.port)
     granian = Granian(
         "proxy", address=address, port=server.port, interface=Interfaces.ASGI, websockets=False,
         loop=Loops.asyncio if sys.platform == "win32" else Loops.uvloop, http=HTTPModes.http1,
+        workers=server.workers,
         backlog=places, backpressure=places,  # of connections; beyond it the next client hangs
         log_enabled=False, respawn_failed_workers=True, workers_kill_timeout=int(server.drain) + 5,
     )  # fmt: skip
-    granian.serve(target_loader=functools.partial(load_app, config, public), wrap_loader=False)
+    with tempfile.TemporaryDirectory(prefix="proxy-metrics-") as directory:
+        if server.workers > 1:  # each imports prometheus_client anew, which looks for this
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
+        granian.serve(target_loader=functools.partial(load_app, config, public), wrap_loader=False)
 
 
 def print_check(config: Config, environ: Map[str, str], public: bool) -> int:
@@ -4648,8 +5690,8 @@ def print_check(config: Config, environ: Map[str, str], public: bool) -> int:
     public = public or bool(server.trusted_proxies)  # as create_app has it
     lines = [("bind", f"{server.host}:{server.port}, {'public' if public else 'this machine'}")]
     for name, provider in config.providers.items():
-        missing = provider.key_env and not environ.get(provider.key_env) and not config.demo
-        state = f"off: {provider.key_env} is not set" if missing else "ready"
+        missing = [v for v in provider.variables if not environ.get(v)] if not config.demo else []
+        state = f"off: {', '.join(missing)} is not set" if missing else "ready"
         lines.append(("provider", f"{name}: {provider.adapter} at {provider.base_url}, {state}"))
     for name, model in config.models.items():
         lines.append(("model", f"{name}: {', then '.join((model.target, *model.fallback))}"))
@@ -4690,10 +5732,13 @@ def show_usage(config: Config, options: argparse.Namespace) -> str:
     except ValueError as error:
         raise ConfigError(f"--since: {error}") from None
     path = Path(__file__).parent / config.ledger.path
-    if not path.is_file():
+    if is_shared(config):
+        rows = read_replicas(config.redis, since, options.by)
+    elif path.is_file():
+        rows = read_ledger(path, since, options.by)
+    else:
         where = path if config.ledger.path else '"", so none is kept'
         raise ConfigError(f"ledger.path: there is no ledger at {where}")
-    rows = read_totals(path, since, options.by)
     if options.json:
         return msgspec.json.encode(rows).decode()
     lines = [f"{options.by} requests errors input output USD unpriced".split()]
