@@ -2274,9 +2274,10 @@ class Link:
     and come back in one round trip. While Redis is away nobody waits for it: `up` is False until a
     sign of life has got through."""
 
-    patience = 0.2  # seconds, for an answer
-    up = False
+    patience, step = 10, 0.02  # ticks for an answer, and seconds from one to the next
+    ticks, up = 0, False
     sender: asyncio.Task[None] | None = None
+    ticker: asyncio.TimerHandle | None = None
 
     def __init__(self, table: RedisTable) -> None:
         self.redis, self.prefix = connect_redis(table.url), f"{{{table.namespace}}}:"
@@ -2284,7 +2285,7 @@ class Link:
         self.scripts = {name: head + body for name, body in SCRIPTS.items() if name}
         self.shas = {n: hashlib.sha1(text.encode()).hexdigest() for n, text in self.scripts.items()}
         self.queue: list[tuple[str, tuple[Any, ...], asyncio.Future[Any]]] = []
-        self.unanswered: set[asyncio.Future[Any]] = set()
+        self.unanswered: dict[asyncio.Future[Any], int] = {}  # and the tick when it was asked
 
     async def run(self, script: str, *args: Any) -> Any:
         """What the script returns. Raises StoreAway, after `patience` at the latest."""
@@ -2293,15 +2294,15 @@ class Link:
         loop = asyncio.get_running_loop()
         answer = loop.create_future()
         self.queue.append((script, args, answer))
-        self.unanswered.add(answer)
+        self.unanswered[answer] = self.ticks
         if self.sender is None:
             self.sender = asyncio.create_task(self.send())
-        timer = loop.call_later(self.patience, self.give_up, answer, loop.time() + self.patience)
+        if self.ticker is None:
+            self.ticker = loop.call_later(self.step, self.tick)
         try:
             return await answer
         finally:
-            timer.cancel()
-            self.unanswered.discard(answer)
+            del self.unanswered[answer]
 
     async def send(self) -> None:
         try:
@@ -2323,14 +2324,14 @@ class Link:
         finally:
             self.sender = None
 
-    def give_up(self, answer: asyncio.Future[Any], due: float) -> None:
-        """Time is up, but not where it is this process that was too busy to read the answer."""
-        loop = asyncio.get_running_loop()
-        late = loop.time() - due > 0.01
-        if late and not answer.done():
-            loop.call_later(0.03, self.give_up, answer, loop.time() + 0.03)
-        elif not answer.done():
-            self.fall(f"no answer within {self.patience:g} s")
+    def tick(self) -> None:
+        """Time is counted in ticks, so that a process too busy to read an answer in time does not
+        take Redis for away: while it is busy, it does not tick."""
+        self.ticks, self.ticker = self.ticks + 1, None
+        if self.unanswered:
+            self.ticker = asyncio.get_running_loop().call_later(self.step, self.tick)
+            if self.ticks - next(iter(self.unanswered.values())) > self.patience:
+                self.fall(f"no answer within {self.patience * self.step:g} s")
 
     def fall(self, reason: str) -> None:
         """Nobody waits any longer, and nobody new until Redis is back."""

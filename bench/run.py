@@ -28,7 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,10 @@ class Place:
     upstream_port: int
     contestant_cores: set[int]
     load_cores: set[int]
+    redis_port: int | None = None
+
+
+Command = Callable[[Place, int], tuple[list[str], dict[str, str]]]
 
 
 def free_port() -> int:
@@ -166,6 +170,22 @@ def proxy_command(place: Place, port: int) -> tuple[list[str], dict[str, str]]:
     )
     command = [sys.executable, str(place.proxy), "--config", str(config), "--port", str(port)]
     return command, environment(ANTHROPIC_API_KEY="sk-ant-bench-not-a-real-key")
+
+
+def redis_command(place: Place, port: int) -> tuple[list[str], dict[str, str]]:
+    """The same, as one of several replicas would run: Redis is asked before and after a request."""
+    if place.redis_port is None:
+        raise Failure("redis-server is not installed")
+    command, env = proxy_command(place, port)
+    return command, env | {"REDIS_URL": f"redis://127.0.0.1:{place.redis_port}"}
+
+
+def workers_command(number: int) -> Command:
+    def command(place: Place, port: int) -> tuple[list[str], dict[str, str]]:
+        argv, env = redis_command(place, port)
+        return [*argv, "--workers", str(number)], env
+
+    return command
 
 
 def express_command(place: Place, port: int) -> tuple[list[str], dict[str, str]]:
@@ -200,20 +220,24 @@ def nginx_command(place: Place, port: int) -> tuple[list[str], dict[str, str]]:
     return [nginx, "-p", str(place.folder), "-c", str(config), "-e", error_log], environment()
 
 
-Command = Callable[[Place, int], tuple[list[str], dict[str, str]]]
 BROWSER_PATH = "/api/anthropic"
 CONTESTANTS: dict[str, tuple[Command, str, str]] = {
     "proxy.py": (proxy_command, FRAME_TOKEN, BROWSER_PATH),
     "pass-through": (proxy_command, VENDOR_TOKEN, "/v1/messages"),
+    "Redis": (redis_command, FRAME_TOKEN, BROWSER_PATH),
     "Express": (express_command, FRAME_TOKEN, BROWSER_PATH),
     "floor": (floor_command, VENDOR_TOKEN, BROWSER_PATH),
     "nginx": (nginx_command, VENDOR_TOKEN, BROWSER_PATH),
 }  # in the order of the table's columns
 TITLES = {
     "pass-through": "proxy.py, /v1/messages",
+    "Redis": "proxy.py with Redis",
     "floor": "bare Granian + aiohttp (floor)",
 }
-COSTS = ("paced", "burst", "one", "json")  # the loads whose figure is CPU: all of pass-through's
+COSTS = ("paced", "burst", "one", "json")  # the loads whose figure is CPU
+# of some contestants not every load is worth its time
+ONLY = {"pass-through": COSTS, "Redis": (*COSTS, "single")}
+WORKERS = (1, 2, 4)
 
 
 def find_nginx() -> str | None:
@@ -567,12 +591,43 @@ def run_round(
             figures[contestant.name]["idle MB"] = pss_kib(contestant.process) * 1024 / 1e6
         for kind, load in wanted.items():
             for contestant in contestants:
-                if contestant.name == "pass-through" and kind not in COSTS:
+                if kind not in ONLY.get(contestant.name, wanted):
                     continue
                 sample = measure(load, contestant, place)
                 problems += [f"{contestant.name}, {kind}: {what}" for what in sample.problems]
                 figures[contestant.name] |= figures_of(kind, sample)
     return figures
+
+
+def run_workers(place: Place, rounds: int) -> dict[int, tuple[float, float]]:
+    """Requests and tokens a second by number of workers: medians. The contestant, Redis, the driver
+    and the vendor share all cores here, as they would on a small machine."""
+    everywhere = replace(place, contestant_cores=place.contestant_cores | place.load_cores)
+    found: dict[int, list[tuple[float, float]]] = {number: [] for number in WORKERS}
+    for _, number in itertools.product(range(rounds), WORKERS):
+        name = f"{number} workers"
+        CONTESTANTS[name] = (workers_command(number), FRAME_TOKEN, BROWSER_PATH)
+        try:
+            contestant = start(name, everywhere)
+        finally:
+            del CONTESTANTS[name]
+        try:
+            warm_up(contestant, everywhere)
+            rates = []
+            for load in (Load("one", 1, 64, 3.0), Load("burst", 200, 64, 3.0)):
+                begin = time.monotonic()
+                sample = measure(load, contestant, everywhere)
+                seconds = time.monotonic() - begin
+                if sample.problems:
+                    raise Failure(f"{name}, {load.mode}: {sample.problems[0]}")
+                rates.append(sample.driver["tokens"] / seconds)
+            found[number].append((rates[0], rates[1]))
+        finally:
+            stop(contestant.process)
+    return {
+        number: (statistics.median(a), statistics.median(b))
+        for number, (a, b) in ((n, tuple(zip(*rates, strict=True))) for n, rates in found.items())
+    }
 
 
 # ---- The table ----
@@ -663,6 +718,37 @@ def pass_through_line(rounds: list[dict[str, Figures]]) -> list[str]:
     return [f"{title}: {', '.join(parts)}; aim ≤ 1; met: {met}.", ""]
 
 
+def redis_lines(rounds: list[dict[str, Figures]]) -> list[str]:
+    """What a request and a token cost more with Redis, as ratios and in microseconds of CPU."""
+    parts = []
+    for key, what in (("one", "a 1-token stream"), ("json", "a JSON reply"), ("paced", "a token")):
+        ratio = ratio_to(rounds, "Redis", key)
+        own, other = median_of(rounds, "proxy.py", key), median_of(rounds, "Redis", key)
+        if ratio and own is not None and other is not None:
+            parts.append(f"{what} {show(1 / ratio)} ({show(other - own)} µs more)")
+    if not parts:
+        return []
+    return [f"With Redis divided by without, Redis's own CPU left out: {', '.join(parts)}.", ""]
+
+
+def workers_lines(found: dict[int, tuple[float, float]]) -> list[str]:
+    if not found:
+        return []
+    lines = [
+        f"Throughput with Redis, 64 at a time, on all {os.cpu_count()} cores, which the workers",
+        "share with the load driver, the fake vendor and Redis:",
+        "",
+        "| workers | 1-token streams a second | to one worker | burst tokens a second | to one |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+    ]
+    first = found[min(found)]
+    for number, (requests, tokens) in found.items():
+        cells = [str(number), show(requests), show(requests / first[0])]
+        cells += [show(tokens), show(tokens / first[1])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
 def version_of(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     return (done.stdout + done.stderr).strip().rpartition("/")[2].lstrip("v")
@@ -699,7 +785,7 @@ def make_report(
     skipped: list[str],
     problems: list[str],
     table: str,
-    pass_through: list[str],
+    more: list[str],
 ) -> str:
     command = "uv run bench/run.py" + (" --quick" if options.quick else "")
     rounds = "one round" if options.rounds == 1 else f"medians of {options.rounds} rounds"
@@ -714,7 +800,7 @@ def make_report(
         "",
         table,
         "",
-        *pass_through,
+        *more,
     ]
     if problems:
         lines += ["**Checks that failed; do not trust these figures:**", ""]
@@ -770,13 +856,20 @@ def upstream(folder: Path, proxy: Path) -> Iterator[Place]:
     os.sched_setaffinity(0, load_cores)
     port = free_port()
     process = spawn([str(build("mock")), str(port)], load_cores, folder / "mock.log")
+    redis, redis_port = None, None
+    if program := shutil.which("redis-server"):
+        redis_port = free_port()
+        argv = [program, "--port", str(redis_port), "--bind", "127.0.0.1", "--save", ""]
+        redis = spawn([*argv, "--dir", str(folder)], load_cores, folder / "redis.log")
     try:
         time.sleep(0.2)
         if process.poll() is not None:
             raise Failure("the fake upstream did not start: " + (folder / "mock.log").read_text())
-        yield Place(folder, proxy, port, contestant_cores, load_cores)
+        yield Place(folder, proxy, port, contestant_cores, load_cores, redis_port)
     finally:
         stop(process)
+        if redis:
+            stop(redis)
 
 
 def available(names: list[str], place: Place) -> tuple[list[str], list[str]]:
@@ -811,9 +904,10 @@ def run(options: argparse.Namespace) -> int:
             print(f"round {number + 1} of {options.rounds}", flush=True)
             order = names[number % len(names) :] + names[: number % len(names)]
             rounds.append(run_round(order, place, wanted, problems))
+        workers = run_workers(place, options.rounds) if "Redis" in names else {}
     table = make_table(rounds, rows(wanted["some"].streams, many))
-    through = pass_through_line(rounds)
-    report = make_report(options, names, skipped, problems, table, through)
+    more = pass_through_line(rounds) + redis_lines(rounds) + workers_lines(workers)
+    report = make_report(options, names, skipped, problems, table, more)
     if options.output:
         options.output.write_text(report)
     print("\n" + report)
