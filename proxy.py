@@ -1972,24 +1972,25 @@ class Flight:
 
 class SSE:
     LIMIT = 32 * 2**20  # of one event: more than any vendor sends, and an end to garbage
+    # a CR that ends what has come may be half of a CRLF
+    END = re.compile(rb"\r\r|\n(?:\r?\n|\r(?=[^\n]))")
+    rest = b""
 
-    def __init__(self) -> None:
-        self.rest, self.after_cr = b"", False
-
-    def feed(self, chunk: bytes) -> Iterator[bytes]:
-        """The data of each event that `chunk` completes."""
-        if self.after_cr:  # its LF, if that is what comes, is not another line's end
-            chunk = chunk.removeprefix(b"\n")
-        self.after_cr = chunk.endswith(b"\r")
-        chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        *blocks, self.rest = (self.rest + chunk).split(b"\n\n")
+    def feed(self, chunk: bytes) -> list[bytes]:
+        """The events that `chunk` completes, as they came."""
+        seen, self.rest = max(0, len(self.rest) - 2), self.rest + chunk
+        ends = [0, *(end.end() for end in self.END.finditer(self.rest, seen))]
+        events = [self.rest[start:end] for start, end in itertools.pairwise(ends)]
+        self.rest = self.rest[ends[-1] :]
         if len(self.rest) > self.LIMIT:
             raise UpstreamError(502, "an event of the vendor's stream is too large")
-        for block in blocks:
-            lines = block.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-            data = [line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:")]
-            if any(data):
-                yield b"\n".join(data)
+        return events
+
+
+def event_data(event: bytes) -> bytes:
+    lines = event.removeprefix(b"\xef\xbb\xbf").splitlines()
+    data = [line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:")]
+    return b"\n".join(data) if any(data) else b""
 
 
 # ---- Adapters ----------------------------------------------------------------------------------
@@ -2101,11 +2102,6 @@ def chat_format(output_format: dict[str, Any] | None) -> dict[str, Any] | None:
 
 # What both are in the chunk of a Chat stream that only the proxy asked for.
 SOME_USAGE, NO_CHOICES = re.compile(rb'"usage":\s*\{'), re.compile(rb'"choices":\s*\[\s*\]')
-EVENT_END = re.compile(rb"\n\r?\n|\r\r")
-# What is in every event that ends a stream or fails it, and in few others.
-SPECIAL = re.compile(
-    rb'message_stop|response\.completed|response\.incomplete|response\.failed|\[DONE\]|"error"'
-)
 
 
 def function_call(call: ToolUse) -> dict[str, Any]:
@@ -2136,7 +2132,6 @@ class Adapter:
         self.cut: list[str] = []
         self.reason = "stop"
         self.complete = self.heard = self.ending = self.usage_hidden = False
-        self.pending = b""
 
     def url(self, path: str = "") -> str:
         return self.base_url + (path or self.path)
@@ -2170,53 +2165,40 @@ class Adapter:
         raise NotImplementedError
 
     def feed(self, chunk: bytes) -> Batch:
-        """The events that `chunk` completes. What follows the terminal one is not read."""
-        batch: Batch = []
-        for data in self.sse.feed(chunk):
-            if self.complete:
-                break
-            if self.secret:  # should the vendor say it, nobody hears it
-                data = data.replace(self.secret, b"[removed]")
-            try:
-                done = data.strip() == b"[DONE]"
-                event = {"type": "[DONE]"} if done else msgspec.json.decode(data)
-                self.heard = self.heard or event.get("type") != "ping"
-                batch += self.decode(event)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                batch.append(self.fail("the vendor's stream holds something that is not JSON"))
-            except (AttributeError, LookupError, TypeError):  # of a shape nobody expects: skipped
-                continue
-        return batch
+        """What the events that `chunk` completes say."""
+        return [event for _, batch in self.events(chunk) for event in batch]
 
     def pass_on(self, chunk: bytes) -> Batch:
-        """The same for a caller that speaks the dialect: whole events as they came, up to the
-        terminal one, and what they say."""
-        seen, self.pending = max(0, len(self.pending) - 2), self.pending + chunk
-        ends = [0, *(end.end() for end in EVENT_END.finditer(self.pending, seen))]
-        data, rest = self.pending[: ends[-1]], self.pending[ends[-1] :]
-        if len(rest) > SSE.LIMIT:
-            raise UpstreamError(502, "an event of the vendor's stream is too large")
-        whole = [self.pending[start:end] for start, end in itertools.pairwise(ends)]
-        self.pending = rest
-        hides = self.usage_hidden and SOME_USAGE.search(data)
-        if not (hides or self.complete or SPECIAL.search(data)):  # nothing to look for in it
-            batch = self.feed(data) if data else []
-            return [self.raw(data), *batch] if data else []
-        batch, data = [], b""
-        for event in whole:
-            if self.complete:
-                break
-            said = self.feed(event)
-            if isinstance(said[0] if said else None, Failure):
-                batch += said
-                break
+        """The same for a caller that speaks the dialect: first the events as they came."""
+        passed, batch = b"", []
+        for event, said in self.events(chunk):
             hidden = self.usage_hidden and SOME_USAGE.search(event) and NO_CHOICES.search(event)
-            data, batch = data if hidden else data + event, batch + said
-        return [self.raw(data), *batch] if data else batch
+            failed = said and isinstance(said[0], Failure)
+            passed += b"" if hidden or failed else event
+            batch += said
+        return [Raw(passed), *batch] if passed else batch
 
-    def raw(self, data: bytes) -> Raw:
-        """What the vendor sent, but for our key, should it say that."""
-        return Raw(data.replace(self.secret, b"[removed]") if self.secret else data)
+    def events(self, chunk: bytes) -> Iterator[tuple[bytes, Batch]]:
+        """Each event that `chunk` completes and what it says, up to the terminal one."""
+        for event in map(self.hide_key, self.sse.feed(chunk)):
+            if self.complete:
+                return
+            batch: Batch = []
+            try:
+                if data := event_data(event):
+                    done = data.strip() == b"[DONE]"
+                    told = {"type": "[DONE]"} if done else msgspec.json.decode(data)
+                    self.heard = self.heard or told.get("type") != "ping"
+                    batch += self.decode(told)
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                batch.append(self.fail("the vendor's stream holds something that is not JSON"))
+            except (AttributeError, LookupError, TypeError):
+                pass  # of a shape nobody expects: skipped
+            yield event, batch
+
+    def hide_key(self, data: bytes) -> bytes:
+        """What the vendor sent, but for our key: should it say that, nobody hears it."""
+        return data.replace(self.secret, b"[removed]") if self.secret else data
 
     def read(self, body: bytes) -> Batch:
         """The same for an answer in one piece."""
@@ -2242,7 +2224,7 @@ class Adapter:
                 pass
             case _:
                 end = "stop"
-        return [self.raw(body), Finish(REASONS.get(end, "stop"))]
+        return [Raw(self.hide_key(body)), Finish(REASONS.get(end, "stop"))]
 
     def count(self, usage: Any) -> None:
         """Later figures replace the earlier ones, but may lack some of them."""
