@@ -763,7 +763,7 @@ class Request(Sampling, kw_only=True, omit_defaults=True):
     hosted: str = ""
     stream: bool = True
     usage_hidden: bool = False
-    output_format: dict[str, Any] | None = None  # as Responses has it
+    output_format: dict[str, Any] | None = None  # as Chat has it
     effort: str = ""
     parallel: bool | None = None
     messages: list[Message] = []
@@ -1403,10 +1403,8 @@ def parse_chat(raw: dict[str, Any], limits: Limits, dropped: list[str]) -> Reque
     if request.effort:
         request.thinking = request.effort not in ("none", "minimal")
     match given.response_format:
-        case {"type": "json_schema", "json_schema": {"schema": dict()} as schema}:
-            request.output_format = {"type": "json_schema", **schema}
-        case {"type": "json_object"}:
-            request.output_format = {"type": "json_object"}
+        case {"type": "json_schema", "json_schema": {"schema": dict()}} | {"type": "json_object"}:
+            request.output_format = given.response_format
         case None | {"type": "text"}:
             pass
         case _:
@@ -2028,21 +2026,14 @@ REASONS: dict[Any, str] = {
 }  # fmt: skip
 
 
-# Which of our figures each of the vendors' is. Of several, the largest counts.
+# Which of our figures each of the vendors' is, wherever it stands. Of several, the largest counts.
 FIGURES = {
     "input_tokens": "input_tokens", "prompt_tokens": "input_tokens",
     "output_tokens": "output_tokens", "completion_tokens": "output_tokens",
-    "cache_read_input_tokens": "cache_read_tokens",
-    "input_tokens_details.cached_tokens": "cache_read_tokens",
-    "prompt_tokens_details.cached_tokens": "cache_read_tokens",
-    "cache_creation_input_tokens": "cache_write_tokens",
-    "input_tokens_details.cache_write_tokens": "cache_write_tokens",
-    "prompt_tokens_details.cache_write_tokens": "cache_write_tokens",
-    "cache_creation.ephemeral_1h_input_tokens": "cache_write_1h_tokens",
-    "output_tokens_details.thinking_tokens": "reasoning_tokens",
-    "output_tokens_details.reasoning_tokens": "reasoning_tokens",
-    "completion_tokens_details.reasoning_tokens": "reasoning_tokens",
-    "server_tool_use.web_search_requests": "web_searches",
+    "cache_read_input_tokens": "cache_read_tokens", "cached_tokens": "cache_read_tokens",
+    "cache_creation_input_tokens": "cache_write_tokens", "cache_write_tokens": "cache_write_tokens",
+    "ephemeral_1h_input_tokens": "cache_write_1h_tokens", "web_search_requests": "web_searches",
+    "thinking_tokens": "reasoning_tokens", "reasoning_tokens": "reasoning_tokens",
 }  # fmt: skip
 
 
@@ -2078,11 +2069,6 @@ def capability(model: str) -> frozenset[str]:
     return look_up(CAPABILITIES, model)
 
 
-def number(table: dict[str, Any], key: str) -> int:
-    """An integer in a vendor's JSON; 0 where it is missing or something else."""
-    return max(0, value) if isinstance(value := table.get(key), int) else 0
-
-
 def filled(**fields: Any) -> dict[str, Any]:
     """JSON without the keys that have nothing to say."""
     return {key: value for key, value in fields.items() if value not in (None, "", [], {})}
@@ -2090,14 +2076,6 @@ def filled(**fields: Any) -> dict[str, Any]:
 
 def image_url(image: Image) -> str:
     return image.source.get("url") or "data:{media_type};base64,{data}".format(**image.source)
-
-
-def chat_format(output_format: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Chat puts the schema and its name one level deeper than Responses does."""
-    match output_format:
-        case {"type": "json_schema", **schema}:
-            return {"type": "json_schema", "json_schema": schema}
-    return output_format
 
 
 # What both are in the chunk of a Chat stream that only the proxy asked for.
@@ -2213,32 +2191,32 @@ class Adapter:
         # embeddings have no output, and counted tokens have no usage at all
         embedded = "data" in reply and isinstance(reply.get("usage"), dict)
         self.usage.known = self.usage.known or embedded or "input_tokens" in reply
+        reason = "stop"
         match reply:
             case {"choices": [{"message": {"refusal": str(text)}}, *_]} if text:
-                end = "refusal"
+                reason = "content_filter"
             case (
                 {"stop_reason": str(end)}
                 | {"choices": [{"finish_reason": str(end)}, *_]}
                 | {"incomplete_details": {"reason": str(end)}}
             ):
-                pass
-            case _:
-                end = "stop"
-        return [Raw(self.hide_key(body)), Finish(REASONS.get(end, "stop"))]
+                reason = REASONS.get(end, reason)
+        return [Raw(self.hide_key(body)), Finish(reason)]
 
     def count(self, usage: Any) -> None:
         """Later figures replace the earlier ones, but may lack some of them."""
-        if isinstance(usage, dict):
-            self.counts |= {key: value for key, value in usage.items() if value is not None}
-            self.usage = usage = Usage()
-            for key, value in self.counts.items():
-                for inner, n in value.items() if isinstance(value, dict) else (("", value),):
-                    name = FIGURES.get(f"{key}.{inner}" if inner else key)
-                    if name and isinstance(n, int):
-                        setattr(usage, name, max(getattr(usage, name), n))
-                        usage.known = usage.known or name == "output_tokens"
-            if self.apart:
-                usage.input_tokens += usage.cache_read_tokens + usage.cache_write_tokens
+        if not isinstance(usage, dict):
+            return
+        self.counts |= {key: value for key, value in usage.items() if value is not None}
+        details = [value for value in self.counts.values() if isinstance(value, dict)]
+        self.usage = usage = Usage()
+        for key, tokens in itertools.chain(*map(dict.items, [self.counts, *details])):
+            name = FIGURES.get(key)
+            if name and isinstance(tokens, int):
+                setattr(usage, name, max(getattr(usage, name), tokens))
+                usage.known = usage.known or name == "output_tokens"
+        if self.apart:
+            usage.input_tokens += usage.cache_read_tokens + usage.cache_write_tokens
 
     def finish(self) -> Iterator[Event]:
         """The complete calls, then the Finish. Arguments that are not JSON were cut off: that call
@@ -2258,11 +2236,10 @@ class Adapter:
         """A vendor's error object, as the error the caller is shown."""
         self.complete = True
         error = error if isinstance(error, dict) else {"message": str(error or "")}
-        names = [str(error[key]) for key in ("code", "type") if error.get(key)]
-        status = number(error, "status_code") or number(error, "code")
-        status = status or next(filter(None, map(UPSTREAM_TYPES.get, names)), 502)
+        given = [error.get(key) for key in ("status_code", "code", "type")]
+        statuses = (n if isinstance(n, int) else UPSTREAM_TYPES.get(str(n)) for n in given)
         message = str(error.get("message") or "the vendor reported an error")
-        return Failure(UpstreamError(status, message, names))
+        return Failure(UpstreamError(next(filter(None, statuses), 502), message, map(str, given)))
 
 
 # Another vendor's id may hold characters that Anthropic's pattern forbids.
@@ -2315,9 +2292,9 @@ class Messages(Adapter):
         if (request.temperature or 0) > 1:  # OpenAI's scale ends at 2
             self.dropped.append("temperature")
         form = request.output_format
-        if form and "schema" not in form:
+        if form and "json_schema" not in form:
             raise BadRequest(f"response_format: {self.model} needs a json_schema")
-        shape = {"type": "json_schema", "schema": form["schema"]} if form else None
+        shape = form and {"type": "json_schema", "schema": form["json_schema"]["schema"]}
         effort = request.effort if request.thinking and "adaptive" in self.can else None
         return {
             "max_tokens": request.max_tokens,
@@ -2419,10 +2396,11 @@ class Responses(OpenAI):
         if tokens > request.max_tokens:
             self.dropped.append("max_tokens")
         summary = "auto" if request.thinking else None
+        form = request.output_format  # whose schema stands one level higher here
         return {
             "max_output_tokens": tokens,
             "store": False,
-            "text": filled(format=request.output_format),
+            "text": filled(format=form and {"type": form["type"]} | form.get("json_schema", {})),
             "parallel_tool_calls": request.parallel if request.tools else None,
             "instructions": request.system,
             "input": [item for message in request.messages for item in self.items(message)],
@@ -2504,7 +2482,7 @@ class Chat(OpenAI):
         messages = [Message("system", [Text(request.system)]), *request.messages]
         return {
             self.limit: request.max_tokens,
-            "response_format": chat_format(request.output_format),
+            "response_format": request.output_format,
             "parallel_tool_calls": request.parallel if request.tools else None,
             "messages": [turn for message in messages for turn in self.turns(message)],
             "tools": [{"type": "function", "function": asdict(t)} for t in request.tools],
@@ -2605,6 +2583,13 @@ class StopCutter:
 # event or wait for the whole answer.
 
 
+DONE = b"data: [DONE]\n\n"
+
+
+def frame(data: dict[str, Any]) -> bytes:
+    return b"data: %b\n\n" % msgspec.json.encode(data)
+
+
 class Writer:
     """An answer as JSON, in the one shape that loses no tool call, whichever branch of the SDK
     reads it: `choices` and the flat keys side by side, and no `output`. White space before JSON is
@@ -2656,18 +2641,16 @@ class FrameWriter(Writer):
     media_type, filler, early = "text/event-stream; charset=utf-8", b": ping\n\n", True
 
     def write(self, batch: Batch, ttfb: float) -> bytes:
-        frames = []
+        data = b""
         for text in self.tokens(batch):
-            first = b',"isFirst":true,"ttfbMs":%d' % (ttfb * 1000) if not self.count else b""
-            token = msgspec.json.encode(text)
-            frames.append(b'data: {"token":%b,"tokenId":%d%b}\n\n' % (token, self.count, first))
+            first = {"isFirst": True, "ttfbMs": int(ttfb * 1000)} if not self.count else {}
+            data += frame({"token": text, "tokenId": self.count} | first)
             self.count += 1
-        return b"".join(frames)
+        return data
 
     def end(self, finish: str, report: dict[str, Any]) -> bytes:
         last = {"token": "", "tokenId": self.count, "isLast": True, "finishReason": finish}
-        last |= filled(toolCalls=self.calls) | report
-        return b"data: %b\n\ndata: [DONE]\n\n" % msgspec.json.encode(last)
+        return frame(last | filled(toolCalls=self.calls) | report) + DONE
 
     def error(self, error: ProxyError, request_id: str) -> bytes:
         line = {"message": error.message, "statusCode": error.status, "code": error.code}
@@ -2687,12 +2670,13 @@ class NativeWriter(Writer):
             self.media_type, self.filler = FrameWriter.media_type, PINGS.get(dialect, b": ping\n\n")
 
     def write(self, batch: Batch, ttfb: float) -> bytes:
-        first = batch[0] if batch else None
-        data = first.data if isinstance(first, Raw) else b""
-        if batch and isinstance(batch[-1], Finish):  # the end waits for its row
-            self.held, data = data, b""
-        self.last = data or self.last
-        return data
+        match batch:
+            case [Raw(data), *_, Finish()]:
+                self.held = data  # the end waits for its row
+            case [Raw(data), *_]:
+                self.last = data
+                return data
+        return b""
 
     def end(self, finish: str, report: dict[str, Any]) -> bytes:
         return self.held
@@ -2713,40 +2697,33 @@ class ChatWriter(Writer):
         super().__init__(True)
         self.early, self.show_usage = stream, show_usage
         kind = "chat.completion.chunk" if stream else "chat.completion"
-        self.base: dict[str, Any] = {
-            "id": f"chatcmpl-{secrets.token_hex(12)}",
-            "object": kind,
-            "model": model,
-        }
-        self.base |= {"created": int(time.time())}
-        self.thoughts: list[str] = []
+        self.base: dict[str, Any] = {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": kind}
+        self.base |= {"created": int(time.time()), "model": model}
+        self.role, self.deltas = {"role": "assistant"}, list[dict[str, Any]]()
         if stream:
             self.media_type, self.filler = FrameWriter.media_type, FrameWriter.filler
 
     def chunk(self, delta: dict[str, Any], finish: str | None = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish}
-        return b"data: %b\n\n" % msgspec.json.encode(self.base | {"choices": [choice]})
+        choice = {"index": 0, "delta": self.role | delta, "finish_reason": finish}
+        self.role = {}  # which only the first one has
+        return frame(self.base | {"choices": [choice]})
 
     def write(self, batch: Batch, ttfb: float) -> bytes:
-        frames = []
+        deltas: list[dict[str, Any]] = []
         for event in batch:
             match event:
                 case Text(text):
-                    delta: dict[str, Any] = {"content": text}
+                    deltas.append({"content": text})
                 case Thinking(text):
-                    delta = {"reasoning_content": text}
+                    deltas.append({"reasoning_content": text})
                 case ToolUse():
-                    delta = {"tool_calls": [{"index": len(self.calls)} | function_call(event)]}
-                    self.calls.append(function_call(event))
-                case _:
-                    continue
-            if self.early:
-                frames.append(self.chunk(delta if self.count else {"role": "assistant"} | delta))
-                self.count += 1
-            else:
-                self.texts.append(delta.get("content", ""))
-                self.thoughts.append(delta.get("reasoning_content", ""))
-        return b"".join(frames)
+                    call = function_call(event)
+                    deltas.append({"tool_calls": [{"index": len(self.calls)} | call]})
+                    self.calls.append(call)
+        if self.early:
+            return b"".join(map(self.chunk, deltas))
+        self.deltas += deltas
+        return b""
 
     def end(self, finish: str, report: dict[str, Any]) -> bytes:
         given = report["usage"]
@@ -2754,12 +2731,12 @@ class ChatWriter(Writer):
         usage["prompt_tokens_details"] = {"cached_tokens": given["cacheReadTokens"]}
         usage["completion_tokens_details"] = {"reasoning_tokens": given["reasoningTokens"]}
         if self.early:
-            more = self.base | {"choices": [], "usage": usage}
-            counted = b"data: %b\n\n" % msgspec.json.encode(more) if self.show_usage else b""
-            last = {} if self.count else {"role": "assistant"}
-            return self.chunk(last, finish) + counted + b"data: [DONE]\n\n"
-        said = {"role": "assistant", "content": "".join(self.texts) or None}
-        said |= filled(tool_calls=self.calls, reasoning_content="".join(self.thoughts))
+            counted = frame(self.base | {"choices": [], "usage": usage}) if self.show_usage else b""
+            return self.chunk({}, finish) + counted + DONE
+        names = ("content", "reasoning_content")
+        text, thoughts = ("".join(delta.get(n, "") for delta in self.deltas) for n in names)
+        said = self.role | {"content": text or None}
+        said |= filled(tool_calls=self.calls, reasoning_content=thoughts)
         choice = {"index": 0, "message": said, "finish_reason": finish, "logprobs": None}
         return msgspec.json.encode(self.base | {"choices": [choice], "usage": usage})
 
