@@ -773,24 +773,20 @@ class Request(Sampling, kw_only=True, omit_defaults=True):
     stop: list[str] = []
     thinking: bool | None = None
 
-    def parts(self) -> Iterator[Part]:
-        return itertools.chain.from_iterable(message.content for message in self.messages)
-
     def texts(self) -> Iterator[str]:
         """Every text of it, but not the tools' and not the data of images."""
         yield self.system
         yield from strings(self.native)
-        for part in self.parts():
+        for part in itertools.chain.from_iterable(message.content for message in self.messages):
             if isinstance(part, Image):
                 yield part.source.get("url", "")
             yield from (value for value in astuple(part) if isinstance(value, str))
 
     def images(self) -> list[str]:
         """The data of each image, "" where the vendor fetches it."""
-        native = self.native or {}
+        native = self.native or {"messages": msgspec.to_builtins(self.messages)}
         found = map(image_data, blocks(native.get("messages") or native.get("input")))
-        own = [p.source.get("data", "") for p in self.parts() if isinstance(p, Image)]
-        return own + [data for data in found if data is not None]
+        return [data for data in found if data is not None]
 
     def characters(self) -> int:
         """Of text and tools, not of images."""
@@ -843,26 +839,35 @@ StopTexts = Annotated[list[StopText], Meta(max_length=16)]
 ModelName = Annotated[str, Meta(max_length=200, pattern="^[ -~]*$")]
 
 
-class Body(Sampling):
-    """A request body of either family. What is not named here is dropped and reported."""
+class BodyBase(Sampling):
+    """What the bodies of all families have in common."""
 
     model: ModelName | None = None
     messages: list[Any] | None = None
-    input: str | list[Any] | None = None
     system: str | list[Any] | None = None
     instructions: str | None = None
     tools: list[Any] | None = None
-    tool_choice: str | dict[str, Any] | None = None
     stream: bool | None = None
     max_tokens: Count | None = None
-    max_new_tokens: Count | None = None
     max_output_tokens: Count | None = None
     max_completion_tokens: Count | None = None
+
+
+class Body(BodyBase):
+    """A request body of either family. What is not named here is dropped and reported."""
+
+    input: str | list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    max_new_tokens: Count | None = None
     stop: StopText | StopTexts | None = None
     stop_sequences: StopTexts | None = None
     enable_thinking: bool | None = None
     template: str | None = None
     variables: dict[str, Any] | None = None
+
+
+# Four spellings of one setting.
+MAX_TOKENS = ("max_tokens", "max_new_tokens", "max_output_tokens", "max_completion_tokens")
 
 
 class Parsed(Struct):
@@ -882,12 +887,11 @@ def parse_body(
     """Read a browser's request body. Raises BadRequest naming the field."""
     raw = decode_body(body)
     given = convert_body(raw, Body)
-    unknown = sorted(raw.keys() - set(Body.__struct_fields__))
-    dropped = [redact(name, length=50) for name in unknown[:50]]
+    beside = {"template", "variables", "stream"}
+    known = {*Body.__struct_fields__} if given.template is None else beside
+    dropped = [redact(name, length=50) for name in sorted(raw.keys() - known)[:50]]
     if given.template is not None:
         request = read_template(given, templates)
-        owned = set(Body.__struct_fields__) - {"template", "variables", "stream"}
-        dropped += sorted(raw.keys() & owned)
         said: Iterable[Any] = (given.variables or {}).values()
     elif limits.templates_only:
         raise BadRequest(f"template: must be one of {', '.join(templates)}")
@@ -896,11 +900,8 @@ def parse_body(
         said = (*request.texts(), msgspec.json.encode(request.tools).decode())
     request.system = "\n\n".join(filter(None, (limits.system_prompt, request.system)))
     check_texts(request, limits, said)
-    chosen = any(getattr(given, name) for name in MAX_TOKENS)
-    return Parsed(
-        request, given.stream is not False, list(dict.fromkeys(dropped)),
-        chosen and given.template is None, given.template or "",
-    )  # fmt: skip
+    chosen = given.template is None and any(getattr(given, name) for name in MAX_TOKENS)
+    return Parsed(request, given.stream is not False, dropped, chosen, given.template or "")
 
 
 def decode_body(body: bytes) -> dict[str, Any]:
@@ -931,23 +932,28 @@ def check_texts(request: Request, limits: Limits, said: Iterable[Any]) -> None:
             raise BadRequest("messages: hold a text that is not allowed here")
 
 
-LISTS = ("messages", "input", "system", "tools")
-
-
-def limit_blocks(raw: Map[str, Any], limits: Limits) -> None:
-    """A body of a million empty blocks would keep everybody else waiting."""
-    given = [value for value in raw.values() if isinstance(value, list)]
-    items = [item for value in given for item in value if isinstance(item, dict)]
+def check_lists(raw: Map[str, Any], limits: Limits) -> None:
+    """What holds for a body of every family, before it is looked at closely."""
+    if limits.templates_only:
+        raise BadRequest("messages: only templates may be asked for, at /api")
+    if (raw.get("tools") or raw.get("functions")) and not limits.allow_tools:
+        raise BadRequest("tools: are not allowed here")
+    names = ("messages", "input", "system", "tools", "functions")
+    lists = {name: value for name in names if isinstance(value := raw.get(name), list)}
+    for key in ("messages", "input"):
+        if len(lists.get(key, ())) > limits.max_messages:
+            raise BadRequest(f"{key}: at most {limits.max_messages} messages are allowed")
+    # a body of a million empty blocks would keep everybody else waiting
+    items = [item for value in lists.values() for item in value if isinstance(item, dict)]
     inner = [item.get(name) for item in items for name in ("content", "tool_calls")]
-    count = sum(len(value) for value in (*given, *inner) if isinstance(value, list))
+    count = sum(len(value) for value in (*lists.values(), *inner) if isinstance(value, list))
     if count > 10 * limits.max_messages:
         raise BadRequest(f"messages: at most {10 * limits.max_messages} blocks are allowed")
 
 
 def read_request(given: Body, limits: Limits, default_model: str, dropped: list[str]) -> Request:
-    limit_blocks({name: getattr(given, name) for name in LISTS}, limits)
+    check_lists(asdict(given), limits)
     stop = given.stop or given.stop_sequences or []
-    # four spellings of one setting
     lengths = {name: value for name in MAX_TOKENS if (value := getattr(given, name))}
     dropped += [name for name, tokens in lengths.items() if tokens > limits.max_tokens]
     request = Request(
@@ -965,10 +971,6 @@ def read_request(given: Body, limits: Limits, default_model: str, dropped: list[
     key = "messages" if given.input is None else "input"
     items = getattr(given, key) or []
     items = [{"role": "user", "content": items}] if isinstance(items, str) else items
-    if len(items) > limits.max_messages:
-        raise BadRequest(f"{key}: at most {limits.max_messages} messages are allowed")
-    if given.tools and not limits.allow_tools:
-        raise BadRequest("tools: are not allowed here")
     leading = [{"role": "system", "content": t} for t in (given.instructions, given.system) if t]
     user_seen = not limits.allow_system
     messages = read_items(leading, "system", dropped) + read_items(items, key, dropped, user_seen)
@@ -986,15 +988,14 @@ def read_request(given: Body, limits: Limits, default_model: str, dropped: list[
     return request
 
 
-MAX_TOKENS = ("max_tokens", "max_new_tokens", "max_output_tokens", "max_completion_tokens")
-
-
 def read_items(
     items: list[Any], key: str, dropped: list[str], user_seen: bool = False
 ) -> list[Message]:
     messages = []
-    for i, item in enumerate(map(clean_role, items)):
+    for i, item in enumerate(items):
         where = f"{key}[{i}]"
+        if isinstance(item, dict) and isinstance(item.get("role"), str):
+            item = item | {"role": clean(item["role"])}
         match item:
             case {"type": "function_call" | "reasoning"}:
                 messages.append(Message("assistant", read_block(item, where, dropped)))
@@ -1017,11 +1018,6 @@ CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\
 
 def clean(text: str) -> str:
     return CONTROL.sub("", text)
-
-
-def clean_role(item: Any) -> Any:
-    role = item.get("role") if isinstance(item, dict) else None
-    return item | {"role": clean(role)} if isinstance(role, str) else item
 
 
 def read_content(item: dict[str, Any], where: str, dropped: list[str]) -> list[Part]:
@@ -1210,24 +1206,18 @@ NATIVE_FIELDS = {
 }
 # Betas that clients ask for unbidden, and that change neither the price nor what is kept.
 PLAIN_BETAS = {"structured-outputs-2025-11-13", "fine-grained-tool-streaming-2025-05-14"}
+ALLOW = "the server's owner can add it to the provider's `allow`"
 # What a tool is called with, and what describes it, is nobody's conversation.
 OPAQUE = {"input", "arguments", "parameters", "input_schema", "schema"}
 
 
-class NativeBody(Struct):
+class NativeBody(BodyBase, kw_only=True):
     """What the proxy itself needs of a native body."""
 
     model: ModelName
-    stream: bool | None = None
     n: Annotated[int, Meta(ge=1, le=16)] | None = None
-    max_tokens: Count | None = None
-    max_output_tokens: Count | None = None
-    max_completion_tokens: Count | None = None
     stream_options: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
-    messages: list[Any] | None = None
-    system: str | list[Any] | None = None
-    instructions: str | None = None
 
 
 def strings(value: Any) -> Iterator[str]:
@@ -1271,25 +1261,19 @@ def parse_native(
 ) -> Request:
     """Check a body of `kind`, a key of NATIVE_FIELDS. Raises BadRequest naming the field."""
     for name in sorted(raw.keys() - {*NATIVE_FIELDS[kind].split(), *allowed}):
-        fix = "the server's owner can add it to the provider's `allow`"
-        raise BadRequest(f"{redact(name, length=50)}: is not passed on by this proxy; {fix}")
-    if limits.templates_only:
-        raise BadRequest("messages: only templates may be asked for, at /api")
-    limit_blocks(raw, limits)
+        raise BadRequest(f"{redact(name, length=50)}: is not passed on by this proxy; {ALLOW}")
+    check_lists(raw, limits)
     given = convert_body(raw, NativeBody)
     key = "messages" if "messages" in NATIVE_FIELDS[kind] else "input"
     if not raw.get(key):
         raise BadRequest(f"{key}: is missing")
     check_conversation(raw, key, limits, allowed)
-    if (given.tools or raw.get("functions")) and not limits.allow_tools:
-        raise BadRequest("tools: are not allowed here")
-    hosted, kinds = "", {str(block.get("type")) for block in blocks(raw[key])}
+    hosted = ""
     for i, tool in enumerate(given.tools or ()):
         if (name := str(tool.get("type", "custom"))) not in ("function", "custom"):
             hosted = redact(name, length=50)
             if name not in allowed:
-                fix = "the server's owner can add it to the provider's `allow`"
-                raise BadRequest(f"tools[{i}].type: {hosted!r} runs at the vendor; {fix}")
+                raise BadRequest(f"tools[{i}].type: {hosted!r} runs at the vendor; {ALLOW}")
     lengths = {n: v for n, v in asdict(given).items() if n.startswith("max_") and v}
     limit = next(reversed(lengths), "")  # of two names the newer one goes up, with the lower value
     dropped += [n for n, tokens in lengths.items() if tokens > limits.max_tokens or n != limit]
@@ -1303,10 +1287,11 @@ def parse_native(
         lock_prompt(native, kind, limits.system_prompt)
     path = "" if kind in ADAPTERS else f"/{kind}"
     length = 0 if path else min([*lengths.values(), limits.max_tokens])
+    kinds = [block.get("type") for block in blocks(raw[key])]
     return Request(
         model=given.model, max_tokens=length, limit=limit, n=given.n or 1, hosted=hosted,
         native=native, path=path, stream=given.stream is True,
-        documents=not kinds.isdisjoint(("document", "input_file", "file")),
+        documents=any(kind in ("document", "input_file", "file") for kind in kinds),
     )  # fmt: skip
 
 
@@ -1315,31 +1300,31 @@ def passed_headers(headers: Headers, dialect: str, allowed: Iterable[str]) -> di
     names = ("anthropic-version", "anthropic-beta") if dialect == "messages" else ()
     for beta in split_list(headers.get("anthropic-beta", "")):
         if beta not in PLAIN_BETAS and beta not in allowed:
-            fix = "the server's owner can add it to the provider's `allow`"
-            raise BadRequest(f"anthropic-beta: {redact(beta, length=50)} is not passed on; {fix}")
+            raise BadRequest(f"anthropic-beta: {redact(beta, length=50)} is not passed on; {ALLOW}")
     return {name: headers[name] for name in (*names, "idempotency-key") if name in headers}
 
 
 def check_conversation(
-    raw: dict[str, Any], key: str, limits: Limits, allowed: Iterable[str]
+    raw: Map[str, Any], key: str, limits: Limits, allowed: Iterable[str]
 ) -> None:
     system = [raw.get("system"), raw.get("instructions")]
     items = raw[key] if isinstance(raw[key], list) else []
-    if len(items) > limits.max_messages:
-        raise BadRequest(f"{key}: at most {limits.max_messages} messages are allowed")
     # where Responses is told neither type nor role, it looks the id up
-    referred = any(isinstance(i, dict) and not (i.get("type") or i.get("role")) for i in items)
+    kept = any(isinstance(i, dict) and not (i.get("type") or i.get("role")) for i in items)
     for block in blocks(items):
         system.append(block.get("role") in ("system", "developer"))
-        source = block.get("source")
-        inner = source.get("type") if isinstance(source, dict) else ""
-        kinds = {str(block.get("type")), str(inner)}
-        # sound has a price of its own
-        named = kinds & {"item_reference", "container_upload", "input_audio"} or "file_id" in block
-        kept = bool(named or referred or block.get("audio"))
-        if (kept or "file_url" in block or {"document", "url"} <= kinds) and "files" not in allowed:
-            wrong = "sound, and files and items that the vendor keeps or fetches, are not passed on"
-            raise BadRequest(f'{key}: {wrong}; add "files" to the provider\'s `allow`')
+        match block:
+            case (
+                {"type": "item_reference" | "container_upload" | "input_audio"}
+                | {"type": "document", "source": {"type": "url"}}
+                | {"file_id": _}
+                | {"file_url": _}
+            ):
+                kept = True  # sound has a price of its own
+        kept = kept or bool(block.get("audio"))
+    if kept and "files" not in allowed:
+        wrong = "sound, and files and items that the vendor keeps or fetches, are not passed on"
+        raise BadRequest(f'{key}: {wrong}; add "files" to the provider\'s `allow`')
     if any(system) and not limits.allow_system:
         raise BadRequest("system: a system prompt is not allowed here")
 
@@ -1361,7 +1346,7 @@ def lock_prompt(native: dict[str, Any], kind: str, prompt: str) -> None:
 CHAT_ONLY = {"n": 1, "functions": [], "function_call": "none", "logprobs": False, "audio": None}
 
 
-class ChatBody(Struct):
+class ChatBody(Body):
     """What a Chat body has more than the browser's."""
 
     reasoning_effort: str | None = None
@@ -1386,17 +1371,14 @@ def check_turns(items: Any, dropped: list[str]) -> None:
 
 def parse_chat(raw: dict[str, Any], limits: Limits, dropped: list[str]) -> Request:
     """A Chat body for a vendor that speaks another dialect. Raises BadRequest."""
-    if limits.templates_only:
-        raise BadRequest("messages: only templates may be asked for, at /api")
     for name, idle in CHAT_ONLY.items():
         if raw.get(name, idle) not in (idle, None):
             raise BadRequest(f"{name}: cannot be asked of this model")
     given = convert_body(raw, ChatBody)
-    known = {*Body.__struct_fields__, *ChatBody.__struct_fields__, *CHAT_ONLY}
-    known -= {"template", "variables"}
+    known = {*ChatBody.__struct_fields__, *CHAT_ONLY} - {"template", "variables"}
     check_turns(raw.get("messages"), dropped)
     dropped += [redact(name, length=50) for name in sorted(raw.keys() - known)]
-    request = read_request(convert_body(raw, Body), limits, "", dropped)
+    request = read_request(given, limits, "", dropped)
     request.system = "\n\n".join(filter(None, (limits.system_prompt, request.system)))
     request.parallel = given.parallel_tool_calls
     request.effort = given.reasoning_effort or ""
@@ -2036,6 +2018,7 @@ FIGURES = {
     "thinking_tokens": "reasoning_tokens", "reasoning_tokens": "reasoning_tokens",
 }  # fmt: skip
 
+LEAST_OUTPUT = 16  # OpenAI Responses takes no lower limit, and is sent this instead
 
 # How many tokens a model reads. The first line with a pattern that matches counts.
 CONTEXT_SIZES = """
@@ -2051,12 +2034,16 @@ CONTEXT_SIZES = """
 """
 
 
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
 @functools.lru_cache(1000)
 def look_up(table: str, model: str) -> frozenset[str]:
     """The words of the first line that has a pattern for the model."""
     for line in table.strip().splitlines():
         words, _, patterns = line.partition(": ")
-        if any(fnmatch.fnmatchcase(model, pattern) for pattern in patterns.split()):
+        if matches(model, patterns.split()):
             return frozenset(words.split())
     return frozenset()
 
@@ -2142,6 +2129,10 @@ class Adapter:
         """The neutral events of one vendor event; unknown ones have none."""
         raise NotImplementedError
 
+    def hide_key(self, data: bytes) -> bytes:
+        """What the vendor sent, but for our key: should it say that, nobody hears it."""
+        return data.replace(self.secret, b"[removed]") if self.secret else data
+
     def feed(self, chunk: bytes) -> Batch:
         """What the events that `chunk` completes say."""
         return [event for _, batch in self.events(chunk) for event in batch]
@@ -2174,12 +2165,8 @@ class Adapter:
                 pass  # of a shape nobody expects: skipped
             yield event, batch
 
-    def hide_key(self, data: bytes) -> bytes:
-        """What the vendor sent, but for our key: should it say that, nobody hears it."""
-        return data.replace(self.secret, b"[removed]") if self.secret else data
-
     def read(self, body: bytes) -> Batch:
-        """The same for an answer in one piece."""
+        """The same as pass_on() for an answer in one piece."""
         self.complete = True
         try:
             reply = msgspec.json.decode(body, type=dict[str, Any])
@@ -2788,10 +2775,6 @@ def built_in_prices() -> dict[str, Price]:
     return prices
 
 
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
 class Prices:
     """A pattern may begin with a provider, as in ollama/*: others may sell a model of that name."""
 
@@ -2832,7 +2815,6 @@ def cost_bound(price: Price, inputs: int) -> tuple[Decimal, Decimal]:
     return inputs * dearest / 1_000_000, max(tier.output for tier in tiers) / 1_000_000
 
 
-LEAST_OUTPUT = 16  # OpenAI Responses takes no lower limit, and is sent this instead
 IMAGE_TOKENS = 7000  # more than any vendor counts for one image, but for
 MINI_IMAGE_TOKENS = 50_000  # gpt-4o-mini: 2,833 and 5,667 for each of up to 8 tiles
 TOOL_TOKENS = 1000  # what a vendor writes before the tools
@@ -4074,9 +4056,7 @@ end [DONE]""",
 class DemoTransport(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         body = msgspec.json.decode(request.content)
-        last = (body.get("messages") or body.get("input"))[-1]
-        content = last.get("content", "") if last.get("role") == "user" else ""
-        prompt = content if isinstance(content, str) else content[0].get("text", "")
+        *_, prompt = "", *strings(body.get("messages") or body.get("input"))
         if prompt.startswith("/error"):
             error = {"type": "overloaded_error", "message": "The demo model is overloaded"}
             return httpx.Response(529, json={"type": "error", "error": error})
@@ -4268,9 +4248,8 @@ def error_response(request: litestar.Request[Any, Any, Any], error: Exception) -
         error = ProxyError(500, "internal_error", "internal error")
     call = request.scope["state"]["call"]
     body = error_body(error, call.added["x-request-id"], call.dialect)
-    headers = error.headers | call.own_id()
-    more: dict[str, Any] = {"headers": headers, "media_type": "application/json"}
-    return litestar.Response(body, status_code=error.status, **more)
+    reply = {"status_code": error.status, "headers": error.headers | call.own_id()}
+    return litestar.Response(body, media_type="application/json", **reply)
 
 
 NATIVE_PATHS = {
