@@ -804,7 +804,7 @@ class Request(Sampling, kw_only=True, omit_defaults=True):
     hosted: str = ""
     stream: bool = True
     usage_hidden: bool = False
-    output_format: dict[str, Any] | None = None  # as Responses has it
+    output_format: dict[str, Any] | None = None  # as Chat has it
     effort: str = ""
     parallel: bool | None = None
     messages: list[Message] = []
@@ -814,24 +814,20 @@ class Request(Sampling, kw_only=True, omit_defaults=True):
     stop: list[str] = []
     thinking: bool | None = None
 
-    def parts(self) -> Iterator[Part]:
-        return itertools.chain.from_iterable(message.content for message in self.messages)
-
     def texts(self) -> Iterator[str]:
         """Every text of it, but not the tools' and not the data of images."""
         yield self.system
         yield from strings(self.native)
-        for part in self.parts():
+        for part in itertools.chain.from_iterable(message.content for message in self.messages):
             if isinstance(part, Image):
                 yield part.source.get("url", "")
             yield from (value for value in astuple(part) if isinstance(value, str))
 
     def images(self) -> list[str]:
         """The data of each image, "" where the vendor fetches it."""
-        native = self.native or {}
+        native = self.native or {"messages": msgspec.to_builtins(self.messages)}
         found = map(image_data, blocks(native.get("messages") or native.get("input")))
-        own = [p.source.get("data", "") for p in self.parts() if isinstance(p, Image)]
-        return own + [data for data in found if data is not None]
+        return [data for data in found if data is not None]
 
     def characters(self) -> int:
         """Of text and tools, not of images."""
@@ -884,26 +880,35 @@ StopTexts = Annotated[list[StopText], Meta(max_length=16)]
 ModelName = Annotated[str, Meta(max_length=200, pattern="^[ -~]*$")]
 
 
-class Body(Sampling):
-    """A request body of either family. What is not named here is dropped and reported."""
+class BodyBase(Sampling):
+    """What the bodies of all families have in common."""
 
     model: ModelName | None = None
     messages: list[Any] | None = None
-    input: str | list[Any] | None = None
     system: str | list[Any] | None = None
     instructions: str | None = None
     tools: list[Any] | None = None
-    tool_choice: str | dict[str, Any] | None = None
     stream: bool | None = None
     max_tokens: Count | None = None
-    max_new_tokens: Count | None = None
     max_output_tokens: Count | None = None
     max_completion_tokens: Count | None = None
+
+
+class Body(BodyBase):
+    """A request body of either family. What is not named here is dropped and reported."""
+
+    input: str | list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    max_new_tokens: Count | None = None
     stop: StopText | StopTexts | None = None
     stop_sequences: StopTexts | None = None
     enable_thinking: bool | None = None
     template: str | None = None
     variables: dict[str, Any] | None = None
+
+
+# Four spellings of one setting.
+MAX_TOKENS = ("max_tokens", "max_new_tokens", "max_output_tokens", "max_completion_tokens")
 
 
 class Parsed(Struct):
@@ -923,12 +928,11 @@ def parse_body(
     """Read a browser's request body. Raises BadRequest naming the field."""
     raw = decode_body(body)
     given = convert_body(raw, Body)
-    unknown = sorted(raw.keys() - set(Body.__struct_fields__))
-    dropped = [redact(name, length=50) for name in unknown[:50]]
+    beside = {"template", "variables", "stream"}
+    known = {*Body.__struct_fields__} if given.template is None else beside
+    dropped = [redact(name, length=50) for name in sorted(raw.keys() - known)[:50]]
     if given.template is not None:
         request = read_template(given, templates)
-        owned = set(Body.__struct_fields__) - {"template", "variables", "stream"}
-        dropped += sorted(raw.keys() & owned)
         said: Iterable[Any] = (given.variables or {}).values()
     elif limits.templates_only:
         raise BadRequest(f"template: must be one of {', '.join(templates)}")
@@ -937,11 +941,8 @@ def parse_body(
         said = (*request.texts(), msgspec.json.encode(request.tools).decode())
     request.system = "\n\n".join(filter(None, (limits.system_prompt, request.system)))
     check_texts(request, limits, said)
-    chosen = any(getattr(given, name) for name in MAX_TOKENS)
-    return Parsed(
-        request, given.stream is not False, list(dict.fromkeys(dropped)),
-        chosen and given.template is None, given.template or "",
-    )  # fmt: skip
+    chosen = given.template is None and any(getattr(given, name) for name in MAX_TOKENS)
+    return Parsed(request, given.stream is not False, dropped, chosen, given.template or "")
 
 
 def decode_body(body: bytes) -> dict[str, Any]:
@@ -972,23 +973,28 @@ def check_texts(request: Request, limits: Limits, said: Iterable[Any]) -> None:
             raise BadRequest("messages: hold a text that is not allowed here")
 
 
-LISTS = ("messages", "input", "system", "tools")
-
-
-def limit_blocks(raw: Map[str, Any], limits: Limits) -> None:
-    """A body of a million empty blocks would keep everybody else waiting."""
-    given = [value for value in raw.values() if isinstance(value, list)]
-    items = [item for value in given for item in value if isinstance(item, dict)]
+def check_lists(raw: Map[str, Any], limits: Limits) -> None:
+    """What holds for a body of every family, before it is looked at closely."""
+    if limits.templates_only:
+        raise BadRequest("messages: only templates may be asked for, at /api")
+    if (raw.get("tools") or raw.get("functions")) and not limits.allow_tools:
+        raise BadRequest("tools: are not allowed here")
+    names = ("messages", "input", "system", "tools", "functions")
+    lists = {name: value for name in names if isinstance(value := raw.get(name), list)}
+    for key in ("messages", "input"):
+        if len(lists.get(key, ())) > limits.max_messages:
+            raise BadRequest(f"{key}: at most {limits.max_messages} messages are allowed")
+    # a body of a million empty blocks would keep everybody else waiting
+    items = [item for value in lists.values() for item in value if isinstance(item, dict)]
     inner = [item.get(name) for item in items for name in ("content", "tool_calls")]
-    count = sum(len(value) for value in (*given, *inner) if isinstance(value, list))
+    count = sum(len(value) for value in (*lists.values(), *inner) if isinstance(value, list))
     if count > 10 * limits.max_messages:
         raise BadRequest(f"messages: at most {10 * limits.max_messages} blocks are allowed")
 
 
 def read_request(given: Body, limits: Limits, default_model: str, dropped: list[str]) -> Request:
-    limit_blocks({name: getattr(given, name) for name in LISTS}, limits)
+    check_lists(asdict(given), limits)
     stop = given.stop or given.stop_sequences or []
-    # four spellings of one setting
     lengths = {name: value for name in MAX_TOKENS if (value := getattr(given, name))}
     dropped += [name for name, tokens in lengths.items() if tokens > limits.max_tokens]
     request = Request(
@@ -1006,10 +1012,6 @@ def read_request(given: Body, limits: Limits, default_model: str, dropped: list[
     key = "messages" if given.input is None else "input"
     items = getattr(given, key) or []
     items = [{"role": "user", "content": items}] if isinstance(items, str) else items
-    if len(items) > limits.max_messages:
-        raise BadRequest(f"{key}: at most {limits.max_messages} messages are allowed")
-    if given.tools and not limits.allow_tools:
-        raise BadRequest("tools: are not allowed here")
     leading = [{"role": "system", "content": t} for t in (given.instructions, given.system) if t]
     user_seen = not limits.allow_system
     messages = read_items(leading, "system", dropped) + read_items(items, key, dropped, user_seen)
@@ -1027,15 +1029,14 @@ def read_request(given: Body, limits: Limits, default_model: str, dropped: list[
     return request
 
 
-MAX_TOKENS = ("max_tokens", "max_new_tokens", "max_output_tokens", "max_completion_tokens")
-
-
 def read_items(
     items: list[Any], key: str, dropped: list[str], user_seen: bool = False
 ) -> list[Message]:
     messages = []
-    for i, item in enumerate(map(clean_role, items)):
+    for i, item in enumerate(items):
         where = f"{key}[{i}]"
+        if isinstance(item, dict) and isinstance(item.get("role"), str):
+            item = item | {"role": clean(item["role"])}
         match item:
             case {"type": "function_call" | "reasoning"}:
                 messages.append(Message("assistant", read_block(item, where, dropped)))
@@ -1058,11 +1059,6 @@ CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\
 
 def clean(text: str) -> str:
     return CONTROL.sub("", text)
-
-
-def clean_role(item: Any) -> Any:
-    role = item.get("role") if isinstance(item, dict) else None
-    return item | {"role": clean(role)} if isinstance(role, str) else item
 
 
 def read_content(item: dict[str, Any], where: str, dropped: list[str]) -> list[Part]:
@@ -1251,24 +1247,18 @@ NATIVE_FIELDS = {
 }
 # Betas that clients ask for unbidden, and that change neither the price nor what is kept.
 PLAIN_BETAS = {"structured-outputs-2025-11-13", "fine-grained-tool-streaming-2025-05-14"}
+ALLOW = "the server's owner can add it to the provider's `allow`"
 # What a tool is called with, and what describes it, is nobody's conversation.
 OPAQUE = {"input", "arguments", "parameters", "input_schema", "schema"}
 
 
-class NativeBody(Struct):
+class NativeBody(BodyBase, kw_only=True):
     """What the proxy itself needs of a native body."""
 
     model: ModelName
-    stream: bool | None = None
     n: Annotated[int, Meta(ge=1, le=16)] | None = None
-    max_tokens: Count | None = None
-    max_output_tokens: Count | None = None
-    max_completion_tokens: Count | None = None
     stream_options: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
-    messages: list[Any] | None = None
-    system: str | list[Any] | None = None
-    instructions: str | None = None
 
 
 def strings(value: Any) -> Iterator[str]:
@@ -1312,25 +1302,19 @@ def parse_native(
 ) -> Request:
     """Check a body of `kind`, a key of NATIVE_FIELDS. Raises BadRequest naming the field."""
     for name in sorted(raw.keys() - {*NATIVE_FIELDS[kind].split(), *allowed}):
-        fix = "the server's owner can add it to the provider's `allow`"
-        raise BadRequest(f"{redact(name, length=50)}: is not passed on by this proxy; {fix}")
-    if limits.templates_only:
-        raise BadRequest("messages: only templates may be asked for, at /api")
-    limit_blocks(raw, limits)
+        raise BadRequest(f"{redact(name, length=50)}: is not passed on by this proxy; {ALLOW}")
+    check_lists(raw, limits)
     given = convert_body(raw, NativeBody)
     key = "messages" if "messages" in NATIVE_FIELDS[kind] else "input"
     if not raw.get(key):
         raise BadRequest(f"{key}: is missing")
     check_conversation(raw, key, limits, allowed)
-    if (given.tools or raw.get("functions")) and not limits.allow_tools:
-        raise BadRequest("tools: are not allowed here")
-    hosted, kinds = "", {str(block.get("type")) for block in blocks(raw[key])}
+    hosted = ""
     for i, tool in enumerate(given.tools or ()):
         if (name := str(tool.get("type", "custom"))) not in ("function", "custom"):
             hosted = redact(name, length=50)
             if name not in allowed:
-                fix = "the server's owner can add it to the provider's `allow`"
-                raise BadRequest(f"tools[{i}].type: {hosted!r} runs at the vendor; {fix}")
+                raise BadRequest(f"tools[{i}].type: {hosted!r} runs at the vendor; {ALLOW}")
     lengths = {n: v for n, v in asdict(given).items() if n.startswith("max_") and v}
     limit = next(reversed(lengths), "")  # of two names the newer one goes up, with the lower value
     dropped += [n for n, tokens in lengths.items() if tokens > limits.max_tokens or n != limit]
@@ -1344,10 +1328,11 @@ def parse_native(
         lock_prompt(native, kind, limits.system_prompt)
     path = "" if kind in ADAPTERS else f"/{kind}"
     length = 0 if path else min([*lengths.values(), limits.max_tokens])
+    kinds = [block.get("type") for block in blocks(raw[key])]
     return Request(
         model=given.model, max_tokens=length, limit=limit, n=given.n or 1, hosted=hosted,
         native=native, path=path, stream=given.stream is True,
-        documents=not kinds.isdisjoint(("document", "input_file", "file")),
+        documents=any(kind in ("document", "input_file", "file") for kind in kinds),
     )  # fmt: skip
 
 
@@ -1356,31 +1341,31 @@ def passed_headers(headers: Headers, dialect: str, allowed: Iterable[str]) -> di
     names = ("anthropic-version", "anthropic-beta") if dialect == "messages" else ()
     for beta in split_list(headers.get("anthropic-beta", "")):
         if beta not in PLAIN_BETAS and beta not in allowed:
-            fix = "the server's owner can add it to the provider's `allow`"
-            raise BadRequest(f"anthropic-beta: {redact(beta, length=50)} is not passed on; {fix}")
+            raise BadRequest(f"anthropic-beta: {redact(beta, length=50)} is not passed on; {ALLOW}")
     return {name: headers[name] for name in (*names, "idempotency-key") if name in headers}
 
 
 def check_conversation(
-    raw: dict[str, Any], key: str, limits: Limits, allowed: Iterable[str]
+    raw: Map[str, Any], key: str, limits: Limits, allowed: Iterable[str]
 ) -> None:
     system = [raw.get("system"), raw.get("instructions")]
     items = raw[key] if isinstance(raw[key], list) else []
-    if len(items) > limits.max_messages:
-        raise BadRequest(f"{key}: at most {limits.max_messages} messages are allowed")
     # where Responses is told neither type nor role, it looks the id up
-    referred = any(isinstance(i, dict) and not (i.get("type") or i.get("role")) for i in items)
+    kept = any(isinstance(i, dict) and not (i.get("type") or i.get("role")) for i in items)
     for block in blocks(items):
         system.append(block.get("role") in ("system", "developer"))
-        source = block.get("source")
-        inner = source.get("type") if isinstance(source, dict) else ""
-        kinds = {str(block.get("type")), str(inner)}
-        # sound has a price of its own
-        named = kinds & {"item_reference", "container_upload", "input_audio"} or "file_id" in block
-        kept = bool(named or referred or block.get("audio"))
-        if (kept or "file_url" in block or {"document", "url"} <= kinds) and "files" not in allowed:
-            wrong = "sound, and files and items that the vendor keeps or fetches, are not passed on"
-            raise BadRequest(f'{key}: {wrong}; add "files" to the provider\'s `allow`')
+        match block:
+            case (
+                {"type": "item_reference" | "container_upload" | "input_audio"}
+                | {"type": "document", "source": {"type": "url"}}
+                | {"file_id": _}
+                | {"file_url": _}
+            ):
+                kept = True  # sound has a price of its own
+        kept = kept or bool(block.get("audio"))
+    if kept and "files" not in allowed:
+        wrong = "sound, and files and items that the vendor keeps or fetches, are not passed on"
+        raise BadRequest(f'{key}: {wrong}; add "files" to the provider\'s `allow`')
     if any(system) and not limits.allow_system:
         raise BadRequest("system: a system prompt is not allowed here")
 
@@ -1402,7 +1387,7 @@ def lock_prompt(native: dict[str, Any], kind: str, prompt: str) -> None:
 CHAT_ONLY = {"n": 1, "functions": [], "function_call": "none", "logprobs": False, "audio": None}
 
 
-class ChatBody(Struct):
+class ChatBody(Body):
     """What a Chat body has more than the browser's."""
 
     reasoning_effort: str | None = None
@@ -1427,27 +1412,22 @@ def check_turns(items: Any, dropped: list[str]) -> None:
 
 def parse_chat(raw: dict[str, Any], limits: Limits, dropped: list[str]) -> Request:
     """A Chat body for a vendor that speaks another dialect. Raises BadRequest."""
-    if limits.templates_only:
-        raise BadRequest("messages: only templates may be asked for, at /api")
     for name, idle in CHAT_ONLY.items():
         if raw.get(name, idle) not in (idle, None):
             raise BadRequest(f"{name}: cannot be asked of this model")
     given = convert_body(raw, ChatBody)
-    known = {*Body.__struct_fields__, *ChatBody.__struct_fields__, *CHAT_ONLY}
-    known -= {"template", "variables"}
+    known = {*ChatBody.__struct_fields__, *CHAT_ONLY} - {"template", "variables"}
     check_turns(raw.get("messages"), dropped)
     dropped += [redact(name, length=50) for name in sorted(raw.keys() - known)]
-    request = read_request(convert_body(raw, Body), limits, "", dropped)
+    request = read_request(given, limits, "", dropped)
     request.system = "\n\n".join(filter(None, (limits.system_prompt, request.system)))
     request.parallel = given.parallel_tool_calls
     request.effort = given.reasoning_effort or ""
     if request.effort:
         request.thinking = request.effort not in ("none", "minimal")
     match given.response_format:
-        case {"type": "json_schema", "json_schema": {"schema": dict()} as schema}:
-            request.output_format = {"type": "json_schema", **schema}
-        case {"type": "json_object"}:
-            request.output_format = {"type": "json_object"}
+        case {"type": "json_schema", "json_schema": {"schema": dict()}} | {"type": "json_object"}:
+            request.output_format = given.response_format
         case None | {"type": "text"}:
             pass
         case _:
@@ -2776,24 +2756,25 @@ class Flight:
 
 class SSE:
     LIMIT = 32 * 2**20  # of one event: more than any vendor sends, and an end to garbage
+    # a CR that ends what has come may be half of a CRLF
+    END = re.compile(rb"\r\r|\n(?:\r?\n|\r(?=[^\n]))")
+    rest = b""
 
-    def __init__(self) -> None:
-        self.rest, self.after_cr = b"", False
-
-    def feed(self, chunk: bytes) -> Iterator[bytes]:
-        """The data of each event that `chunk` completes."""
-        if self.after_cr:  # its LF, if that is what comes, is not another line's end
-            chunk = chunk.removeprefix(b"\n")
-        self.after_cr = chunk.endswith(b"\r")
-        chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        *blocks, self.rest = (self.rest + chunk).split(b"\n\n")
+    def feed(self, chunk: bytes) -> list[bytes]:
+        """The events that `chunk` completes, as they came."""
+        seen, self.rest = max(0, len(self.rest) - 2), self.rest + chunk
+        ends = [0, *(end.end() for end in self.END.finditer(self.rest, seen))]
+        events = [self.rest[start:end] for start, end in itertools.pairwise(ends)]
+        self.rest = self.rest[ends[-1] :]
         if len(self.rest) > self.LIMIT:
             raise UpstreamError(502, "an event of the vendor's stream is too large")
-        for block in blocks:
-            lines = block.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-            data = [line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:")]
-            if any(data):
-                yield b"\n".join(data)
+        return events
+
+
+def event_data(event: bytes) -> bytes:
+    lines = event.removeprefix(b"\xef\xbb\xbf").splitlines()
+    data = [line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:")]
+    return b"\n".join(data) if any(data) else b""
 
 
 # ---- Adapters ----------------------------------------------------------------------------------
@@ -2831,23 +2812,17 @@ REASONS: dict[Any, str] = {
 }  # fmt: skip
 
 
-# Which of our figures each of the vendors' is. Of several, the largest counts.
+# Which of our figures each of the vendors' is, wherever it stands. Of several, the largest counts.
 FIGURES = {
     "input_tokens": "input_tokens", "prompt_tokens": "input_tokens",
     "output_tokens": "output_tokens", "completion_tokens": "output_tokens",
-    "cache_read_input_tokens": "cache_read_tokens",
-    "input_tokens_details.cached_tokens": "cache_read_tokens",
-    "prompt_tokens_details.cached_tokens": "cache_read_tokens",
-    "cache_creation_input_tokens": "cache_write_tokens",
-    "input_tokens_details.cache_write_tokens": "cache_write_tokens",
-    "prompt_tokens_details.cache_write_tokens": "cache_write_tokens",
-    "cache_creation.ephemeral_1h_input_tokens": "cache_write_1h_tokens",
-    "output_tokens_details.thinking_tokens": "reasoning_tokens",
-    "output_tokens_details.reasoning_tokens": "reasoning_tokens",
-    "completion_tokens_details.reasoning_tokens": "reasoning_tokens",
-    "server_tool_use.web_search_requests": "web_searches",
+    "cache_read_input_tokens": "cache_read_tokens", "cached_tokens": "cache_read_tokens",
+    "cache_creation_input_tokens": "cache_write_tokens", "cache_write_tokens": "cache_write_tokens",
+    "ephemeral_1h_input_tokens": "cache_write_1h_tokens", "web_search_requests": "web_searches",
+    "thinking_tokens": "reasoning_tokens", "reasoning_tokens": "reasoning_tokens",
 }  # fmt: skip
 
+LEAST_OUTPUT = 16  # OpenAI Responses takes no lower limit, and is sent this instead
 
 # How many tokens a model reads. The first line with a pattern that matches counts.
 CONTEXT_SIZES = """
@@ -2863,12 +2838,16 @@ CONTEXT_SIZES = """
 """
 
 
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
 @functools.lru_cache(1000)
 def look_up(table: str, model: str) -> frozenset[str]:
     """The words of the first line that has a pattern for the model."""
     for line in table.strip().splitlines():
         words, _, patterns = line.partition(": ")
-        if any(fnmatch.fnmatchcase(model, pattern) for pattern in patterns.split()):
+        if matches(model, patterns.split()):
             return frozenset(words.split())
     return frozenset()
 
@@ -2881,11 +2860,6 @@ def capability(model: str) -> frozenset[str]:
     return look_up(CAPABILITIES, model)
 
 
-def number(table: dict[str, Any], key: str) -> int:
-    """An integer in a vendor's JSON; 0 where it is missing or something else."""
-    return max(0, value) if isinstance(value := table.get(key), int) else 0
-
-
 def filled(**fields: Any) -> dict[str, Any]:
     """JSON without the keys that have nothing to say."""
     return {key: value for key, value in fields.items() if value not in (None, "", [], {})}
@@ -2895,21 +2869,8 @@ def image_url(image: Image) -> str:
     return image.source.get("url") or "data:{media_type};base64,{data}".format(**image.source)
 
 
-def chat_format(output_format: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Chat puts the schema and its name one level deeper than Responses does."""
-    match output_format:
-        case {"type": "json_schema", **schema}:
-            return {"type": "json_schema", "json_schema": schema}
-    return output_format
-
-
 # What both are in the chunk of a Chat stream that only the proxy asked for.
 SOME_USAGE, NO_CHOICES = re.compile(rb'"usage":\s*\{'), re.compile(rb'"choices":\s*\[\s*\]')
-EVENT_END = re.compile(rb"\n\r?\n|\r\r")
-# What is in every event that ends a stream or fails it, and in few others.
-SPECIAL = re.compile(
-    rb'message_stop|response\.completed|response\.incomplete|response\.failed|\[DONE\]|"error"'
-)
 
 
 def function_call(call: ToolUse) -> dict[str, Any]:
@@ -2940,7 +2901,6 @@ class Adapter:
         self.cut: list[str] = []
         self.reason = "stop"
         self.complete = self.heard = self.ending = self.usage_hidden = False
-        self.pending = b""
 
     def url(self, path: str = "") -> str:
         return self.base_url + (path or self.path)
@@ -2973,57 +2933,44 @@ class Adapter:
         """The neutral events of one vendor event; unknown ones have none."""
         raise NotImplementedError
 
+    def hide_key(self, data: bytes) -> bytes:
+        """What the vendor sent, but for our key: should it say that, nobody hears it."""
+        return data.replace(self.secret, b"[removed]") if self.secret else data
+
     def feed(self, chunk: bytes) -> Batch:
-        """The events that `chunk` completes. What follows the terminal one is not read."""
-        batch: Batch = []
-        for data in self.sse.feed(chunk):
-            if self.complete:
-                break
-            if self.secret:  # should the vendor say it, nobody hears it
-                data = data.replace(self.secret, b"[removed]")
-            try:
-                done = data.strip() == b"[DONE]"
-                event = {"type": "[DONE]"} if done else msgspec.json.decode(data)
-                self.heard = self.heard or event.get("type") != "ping"
-                batch += self.decode(event)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                batch.append(self.fail("the vendor's stream holds something that is not JSON"))
-            except (AttributeError, LookupError, TypeError):  # of a shape nobody expects: skipped
-                continue
-        return batch
+        """What the events that `chunk` completes say."""
+        return [event for _, batch in self.events(chunk) for event in batch]
 
     def pass_on(self, chunk: bytes) -> Batch:
-        """The same for a caller that speaks the dialect: whole events as they came, up to the
-        terminal one, and what they say."""
-        seen, self.pending = max(0, len(self.pending) - 2), self.pending + chunk
-        ends = [0, *(end.end() for end in EVENT_END.finditer(self.pending, seen))]
-        data, rest = self.pending[: ends[-1]], self.pending[ends[-1] :]
-        if len(rest) > SSE.LIMIT:
-            raise UpstreamError(502, "an event of the vendor's stream is too large")
-        whole = [self.pending[start:end] for start, end in itertools.pairwise(ends)]
-        self.pending = rest
-        hides = self.usage_hidden and SOME_USAGE.search(data)
-        if not (hides or self.complete or SPECIAL.search(data)):  # nothing to look for in it
-            batch = self.feed(data) if data else []
-            return [self.raw(data), *batch] if data else []
-        batch, data = [], b""
-        for event in whole:
-            if self.complete:
-                break
-            said = self.feed(event)
-            if isinstance(said[0] if said else None, Failure):
-                batch += said
-                break
+        """The same for a caller that speaks the dialect: first the events as they came."""
+        passed, batch = b"", []
+        for event, said in self.events(chunk):
             hidden = self.usage_hidden and SOME_USAGE.search(event) and NO_CHOICES.search(event)
-            data, batch = data if hidden else data + event, batch + said
-        return [self.raw(data), *batch] if data else batch
+            failed = said and isinstance(said[0], Failure)
+            passed += b"" if hidden or failed else event
+            batch += said
+        return [Raw(passed), *batch] if passed else batch
 
-    def raw(self, data: bytes) -> Raw:
-        """What the vendor sent, but for our key, should it say that."""
-        return Raw(data.replace(self.secret, b"[removed]") if self.secret else data)
+    def events(self, chunk: bytes) -> Iterator[tuple[bytes, Batch]]:
+        """Each event that `chunk` completes and what it says, up to the terminal one."""
+        for event in map(self.hide_key, self.sse.feed(chunk)):
+            if self.complete:
+                return
+            batch: Batch = []
+            try:
+                if data := event_data(event):
+                    done = data.strip() == b"[DONE]"
+                    told = {"type": "[DONE]"} if done else msgspec.json.decode(data)
+                    self.heard = self.heard or told.get("type") != "ping"
+                    batch += self.decode(told)
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                batch.append(self.fail("the vendor's stream holds something that is not JSON"))
+            except (AttributeError, LookupError, TypeError):
+                pass  # of a shape nobody expects: skipped
+            yield event, batch
 
     def read(self, body: bytes) -> Batch:
-        """The same for an answer in one piece."""
+        """The same as pass_on() for an answer in one piece."""
         self.complete = True
         try:
             reply = msgspec.json.decode(body, type=dict[str, Any])
@@ -3035,32 +2982,32 @@ class Adapter:
         # embeddings have no output, and counted tokens have no usage at all
         embedded = "data" in reply and isinstance(reply.get("usage"), dict)
         self.usage.known = self.usage.known or embedded or "input_tokens" in reply
+        reason = "stop"
         match reply:
             case {"choices": [{"message": {"refusal": str(text)}}, *_]} if text:
-                end = "refusal"
+                reason = "content_filter"
             case (
                 {"stop_reason": str(end)}
                 | {"choices": [{"finish_reason": str(end)}, *_]}
                 | {"incomplete_details": {"reason": str(end)}}
             ):
-                pass
-            case _:
-                end = "stop"
-        return [self.raw(body), Finish(REASONS.get(end, "stop"))]
+                reason = REASONS.get(end, reason)
+        return [Raw(self.hide_key(body)), Finish(reason)]
 
     def count(self, usage: Any) -> None:
         """Later figures replace the earlier ones, but may lack some of them."""
-        if isinstance(usage, dict):
-            self.counts |= {key: value for key, value in usage.items() if value is not None}
-            self.usage = usage = Usage()
-            for key, value in self.counts.items():
-                for inner, n in value.items() if isinstance(value, dict) else (("", value),):
-                    name = FIGURES.get(f"{key}.{inner}" if inner else key)
-                    if name and isinstance(n, int):
-                        setattr(usage, name, max(getattr(usage, name), n))
-                        usage.known = usage.known or name == "output_tokens"
-            if self.apart:
-                usage.input_tokens += usage.cache_read_tokens + usage.cache_write_tokens
+        if not isinstance(usage, dict):
+            return
+        self.counts |= {key: value for key, value in usage.items() if value is not None}
+        details = [value for value in self.counts.values() if isinstance(value, dict)]
+        self.usage = usage = Usage()
+        for key, tokens in itertools.chain(*map(dict.items, [self.counts, *details])):
+            name = FIGURES.get(key)
+            if name and isinstance(tokens, int):
+                setattr(usage, name, max(getattr(usage, name), tokens))
+                usage.known = usage.known or name == "output_tokens"
+        if self.apart:
+            usage.input_tokens += usage.cache_read_tokens + usage.cache_write_tokens
 
     def finish(self) -> Iterator[Event]:
         """The complete calls, then the Finish. Arguments that are not JSON were cut off: that call
@@ -3080,11 +3027,10 @@ class Adapter:
         """A vendor's error object, as the error the caller is shown."""
         self.complete = True
         error = error if isinstance(error, dict) else {"message": str(error or "")}
-        names = [str(error[key]) for key in ("code", "type") if error.get(key)]
-        status = number(error, "status_code") or number(error, "code")
-        status = status or next(filter(None, map(UPSTREAM_TYPES.get, names)), 502)
+        given = [error.get(key) for key in ("status_code", "code", "type")]
+        statuses = (n if isinstance(n, int) else UPSTREAM_TYPES.get(str(n)) for n in given)
         message = str(error.get("message") or "the vendor reported an error")
-        return Failure(UpstreamError(status, message, names))
+        return Failure(UpstreamError(next(filter(None, statuses), 502), message, map(str, given)))
 
 
 # Another vendor's id may hold characters that Anthropic's pattern forbids.
@@ -3137,9 +3083,9 @@ class Messages(Adapter):
         if (request.temperature or 0) > 1:  # OpenAI's scale ends at 2
             self.dropped.append("temperature")
         form = request.output_format
-        if form and "schema" not in form:
+        if form and "json_schema" not in form:
             raise BadRequest(f"response_format: {self.model} needs a json_schema")
-        shape = {"type": "json_schema", "schema": form["schema"]} if form else None
+        shape = form and {"type": "json_schema", "schema": form["json_schema"]["schema"]}
         effort = request.effort if request.thinking and "adaptive" in self.can else None
         return {
             "max_tokens": request.max_tokens,
@@ -3241,10 +3187,11 @@ class Responses(OpenAI):
         if tokens > request.max_tokens:
             self.dropped.append("max_tokens")
         summary = "auto" if request.thinking else None
+        form = request.output_format  # whose schema stands one level higher here
         return {
             "max_output_tokens": tokens,
             "store": False,
-            "text": filled(format=request.output_format),
+            "text": filled(format=form and {"type": form["type"]} | form.get("json_schema", {})),
             "parallel_tool_calls": request.parallel if request.tools else None,
             "instructions": request.system,
             "input": [item for message in request.messages for item in self.items(message)],
@@ -3326,7 +3273,7 @@ class Chat(OpenAI):
         messages = [Message("system", [Text(request.system)]), *request.messages]
         return {
             self.limit: request.max_tokens,
-            "response_format": chat_format(request.output_format),
+            "response_format": request.output_format,
             "parallel_tool_calls": request.parallel if request.tools else None,
             "messages": [turn for message in messages for turn in self.turns(message)],
             "tools": [{"type": "function", "function": asdict(t)} for t in request.tools],
@@ -3427,6 +3374,13 @@ class StopCutter:
 # event or wait for the whole answer.
 
 
+DONE = b"data: [DONE]\n\n"
+
+
+def frame(data: dict[str, Any]) -> bytes:
+    return b"data: %b\n\n" % msgspec.json.encode(data)
+
+
 class Writer:
     """An answer as JSON, in the one shape that loses no tool call, whichever branch of the SDK
     reads it: `choices` and the flat keys side by side, and no `output`. White space before JSON is
@@ -3478,18 +3432,16 @@ class FrameWriter(Writer):
     media_type, filler, early = "text/event-stream; charset=utf-8", b": ping\n\n", True
 
     def write(self, batch: Batch, ttfb: float) -> bytes:
-        frames = []
+        data = b""
         for text in self.tokens(batch):
-            first = b',"isFirst":true,"ttfbMs":%d' % (ttfb * 1000) if not self.count else b""
-            token = msgspec.json.encode(text)
-            frames.append(b'data: {"token":%b,"tokenId":%d%b}\n\n' % (token, self.count, first))
+            first = {"isFirst": True, "ttfbMs": int(ttfb * 1000)} if not self.count else {}
+            data += frame({"token": text, "tokenId": self.count} | first)
             self.count += 1
-        return b"".join(frames)
+        return data
 
     def end(self, finish: str, report: dict[str, Any]) -> bytes:
         last = {"token": "", "tokenId": self.count, "isLast": True, "finishReason": finish}
-        last |= filled(toolCalls=self.calls) | report
-        return b"data: %b\n\ndata: [DONE]\n\n" % msgspec.json.encode(last)
+        return frame(last | filled(toolCalls=self.calls) | report) + DONE
 
     def error(self, error: ProxyError, request_id: str) -> bytes:
         line = {"message": error.message, "statusCode": error.status, "code": error.code}
@@ -3509,12 +3461,13 @@ class NativeWriter(Writer):
             self.media_type, self.filler = FrameWriter.media_type, PINGS.get(dialect, b": ping\n\n")
 
     def write(self, batch: Batch, ttfb: float) -> bytes:
-        first = batch[0] if batch else None
-        data = first.data if isinstance(first, Raw) else b""
-        if batch and isinstance(batch[-1], Finish):  # the end waits for its row
-            self.held, data = data, b""
-        self.last = data or self.last
-        return data
+        match batch:
+            case [Raw(data), *_, Finish()]:
+                self.held = data  # the end waits for its row
+            case [Raw(data), *_]:
+                self.last = data
+                return data
+        return b""
 
     def end(self, finish: str, report: dict[str, Any]) -> bytes:
         return self.held
@@ -3535,40 +3488,33 @@ class ChatWriter(Writer):
         super().__init__(True)
         self.early, self.show_usage = stream, show_usage
         kind = "chat.completion.chunk" if stream else "chat.completion"
-        self.base: dict[str, Any] = {
-            "id": f"chatcmpl-{secrets.token_hex(12)}",
-            "object": kind,
-            "model": model,
-        }
-        self.base |= {"created": int(time.time())}
-        self.thoughts: list[str] = []
+        self.base: dict[str, Any] = {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": kind}
+        self.base |= {"created": int(time.time()), "model": model}
+        self.role, self.deltas = {"role": "assistant"}, list[dict[str, Any]]()
         if stream:
             self.media_type, self.filler = FrameWriter.media_type, FrameWriter.filler
 
     def chunk(self, delta: dict[str, Any], finish: str | None = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish}
-        return b"data: %b\n\n" % msgspec.json.encode(self.base | {"choices": [choice]})
+        choice = {"index": 0, "delta": self.role | delta, "finish_reason": finish}
+        self.role = {}  # which only the first one has
+        return frame(self.base | {"choices": [choice]})
 
     def write(self, batch: Batch, ttfb: float) -> bytes:
-        frames = []
+        deltas: list[dict[str, Any]] = []
         for event in batch:
             match event:
                 case Text(text):
-                    delta: dict[str, Any] = {"content": text}
+                    deltas.append({"content": text})
                 case Thinking(text):
-                    delta = {"reasoning_content": text}
+                    deltas.append({"reasoning_content": text})
                 case ToolUse():
-                    delta = {"tool_calls": [{"index": len(self.calls)} | function_call(event)]}
-                    self.calls.append(function_call(event))
-                case _:
-                    continue
-            if self.early:
-                frames.append(self.chunk(delta if self.count else {"role": "assistant"} | delta))
-                self.count += 1
-            else:
-                self.texts.append(delta.get("content", ""))
-                self.thoughts.append(delta.get("reasoning_content", ""))
-        return b"".join(frames)
+                    call = function_call(event)
+                    deltas.append({"tool_calls": [{"index": len(self.calls)} | call]})
+                    self.calls.append(call)
+        if self.early:
+            return b"".join(map(self.chunk, deltas))
+        self.deltas += deltas
+        return b""
 
     def end(self, finish: str, report: dict[str, Any]) -> bytes:
         given = report["usage"]
@@ -3576,12 +3522,12 @@ class ChatWriter(Writer):
         usage["prompt_tokens_details"] = {"cached_tokens": given["cacheReadTokens"]}
         usage["completion_tokens_details"] = {"reasoning_tokens": given["reasoningTokens"]}
         if self.early:
-            more = self.base | {"choices": [], "usage": usage}
-            counted = b"data: %b\n\n" % msgspec.json.encode(more) if self.show_usage else b""
-            last = {} if self.count else {"role": "assistant"}
-            return self.chunk(last, finish) + counted + b"data: [DONE]\n\n"
-        said = {"role": "assistant", "content": "".join(self.texts) or None}
-        said |= filled(tool_calls=self.calls, reasoning_content="".join(self.thoughts))
+            counted = frame(self.base | {"choices": [], "usage": usage}) if self.show_usage else b""
+            return self.chunk({}, finish) + counted + DONE
+        names = ("content", "reasoning_content")
+        text, thoughts = ("".join(delta.get(n, "") for delta in self.deltas) for n in names)
+        said = self.role | {"content": text or None}
+        said |= filled(tool_calls=self.calls, reasoning_content=thoughts)
         choice = {"index": 0, "message": said, "finish_reason": finish, "logprobs": None}
         return msgspec.json.encode(self.base | {"choices": [choice], "usage": usage})
 
@@ -3633,10 +3579,6 @@ def built_in_prices() -> dict[str, Price]:
     return prices
 
 
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
 class Prices:
     """A pattern may begin with a provider, as in ollama/*: others may sell a model of that name."""
 
@@ -3677,7 +3619,6 @@ def cost_bound(price: Price, inputs: int) -> tuple[Decimal, Decimal]:
     return inputs * dearest / 1_000_000, max(tier.output for tier in tiers) / 1_000_000
 
 
-LEAST_OUTPUT = 16  # OpenAI Responses takes no lower limit, and is sent this instead
 IMAGE_TOKENS = 7000  # more than any vendor counts for one image, but for
 MINI_IMAGE_TOKENS = 50_000  # gpt-4o-mini: 2,833 and 5,667 for each of up to 8 tiles
 TOOL_TOKENS = 1000  # what a vendor writes before the tools
@@ -5151,9 +5092,7 @@ end [DONE]""",
 class DemoTransport(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         body = msgspec.json.decode(request.content)
-        last = (body.get("messages") or body.get("input"))[-1]
-        content = last.get("content", "") if last.get("role") == "user" else ""
-        prompt = content if isinstance(content, str) else content[0].get("text", "")
+        *_, prompt = "", *strings(body.get("messages") or body.get("input"))
         if prompt.startswith("/error"):
             error = {"type": "overloaded_error", "message": "The demo model is overloaded"}
             return httpx.Response(529, json={"type": "error", "error": error})
@@ -5345,9 +5284,8 @@ def error_response(request: litestar.Request[Any, Any, Any], error: Exception) -
         error = ProxyError(500, "internal_error", "internal error")
     call = request.scope["state"]["call"]
     body = error_body(error, call.added["x-request-id"], call.dialect)
-    headers = error.headers | call.own_id()
-    more: dict[str, Any] = {"headers": headers, "media_type": "application/json"}
-    return litestar.Response(body, status_code=error.status, **more)
+    reply = {"status_code": error.status, "headers": error.headers | call.own_id()}
+    return litestar.Response(body, media_type="application/json", **reply)
 
 
 NATIVE_PATHS = {
