@@ -71,6 +71,7 @@ import litestar
 import msgspec
 import prometheus_client
 from litestar.exceptions import HTTPException
+from litestar.params import FromPath
 from litestar.response.base import ASGIResponse
 from litestar.types import ASGIApp, Receive, Scope, Send
 from msgspec import Meta, Struct, field
@@ -428,6 +429,7 @@ BASE_URL = re.compile(r"https?://(\[[0-9a-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[^?#\s]
 
 def check_values(config: Config) -> None:
     """What types alone cannot say. Raises ConfigError with the key path and the fix."""
+    check_denied("limits.denied", config.limits)
     for name, provider in config.providers.items():
         if not BASE_URL.fullmatch(provider.base_url):
             wanted = f'must look like "https://api.example.com/v1", not {provider.base_url!r}'
@@ -443,7 +445,10 @@ def check_values(config: Config) -> None:
         if not re.fullmatch(r"[0-9a-f]{64}", client.key_sha256):
             wanted = "must be the 64 hex digits that `printf %s KEY | sha256sum` prints"
             raise ConfigError(f"clients.{name}.key_sha256: {wanted}")
-        client_limits(config, name)
+        if client.key_sha256 == sha256(""):  # whoever sends no key would have it
+            wanted = "is the sum of an empty key; `proxy.py key NAME` makes one"
+            raise ConfigError(f"clients.{name}.key_sha256: {wanted}")
+        check_denied(f"clients.{name}.limits.denied", client_limits(config, name))
     for origin in config.server.cors_origins:
         if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*]+", origin):
             wanted = 'must look like "https://app.example.com", without a path or a final slash'
@@ -468,6 +473,11 @@ def check_values(config: Config) -> None:
         raise ConfigError("limits.templates_only: needs a [templates.NAME] block to be asked for")
     for name, template in config.templates.items():
         check_template(f"templates.{name}", template)
+
+
+def check_denied(path: str, limits: Limits) -> None:
+    if not all(text.strip() for text in limits.denied):
+        raise ConfigError(f"{path}: an empty text is in every message; take it out of the list")
 
 
 def signing_secrets(config: Config) -> list[str]:
@@ -893,7 +903,8 @@ def parse_body(
         raise BadRequest(f"template: must be one of {', '.join(templates)}")
     else:
         request = read_request(given, limits, default_model, dropped)
-        said = (*request.texts(), msgspec.json.encode(request.tools).decode())
+        whole = (joined(message.content) for message in request.messages)
+        said = (*request.texts(), *whole, msgspec.json.encode(request.tools).decode())
     request.system = "\n\n".join(filter(None, (limits.system_prompt, request.system)))
     check_texts(request, limits, said)
     chosen = any(getattr(given, name) for name in MAX_TOKENS)
@@ -918,6 +929,11 @@ def convert_body(body: Any, kind: Any) -> Any:
         message, _, where = str(error).partition(" - at `$")
         where = re.sub(r"^(\[.*?\])+|\[\.\.\.\]", "", where).strip(".`")
         raise BadRequest(f"{where or 'body (JSON)'}: {message}") from None
+
+
+def joined(parts: Iterable[Part]) -> str:
+    """What a model reads in one piece: a denied text may be cut into two blocks."""
+    return "".join(part.text for part in parts if isinstance(part, Text))
 
 
 def check_texts(request: Request, limits: Limits, said: Iterable[Any]) -> None:
@@ -1208,6 +1224,17 @@ NATIVE_FIELDS = {
     "messages/count_tokens": "model messages system tools tool_choice thinking output_config",
     "embeddings": "model input encoding_format dimensions user",
 }
+# What a conversation is made of: the types of messages, of their blocks, and of what is in these.
+# Not what only tools that run at the vendor write, nor what changes the request from within.
+NATIVE_BLOCKS = {
+    "messages": "text image document search_result tool_use tool_result thinking redacted_thinking "
+    "base64 url file content container_upload ephemeral direct char_location page_location "
+    "content_block_location search_result_location",
+    "responses": "message input_text input_image input_file output_text refusal text reasoning "
+    "summary_text reasoning_text function_call function_call_output custom_tool_call "
+    "custom_tool_call_output direct item_reference input_audio url_citation",
+    "chat": "text image_url refusal function custom file input_audio ephemeral url_citation",
+}
 # Betas that clients ask for unbidden, and that change neither the price nor what is kept.
 PLAIN_BETAS = {"structured-outputs-2025-11-13", "fine-grained-tool-streaming-2025-05-14"}
 # What a tool is called with, and what describes it, is nobody's conversation.
@@ -1245,6 +1272,16 @@ def strings(value: Any) -> Iterator[str]:
                 yield from strings(inner)
 
 
+def joined_strings(value: Any) -> Iterator[str]:
+    """The texts of every list of blocks, in one piece."""
+    if isinstance(value, list):
+        texts = (block.get("text") for block in value if isinstance(block, dict))
+        yield "".join(text for text in texts if isinstance(text, str))
+    inner = value.values() if isinstance(value, dict) else value
+    for each in inner if isinstance(value, dict | list) else ():
+        yield from joined_strings(each)
+
+
 def blocks(value: Any) -> Iterator[dict[str, Any]]:
     """Every object of a conversation: its messages, their blocks, and the sources of files."""
     if isinstance(value, dict):
@@ -1280,7 +1317,8 @@ def parse_native(
     key = "messages" if "messages" in NATIVE_FIELDS[kind] else "input"
     if not raw.get(key):
         raise BadRequest(f"{key}: is missing")
-    check_conversation(raw, key, limits, allowed)
+    known = NATIVE_BLOCKS.get(kind.partition("/")[0], "")
+    check_conversation(raw, key, limits, {*known.split(), *allowed})
     if (given.tools or raw.get("functions")) and not limits.allow_tools:
         raise BadRequest("tools: are not allowed here")
     hosted, kinds = "", {str(block.get("type")) for block in blocks(raw[key])}
@@ -1294,7 +1332,8 @@ def parse_native(
     limit = next(reversed(lengths), "")  # of two names the newer one goes up, with the lower value
     dropped += [n for n, tokens in lengths.items() if tokens > limits.max_tokens or n != limit]
     dropped += ["store"] if raw.get("store") else []
-    native = {n: value for n, value in raw.items() if n not in (*lengths, "store")}
+    unsent = {*lengths, "store"} - {limit}  # what the caller says of the limit is still of use
+    native = {n: value for n, value in raw.items() if n not in unsent}
     if kind == "responses":
         native["store"] = False
     if kind == "chat" and given.stream:
@@ -1320,16 +1359,14 @@ def passed_headers(headers: Headers, dialect: str, allowed: Iterable[str]) -> di
     return {name: headers[name] for name in (*names, "idempotency-key") if name in headers}
 
 
-def check_conversation(
-    raw: dict[str, Any], key: str, limits: Limits, allowed: Iterable[str]
-) -> None:
+def check_conversation(raw: dict[str, Any], key: str, limits: Limits, allowed: set[str]) -> None:
     system = [raw.get("system"), raw.get("instructions")]
     items = raw[key] if isinstance(raw[key], list) else []
     if len(items) > limits.max_messages:
         raise BadRequest(f"{key}: at most {limits.max_messages} messages are allowed")
     # where Responses is told neither type nor role, it looks the id up
     referred = any(isinstance(i, dict) and not (i.get("type") or i.get("role")) for i in items)
-    for block in blocks(items):
+    for i, block in ((i, block) for i, item in enumerate(items) for block in blocks(item)):
         system.append(block.get("role") in ("system", "developer"))
         source = block.get("source")
         inner = source.get("type") if isinstance(source, dict) else ""
@@ -1340,6 +1377,10 @@ def check_conversation(
         if (kept or "file_url" in block or {"document", "url"} <= kinds) and "files" not in allowed:
             wrong = "sound, and files and items that the vendor keeps or fetches, are not passed on"
             raise BadRequest(f'{key}: {wrong}; add "files" to the provider\'s `allow`')
+        if (kind := block.get("type")) is not None and str(kind) not in allowed:
+            wrong = f"{redact(str(kind), length=50)} is not passed on by this proxy"
+            fix = "the server's owner can add it to the provider's `allow`"
+            raise BadRequest(f"{key}[{i}]: {wrong}; {fix}")
     if any(system) and not limits.allow_system:
         raise BadRequest("system: a system prompt is not allowed here")
 
@@ -1631,7 +1672,8 @@ class Clients:
         peer = str((scope.get("client") or ("unknown", 0))[0])
         values = headers.get("x-forwarded-for", "").split(",")
         text = values[-self.proxies].strip() if 0 < self.proxies <= len(values) else peer
-        text = text.partition(":")[0] if text.count(":") == 1 else text  # some proxies add a port
+        if with_port := re.fullmatch(r"\[(.+)\](?::\d*)?|([^:]+):\d*", text):
+            text = with_port[1] or with_port[2]
         try:
             address = ipaddress.ip_address(text.partition("%")[0])
         except ValueError:
@@ -2148,7 +2190,7 @@ class Adapter:
         """The body to send. Raises BadRequest where the model cannot be asked."""
         if request.native is not None:
             limit = {} if request.path else {request.limit or self.limit: request.max_tokens}
-            return request.native | limit | {"model": self.model}
+            return self.fit(request.native, request) | limit | {"model": self.model}
         names = [*self.unknown, *self.rejects(request)]
         names = [name for name in names if getattr(request, name) is not None]
         thinking = "reasoning_effort" if request.effort else "enable_thinking"
@@ -2156,6 +2198,10 @@ class Adapter:
         request = replace(request, **dict.fromkeys(names))
         sampling = {name: getattr(request, name) for name in Sampling.__struct_fields__}
         return filled(model=self.model, **sampling | self.body(request), stream=True)
+
+    def fit(self, native: dict[str, Any], request: Request) -> dict[str, Any]:
+        """A native body without what a max_tokens other than its own makes the vendor refuse."""
+        return native
 
     def rejects(self, request: Request) -> Iterable[str]:
         """The parameters that this model would not take beside the others."""
@@ -2297,6 +2343,17 @@ class Messages(Adapter):
 
     def headers(self, key: str) -> dict[str, str]:
         return {"anthropic-version": "2023-06-01"} | ({"x-api-key": key} if key else {})
+
+    def fit(self, native: dict[str, Any], request: Request) -> dict[str, Any]:
+        most = request.max_tokens - 1
+        match native.get("thinking"):
+            case {"budget_tokens": int(budget), **more} if budget > most and not request.path:
+                if native.get("max_tokens") == request.max_tokens:
+                    return native  # the caller's own mistake, or a beta that knows better
+                self.dropped.append("thinking")
+                fits = {"thinking": more | {"budget_tokens": most}} if most >= 1024 else {}
+                return {n: value for n, value in native.items() if n != "thinking"} | fits
+        return native
 
     def rejects(self, request: Request) -> Iterator[str]:
         forced = request.tool_choice not in (None, "auto", "none")
@@ -3660,7 +3717,7 @@ class Proxy:
             homes = {"messages": "/v1/messages", "responses": "/v1/responses"}
             home = homes.get(self.config.providers[targets[0][0]].adapter, "/v1/chat/completions")
             raise BadRequest(f"model: {redact(targets[0][1])} is served at {home}, not here")
-        check_texts(request, limits, strings(raw))
+        check_texts(request, limits, itertools.chain(strings(raw), joined_strings(raw)))
         call.request, call.chosen = request, any(raw.get(name) for name in MAX_TOKENS)
         self.check_request(call, targets)
         return targets
@@ -3683,7 +3740,7 @@ class Proxy:
             raise BadRequest(f"max_tokens: about {estimate} tokens are needed, {allowed}")
         call.estimate = estimate
 
-    async def take(self, call: Call) -> None:
+    async def take(self, call: Call) -> Taken:
         """Take a request and its tokens from the client's buckets. Raises 429."""
         limits = call.client.limits
         taken = await self.limiter.take(call.client.id, limits, 1, call.estimate)
@@ -3698,6 +3755,7 @@ class Proxy:
             call.estimate = 0
             message = f"too many {taken.refused}; try again in {taken.wait:.0f} s"
             raise ProxyError(429, "rate_limited", message, after=taken.wait)
+        return taken
 
     def resolve(self, provider: str, name: str) -> list[Target]:
         """The targets of a model name or alias, first choice first. Raises 403."""
@@ -3978,7 +4036,8 @@ class Proxy:
     def charge(self, call: Call) -> None:
         """The row's usage and cost: by the vendor's figures, or else by the most it can be: the
         input at its bytes, the output at those delivered, or all of it where some is hidden."""
-        entry, account, usage = call.entry, call.account, call.account.usage
+        entry, failure = call.entry, call.failure
+        account, usage = call.account, call.account.usage
         if entry.cache in ("hit", "coalesced") or not account.attempts:
             entry.cost = "0"
             return
@@ -3986,7 +4045,10 @@ class Proxy:
             most = output_bound(call.request.max_tokens, call.request.n)
             entry.estimated = True
             inputs = max(usage.input_tokens, account.bound)
-            output = most if account.hidden else min(most, account.produced)
+            # one that went silent may have been writing all the time
+            silent = isinstance(failure, UpstreamError) and failure.status == 504
+            whole = account.hidden or silent
+            output = most if whole else min(most, account.produced)
             output = max(usage.output_tokens, output)
             usage = replace(usage, input_tokens=inputs, output_tokens=output)
         for name in Usage.__struct_fields__[:-1]:
@@ -4303,7 +4365,9 @@ def error_response(request: litestar.Request[Any, Any, Any], error: Exception) -
     """Errors of the routes themselves; Proxy.serve answers for its own."""
     if isinstance(error, HTTPException):
         code = "not_found" if error.status_code == 404 else "invalid_request"
+        known = error.headers or {}  # of a 405, the methods that are allowed
         error = ProxyError(error.status_code, code, f"{request.method}: {error.detail}")
+        error.headers |= known
     elif not isinstance(error, ProxyError):
         LOG.error("a route failed unexpectedly", exc_info=error)
         error = ProxyError(500, "internal_error", "internal error")
@@ -4334,7 +4398,7 @@ def create_app(
     proxy = Proxy(config, environ, public or bool(config.server.trusted_proxies), clock)
 
     @litestar.post("/api/{provider:str}")
-    async def api(provider: str) -> ASGIApp:
+    async def api(provider: FromPath[str]) -> ASGIApp:
         return functools.partial(proxy.serve, provider, "")
 
     def native(path: str, kind: str) -> Any:
@@ -4376,7 +4440,9 @@ def create_app(
 
     @litestar.get("/usage")
     async def usage(scope: Scope) -> dict[str, Any]:
-        client = await proxy.clients.identify(scope, scope["state"]["call"].headers)
+        call = scope["state"]["call"]
+        call.client = client = await proxy.clients.identify(scope, call.headers)
+        taken = await proxy.take(call)
         midnight, rows = proxy.clock() // 86400 * 86400, []
         if proxy.ledger:
             path = proxy.ledger.path
@@ -4384,7 +4450,6 @@ def create_app(
         spent, limits = rows[0] if rows else Totals(), client.limits
         today = {"requests": spent.requests, "costUsd": float(spent.cost)}
         today |= {"inputTokens": spent.input_tokens, "outputTokens": spent.output_tokens}
-        taken = await proxy.limiter.take(client.id, limits, 0, 0)
         left = {"requests": int(taken.requests), "tokens": int(taken.tokens)}
         rates = {"requestsPerMinute": limits.requests_per_minute}
         rates |= {"tokensPerMinute": limits.tokens_per_minute}
