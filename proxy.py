@@ -138,7 +138,7 @@ class Server(Table, frozen=True):
 
 
 class Provider(Table, frozen=True):
-    """`allow` names fields, tools and betas of native bodies that would be refused otherwise."""
+    """`allow` names fields, tools, blocks and betas of native bodies that are refused otherwise."""
 
     adapter: Literal["messages", "responses", "chat"]
     base_url: str
@@ -445,7 +445,7 @@ def check_values(config: Config) -> None:
         if not re.fullmatch(r"[0-9a-f]{64}", client.key_sha256):
             wanted = "must be the 64 hex digits that `printf %s KEY | sha256sum` prints"
             raise ConfigError(f"clients.{name}.key_sha256: {wanted}")
-        if client.key_sha256 == sha256(""):  # whoever sends no key would have it
+        if hmac.compare_digest(client.key_sha256, sha256("")):  # whoever sends no key would have it
             wanted = "is the sum of an empty key; `proxy.py key NAME` makes one"
             raise ConfigError(f"clients.{name}.key_sha256: {wanted}")
         check_denied(f"clients.{name}.limits.denied", client_limits(config, name))
@@ -890,8 +890,9 @@ def parse_body(
     body: bytes, limits: Limits, default_model: str = "", templates: Map[str, Template] = {}
 ) -> Parsed:
     """Read a browser's request body. Raises BadRequest naming the field."""
-    raw = decode_body(body)
-    given = convert_body(raw, Body)
+    limit_values(body, limits)
+    raw = convert_body(body, dict[str, msgspec.Raw])  # the names: what is unknown is not read
+    given = convert_body(body, Body)
     unknown = sorted(raw.keys() - set(Body.__struct_fields__))
     dropped = [redact(name, length=50) for name in unknown[:50]]
     if given.template is not None:
@@ -914,16 +915,25 @@ def parse_body(
     )  # fmt: skip
 
 
-def decode_body(body: bytes) -> dict[str, Any]:
+def decode_body(body: bytes, limits: Limits) -> dict[str, Any]:
+    limit_values(body, limits)
     raw: dict[str, Any] = convert_body(body, dict[str, Any])
     return raw
+
+
+def limit_values(body: bytes, limits: Limits) -> None:
+    """Two bytes of JSON can make a hundred bytes of objects. Before each value stands one of these;
+    in a text they are characters, which are counted anyway, and in an image there are none."""
+    most = limits.max_characters + 100 * limits.max_messages
+    if sum(map(body.count, (b",", b"[", b"{"))) > most:
+        raise BadRequest(f"body (JSON): at most about {most} values are allowed")
 
 
 def convert_body(body: Any, kind: Any) -> Any:
     """A body, or JSON already read, as `kind`. Raises BadRequest naming the field."""
     try:
         if isinstance(body, bytes):
-            body = msgspec.json.decode(body)
+            return msgspec.json.decode(body, type=kind)
         return msgspec.convert(body, kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         message, _, where = str(error).partition(" - at `$")
@@ -3471,6 +3481,7 @@ class Proxy:
     transport: httpx.AsyncBaseTransport
     ledger: Ledger | None = None
     draining = False
+    unread = 0  # bytes of the bodies that are still coming
 
     def __init__(
         self, config: Config, environ: Map[str, str], public: bool, clock: Callable[[], float]
@@ -3585,7 +3596,7 @@ class Proxy:
                 read = functools.partial(self.read_native, call, kind)
                 read = read if kind else functools.partial(self.read, call, provider)
                 # in no variable of ours: a long stream need not keep the body
-                targets = read(await read_body(receive, call))
+                targets = read(await read_body(receive, call, self))
             finally:  # a body that is refused counts as a request too
                 await self.take(call)
             await self.work(call, targets, receive)
@@ -3640,7 +3651,7 @@ class Proxy:
         taken = await self.limiter.take(f"session {parent.id}", limits, 1, 0)
         if taken.refused:
             raise ProxyError(429, "rate_limited", "too many sessions; try later", after=taken.wait)
-        body = await read_body(receive, call)
+        body = await read_body(receive, call, self)
         try:
             proof = msgspec.json.decode(body, type=SessionRequest)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -3696,7 +3707,11 @@ class Proxy:
     def read_native(self, call: Call, kind: str, body: bytes) -> list[Target]:
         """The same for the body of an official SDK, and for the vendors that speak its dialect. A
         Chat body is translated where the model lives elsewhere."""
-        raw, limits, dialect = decode_body(body), call.client.limits, kind.partition("/")[0]
+        raw, limits, dialect = (
+            decode_body(body, call.client.limits),
+            call.client.limits,
+            kind.partition("/")[0],
+        )
         targets = self.locate(str(raw.get("model") or ""))
         dialect = dialect if dialect in ADAPTERS else "chat"
         own = [t for t in targets if dialect in SPEAKS[self.config.providers[t[0]].adapter]]
@@ -4089,23 +4104,30 @@ def check_media_type(headers: Headers) -> None:
         raise ProxyError(415, "not_json", "Content-Encoding: send the body as it is")
 
 
-async def read_body(receive: Receive, call: Call) -> bytes:
+async def read_body(receive: Receive, call: Call, proxy: Proxy) -> bytes:
     limits, declared = call.client.limits, call.headers.get("content-length", "")
-    body, more = bytearray(), True
+    body, more, received = bytearray(), True, 0
     size = int(declared[:20]) if declared.isdecimal() else 0
     try:
         async with asyncio.timeout(limits.body_timeout):
             # not refused at the first byte too many: who still sends hears nothing
-            while more and size <= limits.max_body and len(body) <= 2 * limits.max_body:
+            while more and size <= limits.max_body and received <= 2 * limits.max_body:
                 message: Any = await receive()
                 if message["type"] == "http.disconnect":
                     raise asyncio.CancelledError  # as where it leaves later
-                body += message.get("body", b"")
+                received += len(chunk := message.get("body", b""))
+                if received <= limits.max_body:  # what is too much is received, but not kept
+                    body += chunk
+                    proxy.unread += len(chunk)
                 more = message.get("more_body", False)
+                if proxy.unread > 64 * proxy.config.limits.max_body:
+                    raise ProxyError(503, "busy", "too many large bodies; try again", after=1)
     except TimeoutError:
         text = f"body: not complete after {limits.body_timeout:g} s"
         raise ProxyError(408, "body_timeout", text) from None
-    if max(size, len(body)) > limits.max_body:
+    finally:
+        proxy.unread -= len(body)
+    if max(size, received) > limits.max_body:
         raise ProxyError(413, "body_too_large", f"body: larger than {limits.max_body} bytes")
     return bytes(body)
 
@@ -4689,6 +4711,7 @@ def check_port(host: str, port: int) -> str:
 def serve(config: Config, public: bool) -> None:
     from granian import Granian
     from granian.constants import HTTPModes, Interfaces, Loops
+    from granian.http import HTTP1Settings
 
     create_app(config, public=public)  # whatever is wrong is said here: a worker is not heard
     if config.ledger.path and not config.demo:
@@ -4702,6 +4725,8 @@ def serve(config: Config, public: bool) -> None:
         "proxy", address=address, port=server.port, interface=Interfaces.ASGI, websockets=False,
         loop=Loops.asyncio if sys.platform == "win32" else Loops.uvloop, http=HTTPModes.http1,
         backlog=places, backpressure=places,  # of connections; beyond it the next client hangs
+        # so whoever says nothing for 10 s, in a head or between two requests, loses its place
+        http1_settings=HTTP1Settings(header_read_timeout=10_000),
         log_enabled=False, respawn_failed_workers=True, workers_kill_timeout=int(server.drain) + 5,
     )  # fmt: skip
     granian.serve(target_loader=functools.partial(load_app, config, public), wrap_loader=False)
