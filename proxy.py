@@ -72,6 +72,7 @@ import litestar
 import msgspec
 import prometheus_client
 from litestar.exceptions import HTTPException
+from litestar.params import FromPath
 from litestar.response.base import ASGIResponse
 from litestar.types import ASGIApp, Receive, Scope, Send
 from msgspec import Meta, Struct, field
@@ -138,7 +139,7 @@ class Server(Table, frozen=True):
 
 
 class Provider(Table, frozen=True):
-    """`allow` names fields, tools and betas of native bodies that would be refused otherwise. At
+    """`allow` names fields, tools, blocks and betas of native bodies that are refused otherwise. At
     most `max_concurrent` requests of all replicas are at the provider, and `queue_limit` more wait
     for it in each process."""
 
@@ -456,6 +457,7 @@ BASE_URL = re.compile(r"https?://(\[[0-9a-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[^?#\s]
 
 def check_values(config: Config) -> None:
     """What types alone cannot say. Raises ConfigError with the key path and the fix."""
+    check_denied("limits.denied", config.limits)
     for name, provider in config.providers.items():
         if not BASE_URL.fullmatch(provider.base_url):
             wanted = f'must look like "https://api.example.com/v1", not {provider.base_url!r}'
@@ -471,7 +473,10 @@ def check_values(config: Config) -> None:
         if not re.fullmatch(r"[0-9a-f]{64}", client.key_sha256):
             wanted = "must be the 64 hex digits that `printf %s KEY | sha256sum` prints"
             raise ConfigError(f"clients.{name}.key_sha256: {wanted}")
-        client_limits(config, name)
+        if hmac.compare_digest(client.key_sha256, sha256("")):  # whoever sends no key would have it
+            wanted = "is the sum of an empty key; `proxy.py key NAME` makes one"
+            raise ConfigError(f"clients.{name}.key_sha256: {wanted}")
+        check_denied(f"clients.{name}.limits.denied", client_limits(config, name))
     for origin in config.server.cors_origins:
         if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*]+", origin):
             wanted = 'must look like "https://app.example.com", without a path or a final slash'
@@ -505,6 +510,11 @@ def check_values(config: Config) -> None:
 def is_shared(config: Config) -> bool:
     """Are there, or may there be, other processes that share limits and budgets with this one?"""
     return bool(config.redis.url) and not config.demo
+
+
+def check_denied(path: str, limits: Limits) -> None:
+    if not all(text.strip() for text in limits.denied):
+        raise ConfigError(f"{path}: an empty text is in every message; take it out of the list")
 
 
 def signing_secrets(config: Config) -> list[str]:
@@ -926,8 +936,9 @@ def parse_body(
     body: bytes, limits: Limits, default_model: str = "", templates: Map[str, Template] = {}
 ) -> Parsed:
     """Read a browser's request body. Raises BadRequest naming the field."""
-    raw = decode_body(body)
-    given = convert_body(raw, Body)
+    limit_values(body, limits)
+    raw = convert_body(body, dict[str, msgspec.Raw])  # the names: what is unknown is not read
+    given = convert_body(body, Body)
     beside = {"template", "variables", "stream"}
     known = {*Body.__struct_fields__} if given.template is None else beside
     dropped = [redact(name, length=50) for name in sorted(raw.keys() - known)[:50]]
@@ -938,28 +949,43 @@ def parse_body(
         raise BadRequest(f"template: must be one of {', '.join(templates)}")
     else:
         request = read_request(given, limits, default_model, dropped)
-        said = (*request.texts(), msgspec.json.encode(request.tools).decode())
+        whole = (joined(message.content) for message in request.messages)
+        said = (*request.texts(), *whole, msgspec.json.encode(request.tools).decode())
     request.system = "\n\n".join(filter(None, (limits.system_prompt, request.system)))
     check_texts(request, limits, said)
     chosen = given.template is None and any(getattr(given, name) for name in MAX_TOKENS)
     return Parsed(request, given.stream is not False, dropped, chosen, given.template or "")
 
 
-def decode_body(body: bytes) -> dict[str, Any]:
+def decode_body(body: bytes, limits: Limits) -> dict[str, Any]:
+    limit_values(body, limits)
     raw: dict[str, Any] = convert_body(body, dict[str, Any])
     return raw
+
+
+def limit_values(body: bytes, limits: Limits) -> None:
+    """Two bytes of JSON can make a hundred bytes of objects. Before each value stands one of these;
+    in a text they are characters, which are counted anyway, and in an image there are none."""
+    most = limits.max_characters + 100 * limits.max_messages
+    if sum(map(body.count, (b",", b"[", b"{"))) > most:
+        raise BadRequest(f"body (JSON): at most about {most} values are allowed")
 
 
 def convert_body(body: Any, kind: Any) -> Any:
     """A body, or JSON already read, as `kind`. Raises BadRequest naming the field."""
     try:
         if isinstance(body, bytes):
-            body = msgspec.json.decode(body)
+            return msgspec.json.decode(body, type=kind)
         return msgspec.convert(body, kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         message, _, where = str(error).partition(" - at `$")
         where = re.sub(r"^(\[.*?\])+|\[\.\.\.\]", "", where).strip(".`")
         raise BadRequest(f"{where or 'body (JSON)'}: {message}") from None
+
+
+def joined(parts: Iterable[Part]) -> str:
+    """What a model reads in one piece: a denied text may be cut into two blocks."""
+    return "".join(part.text for part in parts if isinstance(part, Text))
 
 
 def check_texts(request: Request, limits: Limits, said: Iterable[Any]) -> None:
@@ -1245,6 +1271,17 @@ NATIVE_FIELDS = {
     "messages/count_tokens": "model messages system tools tool_choice thinking output_config",
     "embeddings": "model input encoding_format dimensions user",
 }
+# What a conversation is made of: the types of messages, of their blocks, and of what is in these.
+# Not what only tools that run at the vendor write, nor what changes the request from within.
+NATIVE_BLOCKS = {
+    "messages": "text image document search_result tool_use tool_result thinking redacted_thinking "
+    "base64 url file content container_upload ephemeral direct char_location page_location "
+    "content_block_location search_result_location",
+    "responses": "message input_text input_image input_file output_text refusal text reasoning "
+    "summary_text reasoning_text function_call function_call_output custom_tool_call "
+    "custom_tool_call_output direct item_reference input_audio url_citation",
+    "chat": "text image_url refusal function custom file input_audio ephemeral url_citation",
+}
 # Betas that clients ask for unbidden, and that change neither the price nor what is kept.
 PLAIN_BETAS = {"structured-outputs-2025-11-13", "fine-grained-tool-streaming-2025-05-14"}
 ALLOW = "the server's owner can add it to the provider's `allow`"
@@ -1274,6 +1311,16 @@ def strings(value: Any) -> Iterator[str]:
         for key, inner in value.items():
             if not (image and key in ("source", "image_url")):
                 yield from strings(inner)
+
+
+def joined_strings(value: Any) -> Iterator[str]:
+    """The texts of every list of blocks, in one piece."""
+    if isinstance(value, list):
+        texts = (block.get("text") for block in value if isinstance(block, dict))
+        yield "".join(text for text in texts if isinstance(text, str))
+    inner = value.values() if isinstance(value, dict) else value
+    for each in inner if isinstance(value, dict | list) else ():
+        yield from joined_strings(each)
 
 
 def blocks(value: Any) -> Iterator[dict[str, Any]]:
@@ -1308,7 +1355,8 @@ def parse_native(
     key = "messages" if "messages" in NATIVE_FIELDS[kind] else "input"
     if not raw.get(key):
         raise BadRequest(f"{key}: is missing")
-    check_conversation(raw, key, limits, allowed)
+    blocks_known = NATIVE_BLOCKS.get(kind.partition("/")[0], "")
+    check_conversation(raw, key, limits, {*blocks_known.split(), *allowed})
     hosted = ""
     for i, tool in enumerate(given.tools or ()):
         if (name := str(tool.get("type", "custom"))) not in ("function", "custom"):
@@ -1319,7 +1367,8 @@ def parse_native(
     limit = next(reversed(lengths), "")  # of two names the newer one goes up, with the lower value
     dropped += [n for n, tokens in lengths.items() if tokens > limits.max_tokens or n != limit]
     dropped += ["store"] if raw.get("store") else []
-    native = {n: value for n, value in raw.items() if n not in (*lengths, "store")}
+    unsent = {*lengths, "store"} - {limit}  # what the caller says of the limit is still of use
+    native = {n: value for n, value in raw.items() if n not in unsent}
     if kind == "responses":
         native["store"] = False
     if kind == "chat" and given.stream:
@@ -1345,14 +1394,12 @@ def passed_headers(headers: Headers, dialect: str, allowed: Iterable[str]) -> di
     return {name: headers[name] for name in (*names, "idempotency-key") if name in headers}
 
 
-def check_conversation(
-    raw: Map[str, Any], key: str, limits: Limits, allowed: Iterable[str]
-) -> None:
+def check_conversation(raw: Map[str, Any], key: str, limits: Limits, allowed: set[str]) -> None:
     system = [raw.get("system"), raw.get("instructions")]
     items = raw[key] if isinstance(raw[key], list) else []
     # where Responses is told neither type nor role, it looks the id up
     kept = any(isinstance(i, dict) and not (i.get("type") or i.get("role")) for i in items)
-    for block in blocks(items):
+    for i, block in ((i, block) for i, item in enumerate(items) for block in blocks(item)):
         system.append(block.get("role") in ("system", "developer"))
         match block:
             case (
@@ -1363,6 +1410,9 @@ def check_conversation(
             ):
                 kept = True  # sound has a price of its own
         kept = kept or bool(block.get("audio"))
+        if (kind := block.get("type")) is not None and str(kind) not in allowed:
+            wrong = f"{redact(str(kind), length=50)} is not passed on by this proxy"
+            raise BadRequest(f"{key}[{i}]: {wrong}; {ALLOW}")
     if kept and "files" not in allowed:
         wrong = "sound, and files and items that the vendor keeps or fetches, are not passed on"
         raise BadRequest(f'{key}: {wrong}; add "files" to the provider\'s `allow`')
@@ -1652,7 +1702,8 @@ class Clients:
         peer = str((scope.get("client") or ("unknown", 0))[0])
         values = headers.get("x-forwarded-for", "").split(",")
         text = values[-self.proxies].strip() if 0 < self.proxies <= len(values) else peer
-        text = text.partition(":")[0] if text.count(":") == 1 else text  # some proxies add a port
+        if with_port := re.fullmatch(r"\[(.+)\](?::\d*)?|([^:]+):\d*", text):
+            text = with_port[1] or with_port[2]
         try:
             address = ipaddress.ip_address(text.partition("%")[0])
         except ValueError:
@@ -2914,7 +2965,7 @@ class Adapter:
         """The body to send. Raises BadRequest where the model cannot be asked."""
         if request.native is not None:
             limit = {} if request.path else {request.limit or self.limit: request.max_tokens}
-            return request.native | limit | {"model": self.model}
+            return self.fit(request.native, request) | limit | {"model": self.model}
         names = [*self.unknown, *self.rejects(request)]
         names = [name for name in names if getattr(request, name) is not None]
         thinking = "reasoning_effort" if request.effort else "enable_thinking"
@@ -2922,6 +2973,10 @@ class Adapter:
         request = replace(request, **dict.fromkeys(names))
         sampling = {name: getattr(request, name) for name in Sampling.__struct_fields__}
         return filled(model=self.model, **sampling | self.body(request), stream=True)
+
+    def fit(self, native: dict[str, Any], request: Request) -> dict[str, Any]:
+        """A native body without what a max_tokens other than its own makes the vendor refuse."""
+        return native
 
     def rejects(self, request: Request) -> Iterable[str]:
         """The parameters that this model would not take beside the others."""
@@ -3049,6 +3104,17 @@ class Messages(Adapter):
 
     def headers(self, key: str) -> dict[str, str]:
         return {"anthropic-version": "2023-06-01"} | ({"x-api-key": key} if key else {})
+
+    def fit(self, native: dict[str, Any], request: Request) -> dict[str, Any]:
+        most = request.max_tokens - 1
+        match native.get("thinking"):
+            case {"budget_tokens": int(budget), **more} if budget > most and not request.path:
+                if native.get("max_tokens") == request.max_tokens:
+                    return native  # the caller's own mistake, or a beta that knows better
+                self.dropped.append("thinking")
+                fits = {"thinking": more | {"budget_tokens": most}} if most >= 1024 else {}
+                return {n: value for n, value in native.items() if n != "thinking"} | fits
+        return native
 
     def rejects(self, request: Request) -> Iterator[str]:
         forced = request.tool_choice not in (None, "auto", "none")
@@ -4251,6 +4317,7 @@ class Proxy:
     transport: httpx.AsyncBaseTransport
     ledger: Ledger | None = None
     draining = False
+    unread = 0  # bytes of the bodies that are still coming
 
     def __init__(
         self, config: Config, environ: Map[str, str], public: bool, clock: Callable[[], float]
@@ -4395,7 +4462,7 @@ class Proxy:
                 read = functools.partial(self.read_native, call, kind)
                 read = read if kind else functools.partial(self.read, call, provider)
                 # in no variable of ours: a long stream need not keep the body
-                targets = read(await read_body(receive, call))
+                targets = read(await read_body(receive, call, self))
             except (ProxyError, asyncio.CancelledError):  # a body not taken is a request, too
                 await self.admit(call)
                 raise
@@ -4450,7 +4517,7 @@ class Proxy:
         taken = await self.store.admit(Ask("", f"session {parent.id}", limits))
         if taken.refused:
             raise ProxyError(429, "rate_limited", "too many sessions; try later", after=taken.wait)
-        body = await read_body(receive, call)
+        body = await read_body(receive, call, self)
         try:
             proof = msgspec.json.decode(body, type=SessionRequest)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -4516,7 +4583,11 @@ class Proxy:
     def read_native(self, call: Call, kind: str, body: bytes) -> list[Target]:
         """The same for the body of an official SDK, and for the vendors that speak its dialect. A
         Chat body is translated where the model lives elsewhere."""
-        raw, limits, dialect = decode_body(body), call.client.limits, kind.partition("/")[0]
+        raw, limits, dialect = (
+            decode_body(body, call.client.limits),
+            call.client.limits,
+            kind.partition("/")[0],
+        )
         targets = self.locate(str(raw.get("model") or ""))
         dialect = dialect if dialect in ADAPTERS else "chat"
         own = [t for t in targets if dialect in SPEAKS[self.config.providers[t[0]].adapter]]
@@ -4537,7 +4608,7 @@ class Proxy:
             homes = {"messages": "/v1/messages", "responses": "/v1/responses"}
             home = homes.get(self.config.providers[targets[0][0]].adapter, "/v1/chat/completions")
             raise BadRequest(f"model: {redact(targets[0][1])} is served at {home}, not here")
-        check_texts(request, limits, strings(raw))
+        check_texts(request, limits, itertools.chain(strings(raw), joined_strings(raw)))
         call.request, call.chosen = request, any(raw.get(name) for name in MAX_TOKENS)
         self.check_request(call, targets)
         return targets
@@ -4606,6 +4677,15 @@ class Proxy:
         call.places += [ask.provider] if given.placed else []
         if ask.caps and given.answer is None and not given.pending:
             await self.keep(call, given.held)
+        return given
+
+    async def take(self, call: Call) -> Admission:
+        """Count what asks nothing of a vendor as one of the client's requests. Raises 429."""
+        limits = call.client.limits
+        given = await self.store.admit(Ask("", call.client.id, limits))
+        call.show_rates(given)
+        if given.refused:
+            raise refusal(given, limits)
         return given
 
     async def keep(self, call: Call, held: Decimal) -> None:
@@ -4927,7 +5007,8 @@ class Proxy:
     def charge(self, call: Call) -> None:
         """The row's usage and cost: by the vendor's figures, or else by the most it can be: the
         input at its bytes, the output at those delivered, or all of it where some is hidden."""
-        entry, account, usage = call.entry, call.account, call.account.usage
+        entry, failure = call.entry, call.failure
+        account, usage = call.account, call.account.usage
         if entry.cache in ("hit", "coalesced") or not account.attempts:
             entry.cost = "0"
             return
@@ -4935,7 +5016,10 @@ class Proxy:
             most = output_bound(call.request.max_tokens, call.request.n)
             entry.estimated = True
             inputs = max(usage.input_tokens, account.bound)
-            output = most if account.hidden else min(most, account.produced)
+            # one that went silent may have been writing all the time
+            silent = isinstance(failure, UpstreamError) and failure.status == 504
+            whole = account.hidden or silent
+            output = most if whole else min(most, account.produced)
             output = max(usage.output_tokens, output)
             usage = replace(usage, input_tokens=inputs, output_tokens=output)
         for name in Usage.__struct_fields__[:-1]:
@@ -5006,23 +5090,30 @@ def check_media_type(headers: Headers) -> None:
         raise ProxyError(415, "not_json", "Content-Encoding: send the body as it is")
 
 
-async def read_body(receive: Receive, call: Call) -> bytes:
+async def read_body(receive: Receive, call: Call, proxy: Proxy) -> bytes:
     limits, declared = call.client.limits, call.headers.get("content-length", "")
-    body, more = bytearray(), True
+    body, more, received = bytearray(), True, 0
     size = int(declared[:20]) if declared.isdecimal() else 0
     try:
         async with asyncio.timeout(limits.body_timeout):
             # not refused at the first byte too many: who still sends hears nothing
-            while more and size <= limits.max_body and len(body) <= 2 * limits.max_body:
+            while more and size <= limits.max_body and received <= 2 * limits.max_body:
                 message: Any = await receive()
                 if message["type"] == "http.disconnect":
                     raise asyncio.CancelledError  # as where it leaves later
-                body += message.get("body", b"")
+                received += len(chunk := message.get("body", b""))
+                if received <= limits.max_body:  # what is too much is received, but not kept
+                    body += chunk
+                    proxy.unread += len(chunk)
                 more = message.get("more_body", False)
+                if proxy.unread > 64 * proxy.config.limits.max_body:
+                    raise ProxyError(503, "busy", "too many large bodies; try again", after=1)
     except TimeoutError:
         text = f"body: not complete after {limits.body_timeout:g} s"
         raise ProxyError(408, "body_timeout", text) from None
-    if max(size, len(body)) > limits.max_body:
+    finally:
+        proxy.unread -= len(body)
+    if max(size, received) > limits.max_body:
         raise ProxyError(413, "body_too_large", f"body: larger than {limits.max_body} bytes")
     return bytes(body)
 
@@ -5280,7 +5371,9 @@ def error_response(request: litestar.Request[Any, Any, Any], error: Exception) -
     """Errors of the routes themselves; Proxy.serve answers for its own."""
     if isinstance(error, HTTPException):
         code = "not_found" if error.status_code == 404 else "invalid_request"
+        known = error.headers or {}  # of a 405, the methods that are allowed
         error = ProxyError(error.status_code, code, f"{request.method}: {error.detail}")
+        error.headers |= known
     elif not isinstance(error, ProxyError):
         LOG.error("a route failed unexpectedly", exc_info=error)
         error = ProxyError(500, "internal_error", "internal error")
@@ -5310,7 +5403,7 @@ def create_app(
     proxy = Proxy(config, environ, public or bool(config.server.trusted_proxies), clock)
 
     @litestar.post("/api/{provider:str}")
-    async def api(provider: str) -> ASGIApp:
+    async def api(provider: FromPath[str]) -> ASGIApp:
         return functools.partial(proxy.serve, provider, "")
 
     def native(path: str, kind: str) -> Any:
@@ -5351,11 +5444,12 @@ def create_app(
 
     @litestar.get("/usage")
     async def usage(scope: Scope) -> dict[str, Any]:
-        client = await proxy.clients.identify(scope, scope["state"]["call"].headers)
+        call = scope["state"]["call"]
+        call.client = client = await proxy.clients.identify(scope, call.headers)
+        taken = await proxy.take(call)
         spent, limits = await proxy.used_today(client.id), client.limits
         today = {"requests": spent.requests, "costUsd": float(spent.cost)}
         today |= {"inputTokens": spent.input_tokens, "outputTokens": spent.output_tokens}
-        taken = await proxy.store.admit(Ask("", client.id, limits, requests=0))
         left = {"requests": int(taken.requests), "tokens": int(taken.tokens)}
         rates = {"requestsPerMinute": limits.requests_per_minute}
         rates |= {"tokensPerMinute": limits.tokens_per_minute}
@@ -5598,6 +5692,7 @@ def check_port(host: str, port: int) -> str:
 def serve(config: Config, public: bool) -> None:
     from granian import Granian
     from granian.constants import HTTPModes, Interfaces, Loops
+    from granian.http import HTTP1Settings
 
     # whatever is wrong is said here: a worker is not heard
     proxy = create_app(config, public=public).proxy
@@ -5617,6 +5712,8 @@ def serve(config: Config, public: bool) -> None:
         loop=Loops.asyncio if sys.platform == "win32" else Loops.uvloop, http=HTTPModes.http1,
         workers=server.workers,
         backlog=places, backpressure=places,  # of connections; beyond it the next client hangs
+        # so whoever says nothing for 10 s, in a head or between two requests, loses its place
+        http1_settings=HTTP1Settings(header_read_timeout=10_000),
         log_enabled=False, respawn_failed_workers=True, workers_kill_timeout=int(server.drain) + 5,
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="proxy-metrics-") as directory:

@@ -39,6 +39,7 @@ import sys
 import threading
 import time
 import tomllib
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
@@ -1938,7 +1939,7 @@ BAD = [
     pytest.param({"messages": HI, "instructions": ["x"]}, "instructions", id="instructions a list"),
     pytest.param({"messages": HI, "enable_thinking": "yes"}, "enable_thinking",
                  id="enable_thinking a string"),
-    pytest.param(b'{"messages":[],"x":[1e999]}', "body (JSON): Number", id="number beyond any"),
+    pytest.param(b'{"messages":[1e999]}', "messages", id="number beyond any"),
 ]  # fmt: skip
 
 
@@ -2321,13 +2322,27 @@ def test_a_document_is_held_for_as_all_that_the_model_reads() -> None:
 
 
 @pytest.mark.parametrize("path", ["/api/anthropic", "/v1/messages"])
-def test_a_million_empty_blocks_are_refused_at_once(
+def test_a_hundred_thousand_empty_blocks_are_refused_at_once(
     plain_server: Server, upstream: Upstream, path: str
 ) -> None:
-    body = ask([""] * 1_000_000) | {"max_tokens": 5}
+    body = ask([""] * 100_000) | {"max_tokens": 5}
     refused = plain_server.post(path, body)
     assert (refused.status_code, upstream.requests) == (400, [])
     assert "blocks are allowed" in refused.text
+
+
+@pytest.mark.parametrize("value", ["[]", "{}", "0"])
+@pytest.mark.parametrize("path", ["/api/anthropic", "/v1/messages"])
+def test_a_million_values_are_refused_before_they_are_read(
+    plain_server: Server, upstream: Upstream, path: str, value: str
+) -> None:
+    upstream.play(official if path.startswith("/v1") else answer)
+    body = json.dumps(ask(max_tokens=5))[:-1] + ', "x": [' + f"{value}," * 1_000_000 + "0]}"
+    refused = plain_server.post(path, content=body.encode())
+    assert (refused.status_code, upstream.requests) == (400, [])
+    assert "values are allowed" in refused.text
+    long = ask("a,[{" * 20_000) | {"max_tokens": 5}
+    assert plain_server.post(path, long).status_code == 200
 
 
 def part(**block: Any) -> dict[str, Any]:
@@ -2337,6 +2352,10 @@ def part(**block: Any) -> dict[str, Any]:
 
 def input_part(**block: Any) -> dict[str, Any]:
     return {"input": [user([block])]}
+
+
+def texts(kind: str, *said: str) -> list[dict[str, str]]:
+    return [{"type": kind, "text": text} for text in said]
 
 
 WEB_TOOL = {"type": "web_search_20250305", "name": "web_search"}
@@ -2413,6 +2432,152 @@ def test_what_reaches_stored_state_or_another_price_is_refused_by_name(
     assert named in message
     assert "`allow`" in message
     assert upstream.requests == []
+
+
+UNKNOWN_BLOCKS = [
+    pytest.param("messages", part(type="mcp_tool_use", id="m"), "mcp_tool_use", id="MCP"),
+    pytest.param("messages", part(type="of_tomorrow"), "of_tomorrow", id="of tomorrow"),
+    pytest.param("messages", part(type="tool_result", tool_use_id="t", content=[
+        {"type": "of_tomorrow"}]), "of_tomorrow", id="in a result"),
+    pytest.param("messages", part(type="document", source={"type": "s3"}), "s3", id="source"),
+    pytest.param("messages", part(type="input_text", text="x"), "input_text", id="another's"),
+    pytest.param("messages", part(type=["text"]), "['text']", id="no text"),
+    pytest.param("responses", {"input": [{"type": "additional_tools", "tools": []}]},
+                 "additional_tools", id="tools in the input"),
+    pytest.param("responses", {"input": [{"type": "configuration_update"}]},
+                 "configuration_update", id="settings in the input"),
+    pytest.param("responses", {"input": [{"type": "image_generation_call", "id": "i"}]},
+                 "image_generation_call", id="call at the vendor"),
+    pytest.param("responses", input_part(type="of_tomorrow"), "of_tomorrow", id="input"),
+    pytest.param("chat", part(type="video_url", video_url={"url": "x"}), "video_url", id="video"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dialect", "fields", "kind"), UNKNOWN_BLOCKS)
+def test_blocks_that_nobody_knows_are_refused_by_name(
+    vendors: Server, upstream: Upstream, dialect: str, fields: dict[str, Any], kind: str
+) -> None:
+    refused = ask_native(vendors, dialect, **fields)
+    assert refused.status_code == 400
+    message = native_error(refused)["message"]
+    [(key, _)] = fields.items()
+    assert message.startswith(f"{key}[0]: ")
+    assert kind in message and "`allow`" in message
+    assert upstream.requests == []
+
+
+KNOWN_BLOCKS = [
+    pytest.param("messages", [
+        user([
+            {"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}},
+            {"type": "image", "source": {"type": "url", "url": "https://a.example/i.png"}},
+            {"type": "document", "source": {"type": "text", "media_type": "text/plain",
+                                            "data": "x"}, "citations": {"enabled": True}},
+            {"type": "document", "source": {"type": "content", "content": [
+                {"type": "text", "text": "x"}]}},
+            {"type": "search_result", "source": "a", "title": "b", "content": [
+                {"type": "text", "text": "x"}]},
+        ]),
+        assistant([
+            {"type": "thinking", "thinking": "x", "signature": "s"},
+            {"type": "redacted_thinking", "data": "x"},
+            {"type": "text", "text": "x", "citations": [{"type": "char_location"}]},
+            {"type": "tool_use", "id": "t", "name": "f", "input": {"type": "anything"},
+             "caller": {"type": "direct"}},
+        ]),
+        user([{"type": "tool_result", "tool_use_id": "t", "content": [
+            {"type": "image", "source": {"type": "base64", "media_type": "image/png",
+                                         "data": "iVBO"}}]}]),
+    ], id="messages"),
+    pytest.param("responses", [
+        {"role": "user", "content": "x"},
+        {"type": "message", "role": "user", "content": [
+            {"type": "input_text", "text": "x"},
+            {"type": "input_image", "image_url": "https://a.example/i.png"},
+            {"type": "input_file", "filename": "a.pdf", "file_data": "data:x;base64,eA=="}]},
+        {"type": "reasoning", "id": "r", "summary": [{"type": "summary_text", "text": "x"}],
+         "content": [{"type": "reasoning_text", "text": "x"}], "encrypted_content": "x"},
+        {"type": "message", "role": "assistant", "content": [
+            {"type": "output_text", "text": "x", "annotations": [{"type": "url_citation"}]},
+            {"type": "refusal", "refusal": "x"}]},
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": "x"},
+        {"type": "custom_tool_call", "call_id": "d", "name": "g", "input": "x"},
+        {"type": "custom_tool_call_output", "call_id": "d", "output": [
+            {"type": "input_text", "text": "x"}]},
+    ], id="responses"),
+    pytest.param("chat", [
+        user([{"type": "text", "text": "x"},
+              {"type": "image_url", "image_url": {"url": "https://a.example/i.png"}},
+              {"type": "file", "file": {"filename": "a.pdf", "file_data": "data:x;base64,eA=="}}]),
+        assistant([{"type": "text", "text": "x"}, {"type": "refusal", "refusal": "x"}]) | {
+            "tool_calls": [
+                {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}},
+                {"id": "d", "type": "custom", "custom": {"name": "g", "input": "x"}}]},
+        {"role": "tool", "tool_call_id": "c", "content": "x"},
+        {"role": "tool", "tool_call_id": "d", "content": [{"type": "text", "text": "x"}]},
+    ], id="chat"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dialect", "said"), KNOWN_BLOCKS)
+def test_every_block_of_an_ordinary_conversation_goes_up(
+    vendors: Server, upstream: Upstream, dialect: str, said: list[Any]
+) -> None:
+    upstream.play(official)
+    key = "input" if dialect == "responses" else "messages"
+    served = ask_native(vendors, dialect, **{key: said})
+    assert served.status_code == 200, served.text
+    assert upstream.requests[0].json[key] == said
+
+
+def test_a_block_that_the_provider_allows_goes_up(
+    natives: Server, upstream: Upstream, key: dict[str, str]
+) -> None:
+    upstream.play(official)
+    body = part(type="beta-1", of="anything")
+    assert ask_native(natives, "messages", key, **body).status_code == 200
+    assert upstream.requests[0].json["messages"] == body["messages"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "budget", "sent_up", "named"),
+    [
+        pytest.param(4000, 2000, (4000, 2000), "", id="as asked"),
+        pytest.param(9000, 2000, (4096, 2000), "max_tokens", id="it still fits"),
+        pytest.param(9000, 8000, (4096, 4095), "max_tokens, thinking", id="lowered"),
+        pytest.param(None, 5000, (4096, 4095), "thinking", id="no max_tokens"),
+        pytest.param(2000, 5000, (2000, 5000), "", id="the caller's own mistake"),
+    ],
+)
+def test_a_thinking_budget_stays_below_a_lowered_max_tokens(
+    vendors: Server, upstream: Upstream, asked: int | None, budget: int,
+    sent_up: tuple[int, int], named: str,
+) -> None:  # fmt: skip
+    upstream.play(official)
+    body = native("messages", thinking={"type": "enabled", "budget_tokens": budget})
+    body |= {"max_tokens": asked}
+    got = vendors.post("/v1/messages", {n: v for n, v in body.items() if v})
+    assert got.headers.get("x-dropped-params", "") == named
+    sent_body = upstream.requests[0].json
+    assert (sent_body["max_tokens"], sent_body["thinking"]["budget_tokens"]) == sent_up
+
+
+def test_thinking_that_no_longer_fits_is_dropped(
+    natives: Server, upstream: Upstream, key: dict[str, str]
+) -> None:
+    upstream.play(official)
+    thinking = {"type": "enabled", "budget_tokens": 1024}
+    got = ask_native(natives, "messages", key, max_tokens=2000, thinking=thinking)
+    assert got.headers["x-dropped-params"] == "max_tokens, thinking"
+    assert "thinking" not in upstream.requests[0].json
+    adaptive = {"type": "adaptive"}
+    got = ask_native(natives, "messages", key, max_tokens=2000, thinking=adaptive)
+    assert got.headers["x-dropped-params"] == "max_tokens"
+    assert upstream.requests[1].json["thinking"] == adaptive
+    count = {"model": "claude-opus-5", "messages": GREETING, "thinking": thinking}
+    assert natives.post("/v1/messages/count_tokens", count, headers=key).status_code == 200
+    assert upstream.requests[2].json == count
 
 
 @pytest.mark.parametrize(
@@ -2510,6 +2675,12 @@ RULES = [
             ("messages", "a word", {"messages": [user("Who is voldemort?")]}),
             ("messages", "a block", part(type="text", text="VOLDEMORT")),
             ("messages", "a result", part(type="tool_result", tool_use_id="", content="voldemort")),
+            ("messages", "two blocks", {"messages": [user(texts("text", "Volde", "mort"))]}),
+            ("messages", "the system's two blocks", {"system": texts("text", "Volde", "mort")}),
+            ("messages", "two blocks of a result", part(
+                type="tool_result", tool_use_id="", content=texts("text", "Volde", "mort"))),
+            ("responses", "two blocks", {"input": [user(texts("input_text", "Volde", "mort"))]}),
+            ("chat", "two blocks", {"messages": [user(texts("text", "Volde", "mort"))]}),
             ("messages", "the system text", {"system": "You are Voldemort"}),
             ("messages", "after data:", {"messages": [user("data: Voldemort")]}),
             ("responses", "a text", {"input": "Voldemort"}),
@@ -2801,6 +2972,9 @@ def result(content: Any) -> dict[str, Any]:
         pytest.param({"messages": [user("a FORBIDDEN word!")]}, id="text in capitals"),
         pytest.param({"messages": [user("STRASSE")]}, id="case folded"),
         pytest.param({"messages": [user([{"type": "text", "text": "forbidden word"}])]}, id="part"),
+        pytest.param({"messages": [user([{"type": "text", "text": "forbid"},
+                      {"type": "text", "text": "den word"}])]}, id="split over two blocks"),
+        pytest.param({"messages": [user("forbid"), user("den word")]}, id="split over two turns"),
         pytest.param({"messages": [*HI, assistant("forbidden word"), *HI]}, id="assistant's"),
         pytest.param({"messages": HI, "system": "forbidden word"}, id="system"),
         pytest.param({"messages": HI, "instructions": "forbidden word"}, id="instructions"),
@@ -3451,6 +3625,10 @@ def client_of(server: Server, *forwarded: str) -> str:
         pytest.param(["2001:db8:1:2:3::4"], "ip:2001:db8:1:2::/64", id="IPv6 customer"),
         pytest.param(["2001:db8:1:2:ffff::"], "ip:2001:db8:1:2::/64", id="the same customer"),
         pytest.param(["::ffff:203.0.113.7"], "ip:203.0.113.7", id="IPv4 in IPv6"),
+        pytest.param(["203.0.113.7:443"], "ip:203.0.113.7", id="port"),
+        pytest.param(["[2001:db8:1:2::1]:443"], "ip:2001:db8:1:2::/64", id="IPv6 with a port"),
+        pytest.param(["[2001:db8:1:2::1]"], "ip:2001:db8:1:2::/64", id="IPv6 in brackets"),
+        pytest.param(["[2001:db8:1:2::1]:443]"], "ip:127.0.0.1", id="brackets that are wrong"),
     ],
 )
 def test_the_address_behind_one_trusted_proxy(
@@ -3934,7 +4112,7 @@ def shared_secret(serve_module: Serve, challenges_module: Challenges) -> Server:
     trusted_proxies = 1
     [limits]
     requests_per_minute = 1
-    burst = 4
+    burst = 5
     concurrent = 1
     [budget]
     client_per_day = 0.012
@@ -4936,7 +5114,7 @@ def test_collecting_sessions_buys_no_requests_and_no_streams(
         gate.set()
         read_until(connection, b"[DONE]")
     codes = [shared_secret.post(json=small, headers=headers).status_code for headers in sessions]
-    assert codes == [200, 200, 200, 429, 429]
+    assert codes == [200, 200, 200, 200, 429]
 
 
 def test_without_a_session_block_there_are_no_sessions(plain_server: Server) -> None:
@@ -5102,6 +5280,21 @@ def test_a_body_that_is_much_too_large_is_413_and_not_a_broken_connection(
     answered = plain_server.post(content=body, headers={"origin": "http://localhost:1"})
     assert (answered.status_code, answered.headers[CORS[0]]) == (413, "http://localhost:1")
     assert plain_server.get("/health").status_code == 200
+
+
+def test_large_bodies_that_come_at_once_are_bounded_in_all(serve: Serve) -> None:
+    limits = NO_LIMITS + "max_body = '64KiB'\nbody_timeout = '15s'"
+    server = serve(limits)
+    with contextlib.ExitStack() as stack:
+        for _ in range(64):
+            connection = server.connect(json_body=ask("x" * 64_900), length=65_536)
+            stack.enter_context(connection)
+        last = stack.enter_context(server.connect(json_body=ask("x" * 64_900), length=65_536))
+        head = last.recv(4096).partition(b"\r\n")[0] if select.select([last], [], [], 1)[0] else b""
+        served = [server.post(json=ask("x" * 60_000)).status_code for _ in range(3)]
+    assert head == b"" or b" 503 " in head
+    assert 503 in served
+    wait_for(lambda: server.post().status_code == 200)
 
 
 def test_a_body_that_comes_too_slowly_is_408(
@@ -5576,7 +5769,7 @@ CHAT_HALF = chat_events(["Hel", "lo"])[:3]
                      id="without usage, more bytes than tokens"),
         pytest.param("m-flat", [[*stream(*CHAT_HALF, end=False), RESET]], "error", 1, 5, 0,
                      id="cut"),
-        pytest.param("m-flat", [[*stream(*CHAT_HALF, end=False), HANG]], "error", 1, 5, 0,
+        pytest.param("m-flat", [[*stream(*CHAT_HALF, end=False), HANG]], "error", 1, 100, 0,
                      id="stalled"),
         pytest.param("gpt-5-flat", [stream(chat_sse("Hi", usage=None))], "ok", 1, 100, 0,
                      id="without usage, reasoning"),
@@ -9435,6 +9628,19 @@ def test_usage_over_http_is_the_callers_own(used: Server) -> None:
     assert used.get("/usage").status_code == 401
 
 
+def test_usage_over_http_is_a_request_like_any_other(
+    limited_server: Server, key: dict[str, str]
+) -> None:
+    asked = [limited_server.get("/usage", headers=key) for _ in range(3)]
+    assert [each.status_code for each in asked] == [200] * 3
+    assert [each.json()["left"]["requests"] for each in asked] == [2, 1, 0]
+    assert asked[-1].json()["left"]["tokens"] == 10_000
+    refused = limited_server.get("/usage", headers=key)
+    assert refused.headers["retry-after"] == "1"
+    check_error(refused, 429, "rate_limited")
+    check_error(limited_server.post(headers=key), 429, "rate_limited")
+
+
 # ---- Metrics and logs --------------------------------------------------------------------------
 
 PROMPT, ANSWER = "a-very-private-question", "a-very-private-answer"
@@ -10840,6 +11046,40 @@ def test_mounted_under_a_prefix(tmp_path: Path, upstream: Upstream, host: str) -
         server.stop()
 
 
+def test_connections_that_say_nothing_are_let_go(serve: Serve, upstream: Upstream) -> None:
+    """Idle ones, half a head, and those that have been served; but not an answer that is slow."""
+    server, gate = serve(), threading.Event()
+    events = messages_events()
+    upstream.play(stream(*events[:4], until(gate), *events[4:]))
+    said = [b"", b"POST /api/anthropic HTTP/1.1\r\nHost: x\r\n",
+            b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"]  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        slow = stack.enter_context(server.connect())
+        read_until(slow, b"token")
+        idle = []
+        for number in range(300):
+            connection = socket.create_connection(("127.0.0.1", server.port))
+            idle.append(stack.enter_context(connection))
+            connection.sendall(said[number % 3])
+        assert server.get("/health").status_code == 200
+
+        def gone(connection: socket.socket) -> bool:
+            try:
+                return not connection.recv(65536, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return False
+            except ConnectionError:
+                return True
+
+        def all_gone() -> bool:
+            idle[:] = [connection for connection in idle if not gone(connection)]
+            return not idle
+
+        wait_for(all_gone, 20)
+        gate.set()
+        assert b"[DONE]" in read_until(slow, b"[DONE]")
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
@@ -10865,6 +11105,34 @@ def test_routes(plain_server: Server, method: str, path: str, status: int) -> No
     assert answered.headers["x-request-id"]
     if status >= 400:
         assert set(answered.json()) == {"error", "type", "code", "requestId"}
+
+
+@pytest.mark.parametrize("origin", ["http://localhost:3000", None], ids=["browser", "program"])
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        pytest.param("GET", "/api/anthropic", "POST", id="GET of an endpoint"),
+        pytest.param("DELETE", "/api/nobody", "POST", id="DELETE of what is not there"),
+        pytest.param("GET", "/v1/messages", "POST", id="GET of a native endpoint"),
+        pytest.param("PUT", "/v1/models", "GET", id="PUT of the models"),
+        pytest.param("POST", "/health", "GET", id="POST to health"),
+    ],
+)
+def test_a_method_that_is_not_allowed_is_told_which_are(
+    plain_server: Server, method: str, path: str, allowed: str, origin: str | None
+) -> None:
+    headers = {"origin": origin} if origin else {}
+    refused = plain_server.http.request(method, path, headers=headers)
+    assert refused.status_code == 405
+    methods = refused.headers["allow"].split(", ")
+    assert allowed in methods and method not in methods
+
+
+def test_the_app_is_built_without_a_warning() -> None:
+    environ = {"ANTHROPIC_API_KEY": ANTHROPIC_KEY}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        proxy.create_app(proxy.load_config(None, environ), environ, public=False)
 
 
 @pytest.mark.parametrize("path", ["//api/anthropic", "/api/anthropic/", "/%61pi/anthropic"])
@@ -12019,6 +12287,12 @@ REFUSED = [
                  id="model without a price"),
     pytest.param("", {"DEFAULT_OPENAI_MODEL": "gpt-unheard-of"}, (), ['[prices."gpt-unheard-of"]'],
                  id="default model without a price"),
+    pytest.param(f"[clients.a]\nkey_sha256 = '{digest('')}'", {}, PUBLIC,
+                 ["clients.a.key_sha256: ", "`proxy.py key NAME` makes one"], id="empty key"),
+    pytest.param("[limits]\ndenied = ['x', '']", {}, (),
+                 ["limits.denied: ", "take it out of the list"], id="nothing is denied"),
+    pytest.param(f"[clients.a]\nkey_sha256 = '{'0' * 64}'\nlimits = {{ denied = [' '] }}", {}, (),
+                 ["clients.a.limits.denied: ", "take it out of the list"], id="a blank is denied"),
     pytest.param("[upstream]\nidle = '5'", {}, (), ["upstream.idle", '"25s"'], id="bad duration"),
     pytest.param("", {"OPENAI_BASE_URL": "openai"}, (), ["providers.openai.base_url",
                  "OPENAI_BASE_URL", "https://api.example.com/v1"], id="bad URL"),
