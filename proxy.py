@@ -5755,6 +5755,10 @@ def print_check(config: Config, environ: Map[str, str], public: bool) -> int:
     kept = "kept over restarts" if config.ledger.persistent else "begins anew if it is lost"
     lines.append(("ledger", f"{config.ledger.path}, {kept}" if config.ledger.path else "none"))
     lines.append(("cache", "on" if config.cache.enabled else "off"))
+    if is_shared(config):
+        url, table = httpx.URL(config.redis.url), config.redis
+        away = f"limits {table.limits_when_away} and budgets {table.budget_when_away}"
+        lines.append(("redis", f"{url.host}:{url.port or 6379}; while it is away, {away}"))
     try:
         app = create_app(config, environ, public=public)
         lines += [("warning", warning) for warning in app.proxy.warnings]
