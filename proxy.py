@@ -334,11 +334,13 @@ BUILT_IN_PROVIDERS: dict[str, dict[str, Any]] = {
 ENVIRONMENT = {
     "server.port": "PORT", "server.cors_origins": "CORS_ORIGIN", "server.log_level": "LOG_LEVEL",
     "server.admin_token": "ADMIN_TOKEN", "server.paused": "PROXY_PAUSED",
+    "server.trusted_proxies": "TRUSTED_PROXIES", "ledger.path": "LEDGER_PATH",
     "providers.anthropic.base_url": "ANTHROPIC_BASE_URL",
     "providers.anthropic.default_model": "DEFAULT_ANTHROPIC_MODEL",
     "providers.openai.base_url": "OPENAI_BASE_URL",
     "providers.openai.default_model": "DEFAULT_OPENAI_MODEL",
     "limits.max_tokens": "MAX_TOKENS_LIMIT", "redis.url": "REDIS_URL",
+    "redis.replicas": "PROXY_REPLICAS",
     "providers.anthropic.max_concurrent": "MAX_CONCURRENT_REQUESTS",
     "providers.openai.max_concurrent": "MAX_CONCURRENT_REQUESTS",
     "budget.webhook_secret": "BUDGET_WEBHOOK_SECRET", "jwt.secret": "JWT_SECRET",
