@@ -335,11 +335,13 @@ BUILT_IN_PROVIDERS: dict[str, dict[str, Any]] = {
 ENVIRONMENT = {
     "server.port": "PORT", "server.cors_origins": "CORS_ORIGIN", "server.log_level": "LOG_LEVEL",
     "server.admin_token": "ADMIN_TOKEN", "server.paused": "PROXY_PAUSED",
+    "server.trusted_proxies": "TRUSTED_PROXIES", "ledger.path": "LEDGER_PATH",
     "providers.anthropic.base_url": "ANTHROPIC_BASE_URL",
     "providers.anthropic.default_model": "DEFAULT_ANTHROPIC_MODEL",
     "providers.openai.base_url": "OPENAI_BASE_URL",
     "providers.openai.default_model": "DEFAULT_OPENAI_MODEL",
     "limits.max_tokens": "MAX_TOKENS_LIMIT", "redis.url": "REDIS_URL",
+    "redis.replicas": "PROXY_REPLICAS",
     "providers.anthropic.max_concurrent": "MAX_CONCURRENT_REQUESTS",
     "providers.openai.max_concurrent": "MAX_CONCURRENT_REQUESTS",
     "budget.webhook_secret": "BUDGET_WEBHOOK_SECRET", "jwt.secret": "JWT_SECRET",
@@ -2102,6 +2104,7 @@ local function hold(ask)
   for _, cap in ipairs(ask.caps) do charge(cap, 0, granted) end
   redis.call('HINCRBY', open, 'held', granted)
   redis.call('HSET', open, 'caps', cjson.encode(ask.caps))
+  redis.call('EXPIRE', open, 86400)
   return {held = granted}
 end
 local function append(row, seconds)
@@ -2184,6 +2187,7 @@ local open = p .. 'open:' .. done.id
 local saved = redis.call('HMGET', open, 'state', 'held', 'caps', 'process')
 local state, held, caps = saved[1], num(saved[2]), saved[3] and cjson.decode(saved[3]) or done.caps
 if state == 'settled' then return '[]' end
+if not state and held == 0 and done.usd == 0 and ARGV[2] == '' then return '[]' end  -- was refused
 if held == 0 and done.usd == 0 then caps = {} end
 for i, cap in ipairs(caps) do
   local change, off = done.usd, -held
@@ -2268,6 +2272,7 @@ return redis.call('SET', key, 1, 'NX', 'PX', ARGV[2]) and 1 or 0
     "used": "return redis.call('HGETALL', p .. 'used:' .. ARGV[1])",
     # A sign of life; and the requests of a process that gave none may have cost all that they held.
     "beat": """
+local known = alive(ARGV[1]) and 1 or 0
 redis.call('ZADD', p .. 'processes', now + ARGV[2], ARGV[1])
 redis.call('EXPIRE', p .. 'processes', 86400)
 for _, process in ipairs(redis.call('ZRANGEBYSCORE', p .. 'processes', '-inf', now)) do
@@ -2288,7 +2293,7 @@ for _, process in ipairs(redis.call('ZRANGEBYSCORE', p .. 'processes', '-inf', n
   redis.call('DEL', p .. 'opens:' .. process)
   redis.call('ZREM', p .. 'processes', process)
 end
-return {time[1], time[2]}
+return {time[1], time[2], known}
 """,
 }
 
@@ -2343,7 +2348,10 @@ class Link:
                 for script, args, _ in batch:
                     pipeline.evalsha(self.shas[script], 1, self.prefix, *args)
                 replies = await pipeline.execute(raise_on_error=False)
-                for (script, _, answer), reply in zip(batch, replies, strict=True):
+                for (script, args, answer), reply in zip(batch, replies, strict=True):
+                    if str(reply).startswith("NOSCRIPT"):  # it was restarted, or flushed
+                        text = self.scripts[script]
+                        reply = await self.redis.eval(text, 1, self.prefix, *args)
                     if isinstance(reply, Exception):
                         LOG.error("redis: %s failed (%s)", script, redact(str(reply)))
                         reply = StoreAway("what all replicas share cannot be changed")
@@ -2353,7 +2361,8 @@ class Link:
         except Exception as error:
             self.fall(redact(repr(error)))
         finally:
-            self.sender = None
+            if self.sender is asyncio.current_task():
+                self.sender = None
 
     def tick(self) -> None:
         """Time is counted in ticks, so that a process too busy to read an answer in time does not
@@ -2371,6 +2380,7 @@ class Link:
         self.up, self.queue = False, []
         if self.sender and self.sender is not asyncio.current_task():
             self.sender.cancel()
+            self.sender = None  # it may take its time to leave
         for answer in self.unanswered:
             if not answer.done():
                 answer.set_exception(StoreAway())
@@ -2389,8 +2399,9 @@ def connect_redis(url: str) -> Any:
     try:
         times = {"socket_connect_timeout": 2, "socket_timeout": 5}
         return redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), protocol=2, **times)
-    except ValueError as error:
-        raise ConfigError(f"redis.url: {error}") from None
+    except ValueError:  # which may show the password
+        wanted = "must look like redis://:PASSWORD@HOST:6379/0, or rediss:// for TLS"
+        raise ConfigError(f"redis.url: {wanted}; write a / in the password as %2F") from None
 
 
 EVICTS = (
@@ -2436,6 +2447,7 @@ class RedisStore:
         self.local = MemoryStore(time.monotonic, tell, config.cache)
         self.alone: set[str] = set()  # requests that were admitted without Redis
         self.process, self.tasks = secrets.token_hex(8), set[asyncio.Task[Any]]()
+        self.seen = False  # by Redis, under the name of `process`
         self.evicts, self.closed = False, config.redis.budget_when_away == "closed"
 
     async def open(self) -> None:
@@ -2463,7 +2475,7 @@ class RedisStore:
                     for _, message, row in due:
                         await self.link.run("settle", message, row)
                     await self.ledger.delivered(id for id, _, _ in due)
-            except StoreAway:
+            except (StoreAway, sqlite3.Error):  # a sign of life matters more
                 continue
 
     async def beat(self) -> None:
@@ -2477,11 +2489,15 @@ class RedisStore:
                 life = (self.process, self.table.lease, self.keep)
                 pipeline.evalsha(link.shas["beat"], 1, link.prefix, *life)
                 pipeline.info("memory")
-                (seconds, micros), memory = await pipeline.execute()
+                (seconds, micros, known), memory = await pipeline.execute()
         except Exception as error:
             link.fall(redact(repr(error)))
             return
-        self.offset = int(seconds) + int(micros) / 1e6 - time.time()
+        if self.seen and not known:  # it seemed dead: what it had is in other hands
+            self.process, self.seen = secrets.token_hex(8), False
+            return await self.beat()
+        self.seen = True
+        self.offset = int(seconds) + int(micros) / 1e6 - self.ledger.clock()
         evicts = memory.get("maxmemory_policy", "noeviction") != "noeviction"
         if evicts and not self.evicts:
             LOG.error("redis: %s", EVICTS)
@@ -2497,9 +2513,12 @@ class RedisStore:
             task.cancel()
         await self.link.redis.aclose()
 
-    def serving(self) -> bool:
-        """Is nobody refused for want of Redis?"""
-        return self.link.up or not (self.closed or self.table.limits_when_away == "closed")
+    def serving(self, capped: bool) -> bool:
+        """Is nobody refused for want of Redis? `capped` says whether there are budgets."""
+        if capped and self.closed and self.evicts:
+            return False
+        closed = (capped and self.closed) or self.table.limits_when_away == "closed"
+        return self.link.up or not closed
 
     def caps(self, caps: Iterable[Cap]) -> list[dict[str, Any]]:
         return [
@@ -2521,7 +2540,7 @@ class RedisStore:
         }  # fmt: skip
         try:
             if self.evicts and ask.caps:
-                raise StoreAway(EVICTS)
+                raise StoreAway
             said, *answer = await self.link.run("admit", msgspec.json.encode(wanted), ask.row)
         except StoreAway:
             if self.table.limits_when_away == "closed" or (ask.caps and self.closed):
@@ -2628,7 +2647,7 @@ class RedisStore:
         return Totals(**used, cost=cost)  # type: ignore[arg-type]
 
     def today(self) -> str:
-        return time.strftime("%Y-%m-%d", time.gmtime(time.time() + self.offset))
+        return time.strftime("%Y-%m-%d", time.gmtime(self.ledger.clock() + self.offset))
 
 
 class Line:
@@ -4323,12 +4342,13 @@ class Proxy:
         self, config: Config, environ: Map[str, str], public: bool, clock: Callable[[], float]
     ) -> None:
         self.config, self.clock = config, clock
-        if is_shared(config):
-            connect_redis(config.redis.url)  # is it a URL, and the package there?
+        redis: dict[str, Any] = {}
+        if is_shared(config):  # is it a URL, and the package there?
+            redis = connect_redis(config.redis.url).connection_pool.connection_kwargs
         self.keys = vendor_keys(config, environ)
         self.warnings = examine(config, environ, public)
         self.secrets = (*itertools.chain(*self.keys.values()), config.server.admin_token)
-        self.secrets += (*signing_secrets(config), httpx.URL(config.redis.url).password)
+        self.secrets += (*signing_secrets(config), redis.get("password") or "")
         self.clients = Clients(config, environ, public)
         self.prices, self.metrics = Prices(config.prices), Metrics()
         self.webhook = Webhook(config.budget.webhook, config.budget.webhook_secret)
@@ -5426,7 +5446,7 @@ def create_app(
     async def ready() -> litestar.Response[Any]:
         written = not proxy.ledger or proxy.ledger.healthy
         shared = proxy.replicas
-        good = written and not proxy.draining and (not shared or shared.serving())
+        good = written and not proxy.draining and (not shared or shared.serving(proxy.capped))
         body = {"status": "ready" if good else "not ready", "ledger": written}
         body |= {"draining": proxy.draining} | ({"redis": shared.link.up} if shared else {})
         return litestar.Response(body, status_code=200 if good else 503)

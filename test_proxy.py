@@ -40,6 +40,7 @@ import threading
 import time
 import tomllib
 import warnings
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
@@ -47,6 +48,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
+import aiohttp
 import anthropic
 import httpx
 import jwt
@@ -55,6 +57,8 @@ import openai
 import prometheus_client
 import pydantic
 import pytest
+import redis
+import yaml
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from hypothesis import HealthCheck, Phase, example, given, settings
@@ -13662,3 +13666,384 @@ def test_sdk_table_says_what_was_shown() -> None:
     assert version.sub("", committed) == version.sub("", expected), again
     if missing := set(CELLS) - SHOWN:
         pytest.skip(f"{len(missing)} of {len(CELLS)} cells were not tried in this run")
+
+
+# ---- Replicas ----------------------------------------------------------------------------------
+# What deploy/ describes, without the containers: its nginx, its Redis and three replicas with the
+# environment of its compose file, on loopback. One fleet serves all tests of a module.
+
+DEPLOY = PROXY.parent / "deploy"
+POOR, CENT = 200, 20  # clients who share a budget for 50; tokens that cost 0.01 USD
+FLEET = """
+[upstream]
+attempts = 1
+[redis]
+lease = "2s"
+[cache]
+enabled = true
+[prices."claude-*"]      # what is held is what it costs
+output = 500
+[providers.narrow]
+adapter = "messages"
+base_url = "URL"
+max_concurrent = 2
+queue_timeout = "500ms"
+[budget]
+total_per_day = 1_000_000
+group_per_day = 0.5
+[limits]
+requests_per_minute = 1_000_000
+burst = 1_000_000
+tokens_per_minute = 1_000_000_000
+concurrent = 5000
+"""
+OF_ITS_OWN = {
+    "rate": "limits = { requests_per_minute = 600, burst = 20 }",
+    "few": "limits = { concurrent = 2 }\nbudget = { per_day = 1.0 }",
+    "capped": "budget = { per_day = 1.0 }",
+    **{f"poor-{number}": "group = 'poor'" for number in range(POOR)},
+}
+NO_NGINX = pytest.mark.skipif(
+    not (shutil.which("nginx") and shutil.which("redis-server") and DEPLOY.is_dir()),
+    reason="needs nginx, redis-server and deploy/",
+)
+
+
+def compose(service: str) -> dict[str, Any]:
+    """A service of deploy/compose.yaml, with its ${NAME:-default} filled in."""
+    text = re.sub(r"\$\{\w+:-(\w+)\}", r"\1", (DEPLOY / "compose.yaml").read_text("utf-8"))
+    return dict(yaml.safe_load(text)["services"][service])
+
+
+class RedisServer:
+    """A Redis of the test's own, with the command line of the compose file."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.port = directory, free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.client = redis.Redis(port=self.port)
+        self.start()
+
+    def start(self) -> None:
+        own = ["--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(self.directory)]
+        command = [*compose("redis")["command"], *own]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        wait_for(self.answers, 15)
+
+    def answers(self) -> bool:
+        with contextlib.suppress(redis.RedisError):
+            return bool(self.client.ping())
+        return False
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(10)
+
+    def sum(self, pattern: str, field: bytes = b"") -> int:
+        """What all hashes whose keys match add up to, or one field of theirs."""
+        found = [self.client.hgetall(key) for key in self.client.scan_iter(f"{{proxy}}:{pattern}")]
+        return sum(int(v) for h in found for k, v in h.items() if field in (b"", k))
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [json.loads(f[b"row"]) for _, f in self.client.xrange("{proxy}:rows")]
+
+
+class Fleet:
+    """nginx and its replicas, which share one ledger file as they share a volume."""
+
+    def __init__(self, directory: Path, upstream: Upstream, redis: RedisServer) -> None:
+        self.directory, self.upstream, self.redis = directory, upstream, redis
+        blocks = (
+            f"[clients.{n}]\nkey_sha256 = '{digest(n)}'\n{own}" for n, own in OF_ITS_OWN.items()
+        )
+        text = "\n".join((FLEET.replace("URL", upstream.url), *blocks))
+        self.config = write_config(directory, text)
+        self.ports = [free_port() for _ in range(int(compose("proxy")["deploy"]["replicas"]))]
+        self.replicas: list[Server] = []
+        with ThreadPoolExecutor() as pool:
+            self.replicas += pool.map(self.replica, self.ports)
+        self.nginx = self.balancer(free_port())
+        self.http = httpx.Client(
+            base_url=self.url,
+            timeout=30,
+            trust_env=False,
+            limits=httpx.Limits(max_connections=None),
+        )
+
+    def environment(self, port: int) -> dict[str, str | None]:
+        places = {"redis:6379": f"127.0.0.1:{self.redis.port}", "/data": str(self.directory)}
+        given = {n: value or "" for n, value in compose("proxy")["environment"].items()}
+        for there, here in places.items():
+            given = {name: value.replace(there, here) for name, value in given.items()}
+        assert given["PORT"] == "8000"
+        assert set(given) > {"ANTHROPIC_API_KEY", "ALLOWED_CLIENT_KEYS"}
+        given |= {
+            "PORT": str(port),
+            "ALLOWED_CLIENT_KEYS": ALL_KEYS,
+            "PROXY_CONFIG": str(self.config),
+        }
+        given |= {"ANTHROPIC_API_KEY": ANTHROPIC_KEY, "ADMIN_TOKEN": "admin"}
+        return {**given, "ANTHROPIC_BASE_URL": self.upstream.url}
+
+    def replica(self, port: int) -> Server:
+        program = {"python": sys.executable, "proxy.py": str(PROXY)}
+        command = [program.get(word, word) for word in compose("proxy")["command"]]
+        return Server(command, self.directory, port, self.environment(port))
+
+    def balancer(self, port: int) -> subprocess.Popen[bytes]:
+        text = (DEPLOY / "nginx.conf").read_text("utf-8")
+        [line] = re.findall(r"\n +server proxy:8000 resolve( .*;)", text)
+        servers = "\n".join(f"server 127.0.0.1:{own}{line}" for own in self.ports)
+        text = text.replace(f"server proxy:8000 resolve{line}", servers)
+        text = text.replace("listen 8080", f"listen 127.0.0.1:{port}")
+        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"):
+            text = text.replace("http {", f"http {{ {kind}_temp_path {self.directory};", 1)
+        file, pid = self.directory / "nginx.conf", self.directory / "nginx.pid"
+        file.write_text(text)
+        user = "user root; " if os.geteuid() == 0 else ""
+        command = ["nginx", "-c", str(file), "-g", f"{user}pid {pid}; daemon off;"]
+        checked = subprocess.run([*command, "-t"], capture_output=True, text=True, check=False)
+        assert checked.returncode == 0, checked.stderr
+        process = subprocess.Popen(command)
+        self.url = f"http://127.0.0.1:{port}"
+        wait_for(lambda: not socket.socket().connect_ex(("127.0.0.1", port)))
+        return process
+
+    def post(self, key: str, prompt: str = "Hi", **more: Any) -> httpx.Response:
+        """Through nginx."""
+        path, more = more.pop("path", "/api/anthropic"), {"max_tokens": CENT, **more}
+        headers = {"authorization": f"Bearer {key}"}
+        return self.http.post(path, json=ask(prompt, **more), headers=headers)
+
+    def open(self, server: Server, key: str, prompt: str, **more: Any) -> socket.socket:
+        """A stream from one replica, whose answer has begun."""
+        headers = {"Authorization": f"Bearer {key}"}
+        path, more = more.pop("path", "/api/anthropic"), {"max_tokens": CENT, **more}
+        connection = server.connect(path, ask(prompt, **more), headers)
+        read_until(connection, b"lo")
+        return connection
+
+    def usage(self, by: str = "client") -> dict[str, dict[str, Any]]:
+        done = run_proxy("usage", "--json", "--by", by, environ=self.environment(self.ports[0]))
+        assert done.returncode == 0, done.stderr
+        return {row["group"]: row for row in json.loads(done.stdout)}
+
+    def stop(self) -> None:
+        self.http.close()
+        self.nginx.terminate()
+        for server in self.replicas:
+            server.stop()
+        self.nginx.wait(10)
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def fleet_module(
+    upstream_module: Upstream, redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Fleet]:
+    fleet = Fleet(tmp_path_factory.mktemp("fleet"), upstream_module, redis_server)
+    yield fleet
+    fleet.stop()
+
+
+@pytest.fixture
+def fleet(fleet_module: Fleet, upstream: Upstream) -> Fleet:
+    """The module's, with all that a test before may have killed."""
+    if not fleet_module.redis.answers():
+        fleet_module.redis.start()
+    for number, server in enumerate(fleet_module.replicas):
+        if server.process.poll() is not None:
+            fleet_module.replicas[number] = fleet_module.replica(server.port)
+    wait_for(lambda: all(s.get("/ready").status_code == 200 for s in fleet_module.replicas), 15)
+    return fleet_module
+
+
+def of_a_cent(received: Received) -> list[Any]:
+    return stream(messages_sse(["Hel", "lo"], output_tokens=CENT))
+
+
+@NO_NGINX
+def test_a_container_is_healthy_while_its_replica_is_ready_and_has_time_to_stop(
+    fleet: Fleet,
+) -> None:
+    service, server = compose("proxy"), fleet.replicas[0]
+    kind, _, *program = service["healthcheck"]["test"]
+    assert kind == "CMD"
+    check = [sys.executable, *(word.replace("8000", str(server.port)) for word in program)]
+    assert subprocess.run(check, timeout=10, check=False).returncode == 0
+    check[-1] = check[-1].replace(str(server.port), str(free_port()))
+    assert subprocess.run(check, timeout=10, capture_output=True, check=False).returncode != 0
+    assert int(service["stop_grace_period"][:-1]) >= proxy.Server().drain + 5
+    config = proxy.load_config(None, {n: v or "" for n, v in service["environment"].items()})
+    assert config.redis.replicas == int(service["deploy"]["replicas"]) == len(fleet.replicas)
+    assert fleet.redis.client.config_get("appendfsync") == {"appendfsync": "always"}
+    assert fleet.redis.client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
+
+
+@NO_NGINX
+def test_a_token_is_not_kept_by_the_balancer_and_addresses_are_those_it_saw(
+    fleet: Fleet,
+) -> None:
+    gate = threading.Event()
+    fleet.upstream.play([*stream(*HALF, end=False), until(gate), messages_sse(["lo"])])
+    body = {"json": ask("slowly"), "headers": {"authorization": f"Bearer {next(KEYS)}"}}
+    with fleet.http.stream("POST", "/api/anthropic", **body) as reply:
+        parts = reply.iter_bytes()
+        read = b""
+        while b"lo" not in read:
+            read += next(parts)
+        gate.set()
+    forged = {"x-forwarded-for": "203.0.113.7", "x-request-id": "forged", "origin": "https://x.y"}
+    refused = fleet.http.post("/api/anthropic", json=ask(), headers=forged)
+    check_error(refused, 403, "origin_not_allowed")
+    assert last_row(fleet.replicas[0], "forged")["client"] == "ip:127.0.0.1"
+    assert fleet.http.get("/metrics").status_code == 404
+
+
+@NO_NGINX
+def test_200_clients_at_three_replicas_spend_exactly_a_budget_for_50(fleet: Fleet) -> None:
+    fleet.upstream.play(of_a_cent)
+    with ThreadPoolExecutor(POOR) as pool:
+        replies = pool.map(fleet.post, (f"poor-{number}" for number in range(POOR)))
+        statuses = Counter(reply.status_code for reply in replies)
+    assert statuses == {200: 50, 402: POOR - 50}
+    assert len(fleet.upstream.requests) == 50
+    assert fleet.redis.sum("money:*", b"held") == 0
+    assert len({r["id"] for r in fleet.redis.rows() if r["client"].startswith("key:poor")}) == POOR
+
+
+@NO_NGINX
+def test_three_replicas_together_admit_one_clients_rate(fleet: Fleet) -> None:
+    fleet.upstream.play(of_a_cent)
+    rate, burst, seconds, stop = 600, 20, 4, time.monotonic() + 4
+    prompts = map(str, itertools.count())
+
+    def hammer(_: int) -> list[float]:
+        """When each request that was admitted had been sent, and was answered."""
+        found = []
+        while (sent := time.monotonic()) < stop:
+            reply = fleet.post("rate", next(prompts))
+            assert reply.status_code in (200, 429)
+            found += [sent, time.monotonic()] if reply.status_code == 200 else []
+        return found
+
+    with ThreadPoolExecutor(6) as pool:
+        times = [at for found in pool.map(hammer, range(6)) for at in found]
+    admitted, took = len(fleet.upstream.requests), max(times) - min(times)
+    assert 2 * admitted == len(times)
+    assert admitted <= burst + rate * took / 60 + 1
+    assert admitted >= 0.95 * (burst + rate * seconds / 60)
+
+
+@NO_NGINX
+def test_replicas_killed_in_mid_stream_leave_nothing_behind_but_their_rows(fleet: Fleet) -> None:
+    fleet.upstream.play([*stream(*HALF, end=False), HANG])
+    victims = fleet.replicas[:2]
+    prompts = [f"unfinished {number}" for number in range(len(victims))]
+    narrow = {"path": "/api/narrow"}
+    streams = [
+        fleet.open(server, "few", prompt, **narrow)
+        for server, prompt in zip(victims, prompts, strict=True)
+    ]
+    # all of the client's places and of the vendor's are taken
+    check_error(fleet.post("few", "another"), 429, "too_many_streams")
+    check_error(fleet.post("client-key-1", "another", **narrow), 503, "busy")
+    assert fleet.redis.sum("places:narrow") == fleet.redis.sum("live") == len(victims)
+    for server, connection in zip(victims, streams, strict=True):
+        server.kill()
+        connection.close()
+    fleet.upstream.play(of_a_cent)
+    # the same questions, whose answers the dead were about to have
+    for prompt in prompts:
+        wait_for(lambda p=prompt: fleet.post("few", p, **narrow).status_code == 200, 15)
+    assert len(fleet.upstream.requests) == 2 * len(victims)
+    for left in ("live", "live:*", "places:narrow"):
+        assert fleet.redis.sum(left) == 0
+    wait_for(lambda: fleet.redis.sum("money:*", b"held") == 0)
+    rows = [row for row in fleet.redis.rows() if row.get("code") == "proxy_died"]
+    assert [(row["client"], Decimal(row["cost"])) for row in rows] == [
+        ("key:few", Decimal("0.01"))
+    ] * len(victims)
+    used = fleet.usage()["key:few"]
+    assert used["cost"] == "0.04"
+
+
+@NO_NGINX
+def test_a_redis_killed_in_mid_load_loses_no_cost_and_lets_nobody_pass_a_cap(fleet: Fleet) -> None:
+    fleet.upstream.play(of_a_cent)
+    prompts, codes = map(str, itertools.count(100_000)), []
+    back, stop = threading.Event(), time.monotonic() + 40
+
+    def spend(_: int) -> None:
+        while time.monotonic() < stop:
+            done, reply = back.is_set(), fleet.post("capped", next(prompts))
+            codes.append(reply.json().get("code") if reply.status_code != 200 else "")
+            if done and codes[-1] == "budget_exceeded":
+                return
+            time.sleep(0.01)
+
+    with ThreadPoolExecutor(8) as pool:
+        running = pool.map(spend, range(8))
+        wait_for(lambda: codes.count("") > 30, 15)
+        fleet.redis.kill()
+        wait_for(lambda: codes[-1] == "store_unavailable")
+        assert all(server.get("/ready").status_code == 503 for server in fleet.replicas)
+        made = len(fleet.upstream.requests)
+        tried = len(codes)
+        wait_for(lambda: len(codes) > tried + 8)
+        assert len(fleet.upstream.requests) == made  # nothing is spent that nobody counts
+        fleet.redis.start()
+        wait_for(lambda: all(s.get("/ready").status_code == 200 for s in fleet.replicas), 15)
+        back.set()
+        list(running)
+    assert set(codes) == {"", "store_unavailable", "budget_exceeded"}
+
+    def rest() -> str:
+        """What some replica told late may have left a little over."""
+        codes.append(fleet.post("capped", next(prompts)).json().get("code"))
+        return codes[-1] == "budget_exceeded" and fleet.redis.sum("money:*", b"held") == 0
+
+    wait_for(rest, 15)
+    assert len(fleet.upstream.requests) == 100
+    assert fleet.usage()["key:capped"]["cost"] == "1.00"
+    rows = [row for row in fleet.redis.rows() if row["client"] == "key:capped"]
+    assert len({row["id"] for row in rows}) == len(rows)
+    assert sum(Decimal(row.get("cost") or 0) for row in rows) == 1
+
+
+@NO_NGINX
+def test_of_10_000_requests_every_one_is_in_the_ledger_exactly_once(fleet: Fleet) -> None:
+    """Also of those that were on their way while a replica was stopped, and started again."""
+    fleet.upstream.play(of_a_cent)
+    ids = [f"load-{number}" for number in range(10_000)]
+    left, statuses = iter(ids), []
+    key = {"authorization": "Bearer client-key-0", "cache-control": "no-cache"}
+
+    async def caller(http: aiohttp.ClientSession) -> None:
+        for number in left:
+            headers = {**key, "x-request-id": number}
+            body = ask(max_tokens=CENT)
+            async with http.post("/api/anthropic", json=body, headers=headers) as reply:
+                await reply.read()
+                statuses.append(reply.status)
+
+    async def load() -> None:
+        async with aiohttp.ClientSession(fleet.url) as http:
+            await asyncio.gather(*(caller(http) for _ in range(32)))
+
+    asyncio.run(load())
+    assert Counter(statuses) == {200: len(ids)}
+    query = "SELECT request_id FROM entries WHERE request_id LIKE 'load-%'"
+    with contextlib.closing(sqlite3.connect(fleet.directory / "proxy.sqlite3")) as database:
+        assert sorted(found for [found] in database.execute(query)) == sorted(ids)
+    named = (row.get("request_id", "") for row in fleet.redis.rows())
+    assert sorted(name for name in named if name.startswith("load-")) == sorted(ids)
+    used = fleet.usage()["key:env-1"]
+    assert (used["requests"], used["cost"]) == (10_000, "100")
+    assert fleet.http.get("/usage", headers=key).json()["today"]["requests"] == 10_000
