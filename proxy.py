@@ -2035,18 +2035,6 @@ local function leave(key, process)
   if has > 1 then redis.call('HINCRBY', key, process, -1)
   elseif has == 1 then redis.call('HDEL', key, process) end
 end
-local function enter(id, provider, places, process, waiting)
-  local wanted, open = p .. 'wanted:' .. provider, p .. 'open:' .. id
-  if count(p .. 'places:' .. provider) < places and
-     (waiting or redis.call('EXISTS', wanted) == 0) then
-    take(p .. 'places:' .. provider, process)
-    redis.call('HSET', open, 'process', process, 'place', provider)
-    redis.call('EXPIRE', open, 86400)
-    return 1
-  end
-  if waiting then redis.call('SET', wanted, 1, 'PX', 1500) end
-  return 0
-end
 local function free(id)
   local open = p .. 'open:' .. id
   local process, provider = unpack(redis.call('HMGET', open, 'process', 'place'))
@@ -2058,6 +2046,19 @@ local function free(id)
     redis.call('LTRIM', p .. 'freed:' .. provider, 0, 999)
     redis.call('PEXPIRE', p .. 'freed:' .. provider, 2000)
   end
+end
+local function enter(id, provider, places, process, waiting)
+  local wanted, open = p .. 'wanted:' .. provider, p .. 'open:' .. id
+  if count(p .. 'places:' .. provider) < places and
+     (waiting or redis.call('EXISTS', wanted) == 0) then
+    free(id) -- where it is known only later that it has left another
+    take(p .. 'places:' .. provider, process)
+    redis.call('HSET', open, 'process', process, 'place', provider)
+    redis.call('EXPIRE', open, 86400)
+    return 1
+  end
+  if waiting then redis.call('SET', wanted, 1, 'PX', 1500) end
+  return 0
 end
 local function charge(cap, settled, held)
   local key = p .. 'money:' .. cap.name
@@ -2626,7 +2627,7 @@ class Line:
         self.places, self.limit = provider.max_concurrent or 0, provider.queue_limit
         self.turns: dict[str, dict[str, asyncio.Future[None]]] = {}  # by client, then by request
 
-    def __len__(self) -> int:
+    def waiting(self) -> int:
         return sum(map(len, self.turns.values()))
 
     async def enter(self, id: str, client: str, patience: float) -> None:
@@ -2636,7 +2637,7 @@ class Line:
             return
         if self.closed:
             raise Stopping
-        if len(self) >= self.limit:
+        if self.waiting() >= self.limit:
             message = f"too many are waiting for {self.name}; try again"
             raise ProxyError(503, "queue_full", message, after=5)
         turn = asyncio.get_running_loop().create_future()
@@ -4581,7 +4582,7 @@ class Proxy:
         self.metrics.streams.set(len(places))
         self.metrics.clients.set(len(set(places)))
         for name, line in self.lines.items():
-            self.metrics.waiting.labels(name).set(len(line))
+            self.metrics.waiting.labels(name).set(line.waiting())
 
     async def keep_showing(self) -> None:
         """Another worker may be asked for what is in flight here."""
