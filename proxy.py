@@ -4842,8 +4842,7 @@ class Proxy:
             # while other targets are left, this one gets its share of the time
             limit = now() + (deadline - now()) / left
             soon = min(limit, call.started + times.first_byte)
-            # nor does it wait for one that rests
-            patience = soon if left == 1 else 0
+            patience = soon if left == 1 else 0  # with a vendor that rests
             try:
                 await self.take_place(call, target[0], soon, patience)
                 return await self.ask(call, target, error, limit, patience)
@@ -4876,9 +4875,8 @@ class Proxy:
         """Try one of the targets until its answer begins, after `error` at the one before. Raises
         what the last attempt failed of."""
         account, now, (provider, model) = call.account, time.monotonic, target
-        retries, others = self.config.upstream.attempts - 1, len(self.keys[provider]) - 1
         failure: UpstreamError | None = None
-        wait = 0.0
+        retry, wait, other_keys = 0, 0.0, len(self.keys[provider]) - 1
         while True:
             if refusal := self.left_alone(provider, patience):
                 raise failure or refusal
@@ -4901,14 +4899,14 @@ class Proxy:
                 if not call.request.stream:  # its text is not read
                     account.produced += sum(len(e.data) for e in batch if isinstance(e, Raw))
                 return attempt, batch
-            if failure.moved and others:
-                others, wait = others - 1, 0.0
+            if failure.moved and other_keys:
+                wait, other_keys = 0, other_keys - 1
                 continue
-            made = self.config.upstream.attempts - retries
-            wait = made if failure.wait is None else failure.wait
-            if not (failure.retryable and retries) or now() + wait >= limit:
+            retry += 1
+            wait = retry if failure.wait is None else failure.wait
+            useless = not failure.retryable or retry == self.config.upstream.attempts
+            if useless or now() + wait >= limit:
                 raise failure
-            retries -= 1
 
     def resting(self, provider: str) -> float:
         """For how many seconds a provider, or each of its keys, is still to be left alone."""
