@@ -55,7 +55,7 @@ import threading
 import time
 import tomllib
 import weakref
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from collections.abc import Mapping as Map
 from concurrent.futures import ThreadPoolExecutor
@@ -587,11 +587,12 @@ def is_loopback(host: str) -> bool:
     return host == "localhost"
 
 
-def vendor_keys(config: Config, environ: Map[str, str]) -> dict[str, tuple[str, ...]]:
-    """The keys of each provider that can be used, "" where it needs none. The two built-in
-    providers may go without as long as one provider is left. Raises ConfigError."""
+def vendor_keys(config: Config, environ: Map[str, str]) -> dict[str, dict[str, str]]:
+    """The keys of each provider that can be used, "" where it needs none, by what they are called
+    where others may read it. The two built-in providers may go without as long as one provider is
+    left. Raises ConfigError."""
     if config.demo:
-        return dict.fromkeys(config.providers, ("",))
+        return {name: {name: ""} for name in config.providers}
     keys = {}
     for name, provider in config.providers.items():
         found = {variable: environ.get(variable, "").strip() for variable in provider.variables}
@@ -602,7 +603,7 @@ def vendor_keys(config: Config, environ: Map[str, str]) -> dict[str, tuple[str, 
         if missing and (name not in BUILT_IN_PROVIDERS or any(found.values())):
             raise ConfigError(f"providers.{name}.key_env: {missing} is not set or empty")
         if not missing:
-            keys[name] = tuple(dict.fromkeys(found.values())) or ("",)
+            keys[name] = {f"{name}:{sha256(key)[:16]}": key for key in found.values() or ("",)}
     if not keys:
         wanted = " or ".join(provider.variables[0] for provider in config.providers.values())
         raise ConfigError(f"no provider has a key: set {wanted}, or try it with --demo")
@@ -673,6 +674,11 @@ class ProxyError(Exception):
 class BadRequest(ProxyError):
     def __init__(self, message: str) -> None:
         super().__init__(400, "invalid_request", message)
+
+
+class Stopping(ProxyError):
+    def __init__(self) -> None:
+        super().__init__(503, "server_stopping", "the server is stopping", after=5)
 
 
 class ErrorBody(Struct, rename="camel"):
@@ -1822,8 +1828,8 @@ class Admission(Struct):
 
 
 class Settlement(Struct):
-    """What a request came to: its cost, the tokens it did not use, and the places it leaves. `row`
-    is the ledger's, for all replicas to read, b"" where it has none."""
+    """What a request came to: its cost, and the tokens it did not use. `row` is the ledger's, for
+    all replicas to read, b"" where it has none."""
 
     id: str
     client: str
@@ -1832,7 +1838,6 @@ class Settlement(Struct):
     usd: Decimal = Decimal(0)
     caps: list[Cap] = []
     key: str = ""
-    providers: list[str] = []
     row: bytes = b""
     used: dict[str, int] = {}
 
@@ -1848,8 +1853,8 @@ class Store(Protocol):
         return how much. Raises BudgetExceeded where that is below `least`."""
 
     async def settle(self, end: Settlement) -> None:
-        """Put the true cost in the place of what was held, and give the rest back. Once: the
-        second time does nothing."""
+        """Put the true cost in the place of what was held, and give the rest back, and the place
+        at a provider. Once: the second time does nothing."""
 
     async def spent(self, caps: list[Cap]) -> list[Decimal]:
         """USD that count against each of the caps, held ones included."""
@@ -1857,11 +1862,12 @@ class Store(Protocol):
     def put(self, key: str, answer: bytes) -> None:
         """Keep a finished answer, for as long as the cache does."""
 
-    async def enter(self, provider: str, places: int, waiting: bool) -> bool:
-        """Take one of a provider's places, if one is free and nobody else waits for it."""
+    async def enter(self, id: str, provider: str, places: int, waiting: bool) -> bool:
+        """Take one of a provider's places for a request, if one is free and nobody else waits for
+        it. A request has one place at a time."""
 
-    async def leave(self, provider: str) -> None:
-        """Give a place back."""
+    async def leave(self, id: str, provider: str) -> None:
+        """Give it back before the end, if the request has it."""
 
     async def freed(self, provider: str) -> None:
         """Wait until a place may be free: for a second at most, as whoever had it may have died."""
@@ -1918,7 +1924,7 @@ class MemoryStore:
         self.answers: cachetools.TTLCache[str, bytes] = cachetools.TTLCache(
             cache.size, cache.ttl, timer=clock, getsizeof=lambda answer: len(answer) + 200
         )
-        self.taken: dict[str, int] = defaultdict(int)  # places, by provider
+        self.taken: dict[str, set[str]] = defaultdict(set)  # the requests at each provider
         self.news = asyncio.Event()
         self.shown: cachetools.TTLCache[str, bool] = cachetools.TTLCache(100_000, 600, timer=clock)
 
@@ -1955,7 +1961,8 @@ class MemoryStore:
                 except BudgetExceeded as exceeded:
                     given.exceeded, given.tokens = exceeded, tokens.level
                     return given
-            given.placed = ask.places > 0 and await self.enter(ask.provider, ask.places, False)
+            if ask.places:
+                given.placed = await self.enter(ask.id, ask.provider, ask.places, False)
         tokens.level -= ask.tokens
         return given
 
@@ -1993,8 +2000,8 @@ class MemoryStore:
                     self.tell(cap, percent)
             if not (spending.settled or spending.held):  # what costs nothing is not remembered
                 self.windows.get(cap.window, {}).pop(cap.scope, None)
-        for provider in end.providers:
-            await self.leave(provider)
+        for provider in self.taken:
+            await self.leave(end.id, provider)
 
     async def spent(self, caps: list[Cap]) -> list[Decimal]:
         return [self.of(cap).settled + self.of(cap).held for cap in caps]
@@ -2003,15 +2010,16 @@ class MemoryStore:
         with contextlib.suppress(ValueError):  # larger than the whole cache
             self.answers[key] = answer
 
-    async def enter(self, provider: str, places: int, waiting: bool) -> bool:
-        free = self.taken[provider] < places
-        self.taken[provider] += free
+    async def enter(self, id: str, provider: str, places: int, waiting: bool) -> bool:
+        if free := len(self.taken[provider]) < places:
+            self.taken[provider].add(id)
         return free
 
-    async def leave(self, provider: str) -> None:
-        self.taken[provider] -= 1
-        self.news.set()
-        self.news = asyncio.Event()
+    async def leave(self, id: str, provider: str) -> None:
+        if id in self.taken[provider]:
+            self.taken[provider].remove(id)
+            self.news.set()
+            self.news = asyncio.Event()
 
     async def freed(self, provider: str) -> None:
         with contextlib.suppress(TimeoutError):
@@ -2060,23 +2068,30 @@ local function leave(key, process)
   if has > 1 then redis.call('HINCRBY', key, process, -1)
   elseif has == 1 then redis.call('HDEL', key, process) end
 end
-local function enter(provider, places, process, waiting)
-  local wanted = p .. 'wanted:' .. provider
-  if count(p .. 'places:' .. provider) < places and
-     (waiting or redis.call('EXISTS', wanted) == 0) then
-    take(p .. 'places:' .. provider, process)
-    return 1
-  end
-  if waiting then redis.call('SET', wanted, 1, 'PX', 1500) end
-  return 0
-end
-local function free(provider, process)
+local function free(id)
+  local open = p .. 'open:' .. id
+  local process, provider = unpack(redis.call('HMGET', open, 'process', 'place'))
+  if not provider then return end
+  redis.call('HDEL', open, 'place')
   leave(p .. 'places:' .. provider, process)
   if redis.call('EXISTS', p .. 'wanted:' .. provider) == 1 then
     redis.call('LPUSH', p .. 'freed:' .. provider, 1)
     redis.call('LTRIM', p .. 'freed:' .. provider, 0, 999)
     redis.call('PEXPIRE', p .. 'freed:' .. provider, 2000)
   end
+end
+local function enter(id, provider, places, process, waiting)
+  local wanted, open = p .. 'wanted:' .. provider, p .. 'open:' .. id
+  if count(p .. 'places:' .. provider) < places and
+     (waiting or redis.call('EXISTS', wanted) == 0) then
+    free(id) -- where it is known only later that it has left another
+    take(p .. 'places:' .. provider, process)
+    redis.call('HSET', open, 'process', process, 'place', provider)
+    redis.call('EXPIRE', open, 86400)
+    return 1
+  end
+  if waiting then redis.call('SET', wanted, 1, 'PX', 1500) end
+  return 0
 end
 local function charge(cap, settled, held)
   local key = p .. 'money:' .. cap.name
@@ -2154,7 +2169,7 @@ if not answer and not given.pending then
     redis.call('SET', lock, ask.process .. ' ' .. ask.id, 'EX', 3600)
   end
   if ask.places > 0 then
-    given.placed = enter(ask.provider, ask.places, ask.process, false) == 1
+    given.placed = enter(ask.id, ask.provider, ask.places, ask.process, false) == 1
   end
 end
 if not ask.again then
@@ -2201,10 +2216,10 @@ for i, cap in ipairs(caps) do
     end
   end
 end
+free(done.id)
 if state == 'open' then
   leave(p .. 'live', saved[4])
   leave(p .. 'live:' .. done.client, saved[4])
-  for _, provider in ipairs(done.providers) do free(provider, saved[4]) end
   local lock = p .. 'lock:' .. done.key
   if redis.call('GET', lock) == saved[4] .. ' ' .. done.id then redis.call('DEL', lock) end
   redis.call('SREM', p .. 'opens:' .. saved[4], done.id)
@@ -2261,9 +2276,14 @@ redis.call('EXPIRE', index, math.ceil(ttl))
 redis.call('EXPIRE', bytes, math.ceil(ttl))
 return 1
 """,
-    "enter": "return enter(ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4] == '1')",
-    "leave": "free(ARGV[1], ARGV[2])",
-    "rest": "redis.call('SET', p .. 'rest:' .. ARGV[1], 1, 'PX', ARGV[2])",
+    "enter": "return enter(ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5] == '1')",
+    "leave": """
+if redis.call('HGET', p .. 'open:' .. ARGV[1], 'place') == ARGV[2] then free(ARGV[1]) end
+""",
+    "rest": """
+local key = p .. 'rest:' .. ARGV[1]
+if redis.call('PTTL', key) < tonumber(ARGV[2]) then redis.call('SET', key, 1, 'PX', ARGV[2]) end
+""",
     "once": """
 local key = p .. 'shown:' .. ARGV[1]
 if ARGV[2] == '0' then return redis.call('DEL', key) end
@@ -2288,6 +2308,7 @@ for _, process in ipairs(redis.call('ZRANGEBYSCORE', p .. 'processes', '-inf', n
         append(cjson.encode(row), ARGV[3])
       end
       redis.call('HSET', open, 'state', 'swept')
+      free(id)
     end
   end
   redis.call('DEL', p .. 'opens:' .. process)
@@ -2589,12 +2610,13 @@ class RedisStore:
         if alone:
             self.alone.discard(end.id)
             await self.local.settle(end)
-        there = [] if alone else [p for p in end.providers if not await self.left_alone(p)]
+        for provider in self.local.taken:
+            await self.local.leave(end.id, provider)
         message = msgspec.json.encode({
             "id": end.id, "client": sha256(end.client)[:32], "tpm": end.limits.tokens_per_minute,
             "unused": 0 if alone else end.unused, "usd": billionths(end.usd),
-            "caps": self.caps(end.caps), "key": end.key, "providers": there, "used": end.used,
-            "day": self.today(), "keep": self.keep,
+            "caps": self.caps(end.caps), "key": end.key, "used": end.used, "day": self.today(),
+            "keep": self.keep,
         })  # fmt: skip
         try:
             told = await self.link.run("settle", message, end.row)
@@ -2610,22 +2632,16 @@ class RedisStore:
     def put(self, key: str, answer: bytes) -> None:
         self.post(self.link.run("put", key, float(self.cache.ttl), int(self.cache.size), answer))
 
-    async def enter(self, provider: str, places: int, waiting: bool) -> bool:
+    async def enter(self, id: str, provider: str, places: int, waiting: bool) -> bool:
         try:
-            taken = await self.link.run("enter", provider, places, self.process, int(waiting))
+            taken = await self.link.run("enter", id, provider, places, self.process, int(waiting))
         except StoreAway:
-            return await self.local.enter(provider, self.places(places), waiting)
+            return await self.local.enter(id, provider, self.places(places), waiting)
         return bool(taken)
 
-    async def leave(self, provider: str) -> None:
-        if not await self.left_alone(provider):
-            self.post(self.link.run("leave", provider, self.process))
-
-    async def left_alone(self, provider: str) -> bool:
-        """Give a place back that was taken while Redis was away, if there is one."""
-        if taken := self.local.taken[provider] > 0:
-            await self.local.leave(provider)
-        return taken
+    async def leave(self, id: str, provider: str) -> None:
+        await self.local.leave(id, provider)
+        self.post(self.link.run("leave", id, provider))
 
     async def freed(self, provider: str) -> None:
         try:
@@ -2654,62 +2670,74 @@ class Line:
     """Those who wait for a place at a provider. Clients take turns, so that one with a hundred
     requests waits behind itself and not in front of the others."""
 
+    calling: asyncio.Task[None] | None = None
+    closed = False
+
     def __init__(self, store: Store, name: str, provider: Provider) -> None:
         self.store, self.name = store, name
         self.places, self.limit = provider.max_concurrent or 0, provider.queue_limit
-        self.turns: dict[str, deque[asyncio.Future[None]]] = {}
-        self.calling: asyncio.Task[None] | None = None
+        self.turns: dict[str, dict[str, asyncio.Future[None]]] = {}  # by client, then by request
 
-    async def enter(self, client: str, patience: float) -> None:
-        """Raises 503 where too many wait, or it takes too long."""
-        if not self.turns and await self.store.enter(self.name, self.places, False):
+    def waiting(self) -> int:
+        return sum(map(len, self.turns.values()))
+
+    async def enter(self, id: str, client: str, patience: float) -> None:
+        """Take a place for a client's request. Raises 503 where too many wait, or it takes too
+        long, or the server stops."""
+        if not self.turns and await self.store.enter(id, self.name, self.places, False):
             return
-        if sum(map(len, self.turns.values())) >= self.limit:
-            raise ProxyError(503, "busy", f"too many are waiting for {self.name}", after=5)
+        if self.closed:
+            raise Stopping
+        if self.waiting() >= self.limit:
+            message = f"too many are waiting for {self.name}; try again"
+            raise ProxyError(503, "queue_full", message, after=5)
         turn = asyncio.get_running_loop().create_future()
-        self.turns.setdefault(client, deque()).append(turn)
+        self.turns.setdefault(client, {})[id] = turn
         if self.calling is None:
             self.calling = asyncio.create_task(self.call())
         try:
             async with asyncio.timeout(patience):
                 await turn
         except BaseException as error:
-            if turn.done() and not turn.cancelled():  # its turn came in the very moment it left
-                await self.store.leave(self.name)
+            await self.store.leave(id, self.name)  # its turn may have come in the very moment
             if not isinstance(error, TimeoutError):
                 raise
-            message = f"no place at {self.name} came free within {patience:.0f} s"
-            raise ProxyError(503, "busy", message, after=5) from None
+            message = f"no place at {self.name} came free in time; try again"
+            raise ProxyError(503, "queue_timeout", message, after=5) from None
         finally:
-            with contextlib.suppress(KeyError, ValueError):  # where it was called, it is in no line
-                self.turns[client].remove(turn)
-                if not self.turns[client]:
-                    del self.turns[client]
+            self.drop(client, id)
+
+    def drop(self, client: str, id: str) -> None:
+        waiting = self.turns.get(client, {})
+        if waiting.pop(id, None) and not waiting:
+            del self.turns[client]
 
     async def call(self) -> None:
         """Give places to those who wait, as they come free."""
         try:
             while self.turns:
-                if not await self.store.enter(self.name, self.places, True):
+                client = next(iter(self.turns))
+                id, turn = next(iter(self.turns[client].items()))
+                if turn.done():  # it leaves
+                    self.drop(client, id)
+                elif not await self.store.enter(id, self.name, self.places, True):
                     await self.store.freed(self.name)
-                elif turn := self.next():
+                elif turn.done():  # it has left meanwhile
+                    await self.store.leave(id, self.name)
+                else:
                     turn.set_result(None)
-                else:  # they have all left meanwhile
-                    await self.store.leave(self.name)
+                    self.drop(client, id)
+                    if client in self.turns:  # it stands behind all the others now
+                        self.turns[client] = self.turns.pop(client)
         finally:
             self.calling = None
 
-    def next(self) -> asyncio.Future[None] | None:
-        """Whose turn it is. The client stands behind all the others then."""
-        while self.turns:
-            client = next(iter(self.turns))
-            turns = self.turns.pop(client)
-            turn = turns.popleft()
-            if turns:
-                self.turns[client] = turns
+    def close(self) -> None:
+        """Nobody waits where the server stops: all places may be taken for as long as it runs."""
+        self.closed = True
+        for turn in itertools.chain(*(waiting.values() for waiting in self.turns.values())):
             if not turn.done():
-                return turn
-        return None
+                turn.set_exception(Stopping())
 
 
 class Webhook:
@@ -3976,6 +4004,7 @@ class Metrics:
         self.rejections = counter("proxy_rejections", "Requests refused by us", ("code",))
         self.streams = gauge("proxy_streams_in_flight", "Requests being answered")
         self.clients = gauge("proxy_active_clients", "Clients with a request being answered")
+        self.waiting = gauge("proxy_waiting", "Requests in line for a place", ("provider",))
         self.seen: dict[str, set[str]] = {"client": set(), "model": set()}
         # prometheus_client checks and locks at every look-up
         self.of = functools.lru_cache(10_000)(lambda metric, *labels: metric.labels(*labels))
@@ -4076,7 +4105,7 @@ class Call:
         self.bounds: list[tuple[Decimal, Decimal]] = []  # of input, and of a token of output
         self.most = self.held = Decimal(0)  # what one attempt may cost, and what is set aside
         self.asked, self.key = False, ""  # of the store, and in the cache
-        self.places: list[str] = []  # the providers it has a place at
+        self.place = ""  # the provider it has one at
         self.leads: Flight | None = None
         self.failure: ProxyError | None = None
         self.task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
@@ -4300,11 +4329,6 @@ async def read_refusal(response: httpx.Response) -> UpstreamError:
     return UpstreamError(status, message, names, wait=wait, advice=advice, sent=billed)
 
 
-def resting(provider: str, wait: float) -> UpstreamError:
-    message = f"{provider} has asked to be left alone for {wait:.0f} s"
-    return UpstreamError(429, message, wait=wait, sent=False)
-
-
 def read_retry_after(headers: Map[str, str]) -> float | None:
     """Seconds, from milliseconds, seconds or a date."""
     milliseconds, after = headers.get("retry-after-ms"), headers.get("retry-after")
@@ -4347,7 +4371,8 @@ class Proxy:
             redis = connect_redis(config.redis.url).connection_pool.connection_kwargs
         self.keys = vendor_keys(config, environ)
         self.warnings = examine(config, environ, public)
-        self.secrets = (*itertools.chain(*self.keys.values()), config.server.admin_token)
+        secret = itertools.chain(*(keys.values() for keys in self.keys.values()))
+        self.secrets = (*secret, config.server.admin_token)
         self.secrets += (*signing_secrets(config), redis.get("password") or "")
         self.clients = Clients(config, environ, public)
         self.prices, self.metrics = Prices(config.prices), Metrics()
@@ -4356,7 +4381,6 @@ class Proxy:
         self.replicas: RedisStore | None = None
         self.lines: dict[str, Line] = {}
         self.rests: dict[str, float] = {}  # until when a provider, or a key of it, is not asked
-        self.turn = itertools.count()  # of the keys
         # a flight is over when nobody holds it
         self.flights: weakref.WeakValueDictionary[str, Flight] = weakref.WeakValueDictionary()
         self.leading: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
@@ -4394,8 +4418,9 @@ class Proxy:
             self.stop_calls()
             if calls := [call.task for call in self.live]:
                 await asyncio.wait(calls, timeout=5)
-            for task in tasks:
-                task.cancel()
+            for task in (*tasks, *(line.calling for line in self.lines.values())):
+                if task:
+                    task.cancel()
             if self.replicas:
                 await self.replicas.close()
             await transport.aclose()
@@ -4463,9 +4488,15 @@ class Proxy:
         ends = {"first_id": listed[0]["id"], "last_id": listed[-1]["id"]} if listed else {}
         return {"object": "list", "data": listed, "has_more": False} | ends
 
+    def drain(self) -> None:
+        """Begin nothing more, and let what runs finish."""
+        self.draining = True
+        for line in self.lines.values():
+            line.close()
+
     def stop_calls(self) -> None:
         for call in self.live:
-            call.stop(ProxyError(503, "server_stopping", "the server is stopping", after=5))
+            call.stop(Stopping())
 
     async def serve(
         self, provider: str, kind: str, scope: Scope, receive: Receive, send: Send
@@ -4506,7 +4537,7 @@ class Proxy:
         if self.config.server.paused:
             raise ProxyError(503, "paused", "the proxy is paused by its owner", retry=False)
         if self.draining:
-            raise ProxyError(503, "server_stopping", "the server is stopping", after=5)
+            raise Stopping
         if provider and provider not in self.keys:
             known = ", ".join(f"/api/{name}" for name in self.keys)
             message = f"provider {redact(provider)!r} is not configured; there is {known}"
@@ -4581,6 +4612,8 @@ class Proxy:
         places = self.places()
         self.metrics.streams.set(len(places))
         self.metrics.clients.set(len(set(places)))
+        for name, line in self.lines.items():
+            self.metrics.waiting.labels(name).set(line.waiting())
 
     async def keep_showing(self) -> None:
         """Another worker may be asked for what is in flight here."""
@@ -4682,7 +4715,7 @@ class Proxy:
             ask.provider, line = targets[0][0], self.lines.get(targets[0][0])
             ask.places = line.places if line and not line.turns else 0
             if self.replicas:
-                ask.rests = [name for p, _ in targets for name in (p, *self.key_names(p))]
+                ask.rests = [name for p, _ in targets for name in (p, *self.keys[p])]
                 died = replace(call.entry, outcome="error", code="proxy_died", estimated=True)
                 ask.row = msgspec.json.encode(died)
         call.asked = True
@@ -4694,7 +4727,7 @@ class Proxy:
         if given.refused or given.exceeded:
             call.estimate = 0
             raise given.exceeded or refusal(given, limits)
-        call.places += [ask.provider] if given.placed else []
+        call.place = ask.provider if given.placed else ""
         if ask.caps and given.answer is None and not given.pending:
             await self.keep(call, given.held)
         return given
@@ -4777,9 +4810,10 @@ class Proxy:
         if call.wrote + silence <= now:
             if call.writing:
                 call.stop(None)
-            elif call.begun or not call.writer.early:
+            elif call.begun or (call.account.attempts and not call.writer.early):
                 call.filling = asyncio.create_task(call.fill())
-            call.wrote = now  # else there is no reply yet to keep alive
+            # what waits in line, or for a vendor that rests, may still have any status
+            call.wrote = now if call.account.attempts else call.wrote + 1
         due = max(0.01, call.wrote + silence - now)
         call.timer = asyncio.get_running_loop().call_later(due, self.watch, call)
 
@@ -4844,102 +4878,121 @@ class Proxy:
 
     async def connect(self, call: Call, targets: list[Target]) -> tuple[Attempt, Batch]:
         """An attempt whose answer has begun, and its first batch, after retries and fallbacks."""
-        times, account, now = self.config.upstream, call.account, time.monotonic
+        times, now = self.config.upstream, time.monotonic
         # an answer that is not streamed begins with its end
         deadline = call.started + (times.first_byte if call.request.stream else times.total)
-        error: UpstreamError | None = None
-        refusal: ProxyError | None = None
-        for position, (provider, model) in enumerate(targets):
+        error: ProxyError | None = None
+        for left, target in zip(range(len(targets), 0, -1), targets, strict=True):
             # while other targets are left, this one gets its share of the time
-            others = len(targets) - position
-            limit = now() + (deadline - now()) / others
+            limit = now() + (deadline - now()) / left
+            soon = min(limit, call.started + times.first_byte)
+            patience = soon if left == 1 else 0  # with a vendor that rests
             try:
-                await self.take_place(call, provider, limit - now())
-            except ProxyError as failed:
-                refusal = failed
-                continue
-            for retry in range(times.attempts):
-                key, wait = self.choose_key(provider)
-                if retry and error and not (wait or error.moved):
-                    wait = retry if error.wait is None else error.wait
-                if wait and (now() + wait >= limit or (others > 1 and not retry)):
-                    error = error or resting(provider, wait)
+                await self.take_place(call, target[0], soon, patience)
+                return await self.ask(call, target, error, limit, patience)
+            except UpstreamError as failed:
+                error = failed
+                if not failed.worth_fallback:
                     break
-                await asyncio.sleep(wait)
-                try:
-                    attempt = Attempt(self, provider, model, key, call)
-                except BadRequest as failed:  # this model cannot be asked, another may be
-                    refusal = failed
-                    break
-                if error:
-                    await self.prepare_again(call, provider, model, error)
-                self.enter(call, attempt, provider, model)
-                began = now() - account.seconds
-                try:
-                    async with asyncio.timeout(limit - now()):
-                        batch = await attempt.open()
-                except BaseException as failed:
-                    await self.leave(call, attempt, began)
-                    error = self.explain(failed, provider)
-                    self.lose(call, error, model)
-                    self.rest(provider, key, error)
-                    if not (error.retryable or error.moved):
-                        break
-                else:
-                    account.headers = attempt.headers
-                    if not call.request.stream:  # its text is not read
-                        account.produced += sum(len(e.data) for e in batch if isinstance(e, Raw))
-                    return attempt, batch
-            if error and not error.worth_fallback:
-                break
-        raise error or refusal or UpstreamError(504, "the vendor did not answer in time")
+            except ProxyError as failed:  # it rests, has no place, or cannot be asked this
+                error = error or failed
+        raise error or UpstreamError(504, "the vendor did not answer in time")
 
-    async def take_place(self, call: Call, provider: str, seconds: float) -> None:
-        """Wait in line for one of the provider's places, if they are counted. Raises 503."""
-        if provider in call.places:
+    async def take_place(self, call: Call, provider: str, limit: float, patience: float) -> None:
+        """Wait in line for one of the provider's places, where they are counted, until `limit`.
+        Raises 503; or 429 or 529, where it would rest until after `patience`."""
+        if refusal := self.left_alone(provider, patience):
+            raise refusal
+        if provider == call.place:
             return
-        while call.places:  # what failed needs its place no longer
-            await self.store.leave(call.places.pop())
+        if call.place:  # what failed needs its place no longer
+            await self.store.leave(call.entry.id, call.place)
+            call.place = ""
         if line := self.lines.get(provider):
-            patience = self.config.providers[provider].queue_timeout
-            await line.enter(call.client.id, min(patience, seconds))
-            call.places.append(provider)
+            seconds = min(self.config.providers[provider].queue_timeout, limit - time.monotonic())
+            await line.enter(call.entry.id, call.client.id, seconds)
+            call.place = provider
 
-    def key_names(self, provider: str) -> list[str]:
-        """What the keys of a provider are called where others may read it."""
-        return [f"{provider}:{sha256(key)[:16]}" for key in self.keys[provider]]
+    async def ask(
+        self, call: Call, target: Target, error: ProxyError | None, limit: float, patience: float
+    ) -> tuple[Attempt, Batch]:
+        """Try one of the targets until its answer begins, after `error` at the one before. Raises
+        what the last attempt failed of."""
+        account, now, (provider, model) = call.account, time.monotonic, target
+        failure: UpstreamError | None = None
+        retry, wait, other_keys = 0, 0.0, len(self.keys[provider]) - 1
+        while True:
+            if refusal := self.left_alone(provider, patience):
+                raise failure or refusal
+            await asyncio.sleep(max(wait, self.resting(provider)))
+            attempt = Attempt(self, provider, model, self.choose_key(provider), call)
+            if error := failure or error:
+                await self.prepare_again(call, provider, model, error)
+            self.enter(call, attempt, provider, model)
+            began = now() - account.seconds
+            try:
+                async with asyncio.timeout(limit - now()):
+                    batch = await attempt.open()
+            except BaseException as failed:
+                await self.leave(call, attempt, began)
+                failure = self.explain(failed, provider)
+                self.lose(call, failure, model)
+                self.rest(provider, attempt.key, failure)
+            else:
+                account.headers = attempt.headers
+                if not call.request.stream:  # its text is not read
+                    account.produced += sum(len(e.data) for e in batch if isinstance(e, Raw))
+                return attempt, batch
+            if failure.moved and other_keys:
+                wait, other_keys = 0, other_keys - 1
+                continue
+            retry += 1
+            wait = retry if failure.wait is None else failure.wait
+            useless = not failure.retryable or retry == self.config.upstream.attempts
+            if useless or now() + wait >= limit:
+                raise failure
 
-    def choose_key(self, provider: str) -> tuple[str, float]:
-        """The provider's next key that does not rest, and for how long it still does if all do."""
-        now, turn = time.monotonic(), next(self.turn)
-        keys = list(zip(self.keys[provider], self.key_names(provider), strict=True))
-        first = turn % len(keys)
-        until = [(self.rests.get(name, 0), key) for key, name in keys[first:] + keys[:first]]
-        rest, key = min(until, key=lambda item: max(now, item[0]))
-        return key, max(0, rest - now, self.rests.get(provider, 0) - now)
+    def resting(self, provider: str) -> float:
+        """For how many seconds a provider, or each of its keys, is still to be left alone."""
+        keys = min(self.rests.get(name, 0) for name in self.keys[provider])
+        return max(0, max(keys, self.rests.get(provider, 0)) - time.monotonic())
+
+    def left_alone(self, provider: str, patience: float) -> ProxyError | None:
+        """What the caller is told where a provider rests until after `patience`."""
+        now, wait = time.monotonic(), self.resting(provider)
+        if not wait or now + wait < patience:
+            return None
+        status = 529 if self.rests.get(provider, 0) > now else 429
+        message = f"{provider} is left alone for {wait:.0f} s more"
+        return ProxyError(*UPSTREAM_CODES[status], message, after=wait)
+
+    def choose_key(self, provider: str) -> str:
+        """The first of its keys that does not rest; it stands behind all the others then."""
+        keys, now = self.keys[provider], time.monotonic()
+        name = min(keys, key=lambda name: max(now, self.rests.get(name, 0)))
+        keys[name] = key = keys.pop(name)
+        return key
 
     def rest(self, provider: str, key: str, error: UpstreamError) -> None:
         """A vendor that says when to come again is left alone until then, by all replicas. A key
         that it does not take rests while there are others."""
-        names = dict(zip(self.keys[provider], self.key_names(provider), strict=True))
-        name, seconds = names[key], error.wait
+        keys, seconds = self.keys[provider], error.wait
+        name = next(name for name in keys if keys[name] == key)
         if error.status == 529:
             name = provider
         elif error.status == 429:
-            seconds = seconds or (10 if len(names) > 1 else None)
-        elif len(names) > 1 and error.code == "upstream_auth":
+            seconds = seconds or (10 if len(keys) > 1 else None)
+        elif len(keys) > 1 and error.code == "upstream_auth":
             seconds = 60
         else:
             return
         if seconds:
             seconds = min(60, seconds)
-            self.rests[name] = time.monotonic() + seconds
+            self.rests[name] = max(self.rests.get(name, 0), time.monotonic() + seconds)
             self.store.rest(name, seconds)
-            error.moved = name != provider and self.choose_key(provider)[1] == 0
+        error.moved = name != provider and not self.resting(provider) and bool(seconds)
 
-    async def prepare_again(
-        self, call: Call, provider: str, model: str, error: UpstreamError
-    ) -> None:
+    async def prepare_again(self, call: Call, provider: str, model: str, error: ProxyError) -> None:
         """What failed may be billed, and what is tried next may be too: hold money for both. Raises
         the error where there is not enough."""
         more = call.account.lost + call.most - call.held
@@ -5070,7 +5123,7 @@ class Proxy:
             await self.store.settle(
                 Settlement(
                     entry.id, entry.client, call.client.limits, unused, usd, call.caps, call.key,
-                    call.places, row, used,
+                    row, used,
                 )
             )  # fmt: skip
         if written:
@@ -5576,7 +5629,7 @@ def stop_on_signals(proxy: Proxy) -> None:
 
     def begin() -> None:
         ignore(signal.SIGTERM)
-        proxy.draining = True
+        proxy.drain()
         loop.call_later(drain, proxy.stop_calls)
         loop.call_later(drain + 3, leave)
 

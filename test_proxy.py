@@ -706,6 +706,38 @@ def plain_server(serve_module: Serve) -> Server:
     return serve_module()
 
 
+@pytest.fixture(scope="module")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Redis of this module's own."""
+    if not (program := shutil.which("redis-server")):
+        pytest.skip("redis-server is not installed")
+    port, directory = free_port(), tmp_path_factory.mktemp("redis")
+    options = {"port": port, "bind": "127.0.0.1", "save": "", "dir": directory}
+    command = [program, *itertools.chain(*((f"--{k}", str(v)) for k, v in options.items()))]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+    def listens() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    wait_for(listens, 15)
+    yield f"redis://127.0.0.1:{port}"
+    process.kill()
+    process.wait(10)
+
+
+NAMESPACES = (f"test-{number}" for number in itertools.count())
+
+
+@pytest.fixture(params=["memory", "redis"])
+def kept_in(request: pytest.FixtureRequest) -> str:
+    """The [redis] table of a test that runs with both stores: the one in memory has none."""
+    if request.param == "memory":
+        return ""
+    url = request.getfixturevalue("redis_url")
+    return f"[redis]\nurl = '{url}'\nnamespace = '{next(NAMESPACES)}'\nlease = '1s'\n"
+
+
 def digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
@@ -6616,6 +6648,63 @@ def test_followers_share_the_error_as_well(
     assert {joined.row(index)["outcome"] for index in range(2)} == {"error"}
 
 
+class SlowStore(proxy.MemoryStore):
+    """Takes its time, as one elsewhere does, so that anything can happen meanwhile."""
+
+    most = 0
+
+    async def enter(self, id: str, provider: str, places: int, waiting: bool) -> bool:
+        taken = await super().enter(id, provider, places, waiting)
+        self.most = max(self.most, len(self.taken[provider]))
+        await asyncio.sleep(0)
+        return taken
+
+
+# a request: its client, how long it would wait, when it leaves, and how long it has its place
+TICKS = st.integers(0, 6)
+COMERS = st.lists(st.tuples(st.sampled_from("abc"), TICKS, TICKS, TICKS), max_size=25)
+
+
+@given(COMERS, st.integers(1, 3))
+def test_no_place_is_lost_or_made_by_those_who_leave_the_line(
+    comers: list[tuple[str, int, int, int]], places: int
+) -> None:
+    tick = 0.0002
+
+    async def come(
+        store: SlowStore, line: Any, id: str, client: str, patience: int, has: int
+    ) -> None:
+        try:
+            await line.enter(id, client, patience * tick)
+            await asyncio.sleep(has * tick)
+        except proxy.ProxyError as error:
+            assert error.code in ("queue_full", "queue_timeout")
+        finally:
+            await store.leave(id, "vendor")
+
+    async def run() -> None:
+        store = SlowStore(time.monotonic, lambda *_: None, proxy.CacheTable())
+        table = proxy.Provider("chat", "http://x", max_concurrent=places, queue_limit=10)
+        line = proxy.Line(store, "vendor", table)
+        tasks = []
+        for number, (client, patience, leaves, has) in enumerate(comers):
+            work = come(store, line, str(number), client, patience, has)
+            tasks.append(asyncio.create_task(work))
+            asyncio.get_running_loop().call_later(leaves * tick, tasks[-1].cancel)
+            if number % 3 == 0:
+                await asyncio.sleep(0)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if line.calling:
+            await asyncio.wait((line.calling,), timeout=5)
+        assert (line.waiting(), line.turns, line.calling) == (0, {}, None)
+        assert not store.taken["vendor"]
+        assert store.most <= places
+        failed = [task for task in tasks if not task.cancelled() and task.exception()]
+        assert failed == []
+
+    asyncio.run(run())
+
+
 # ---- SSE ---------------------------------------------------------------------------------------
 # A small stream of each dialect: cut at every byte, with every line end, and with everything the
 # standard and the vendors put between events.
@@ -10964,6 +11053,398 @@ def test_an_alias_falls_back_where_chat_is_translated(named: Server, upstream: U
     assert len(upstream.requests) == 1
 
 
+# Waiting in line for a provider, and leaving alone one that has asked for it.
+
+
+class Desk:
+    """A vendor that counts how many it serves at a time, each for as long as the gate is shut."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        self.gate, self.now, self.most = threading.Event(), 0, 0
+        upstream.play(self.script)
+
+    def script(self, received: Received) -> list[Any]:
+        self.now += 1
+        self.most = max(self.most, self.now)
+        *events, last = MAKE_EVENTS["messages"]()
+        if received.path.endswith("/responses"):
+            *events, last = MAKE_EVENTS["responses"]()
+        return stream(*events, until(self.gate), self.leave, last)
+
+    def leave(self, _: Received) -> list[Any]:
+        self.now -= 1
+        return []
+
+    @contextlib.contextmanager
+    def crowd(self) -> Iterator[ThreadPoolExecutor]:
+        """Threads for the requests that wait. Nobody waits for a test that failed."""
+        with ThreadPoolExecutor(50) as pool:
+            try:
+                yield pool
+            finally:
+                self.gate.set()
+
+
+def one_place(more: str = "", limits: str = NO_LIMITS) -> str:
+    return f"[providers.anthropic]\nmax_concurrent = 1\n{more}\n{limits}"
+
+
+def waiting(server: Server, provider: str = "anthropic") -> float:
+    return metric(server, "proxy_waiting", provider=provider)
+
+
+def prompt_of(received: Received) -> str:
+    content = received.json["messages"][0]["content"]
+    return str(content if isinstance(content, str) else content[0]["text"])
+
+
+def test_no_more_than_max_concurrent_are_at_a_provider_at_all_replicas(
+    serve: Serve, upstream: Upstream, kept_in: str
+) -> None:
+    config = f"[providers.anthropic]\nmax_concurrent = 3\n{kept_in}"
+    servers = [serve(config) for _ in range(2 if kept_in else 1)]
+    desk = Desk(upstream)
+    with desk.crowd() as pool:
+        got = [pool.submit(server.post, json=ask(stream=True)) for server in servers * 15]
+        wait_for(lambda: sum(map(waiting, servers)) == len(got) - 3)
+        assert len(upstream.requests) == 3
+        desk.gate.set()
+        assert {future.result().status_code for future in got} == {200}
+    assert (desk.most, len(upstream.requests)) == (3, len(got))
+    assert sum(map(waiting, servers)) == 0
+
+
+def test_a_client_waits_behind_itself_and_not_in_front_of_the_others(
+    serve: Serve, upstream: Upstream, kept_in: str
+) -> None:
+    keys = [{"authorization": f"Bearer client-key-{number}"} for number in range(2)]
+    server = serve(one_place() + kept_in, environ={"ALLOWED_CLIENT_KEYS": ALL_KEYS})
+    desk = Desk(upstream)
+    with desk.crowd() as pool:
+        got = []
+        for _ in range(21):
+            got.append(pool.submit(server.post, json=ask("many"), headers=keys[0]))
+            wait_for(lambda: len(upstream.requests) + waiting(server) == len(got))
+        got.append(pool.submit(server.post, json=ask("single"), headers=keys[1]))
+        wait_for(lambda: waiting(server) == 21)
+        desk.gate.set()
+        assert {future.result().status_code for future in got} == {200}
+    assert [prompt_of(r) for r in upstream.requests].index("single") <= 2
+    assert (desk.most, len(upstream.requests)) == (1, 22)
+
+
+@pytest.mark.parametrize(
+    "settings, code",
+    [
+        pytest.param("queue_limit = 0", "queue_full", id="full"),
+        pytest.param("queue_timeout = '300ms'", "queue_timeout", id="timed out"),
+    ],
+)
+def test_who_gets_no_place_has_sent_nothing_and_gets_everything_back(
+    serve: Serve, upstream: Upstream, kept_in: str, settings: str, code: str
+) -> None:
+    limits = NO_LIMITS.replace("concurrent = 5000", "concurrent = 2")
+    budget = "[budget]\nclient_per_day = 1\n"
+    environ = {"ALLOWED_CLIENT_KEYS": CLIENT_KEY}
+    server = serve(one_place(settings, limits) + budget + kept_in, environ=environ)
+    key = {"authorization": f"Bearer {CLIENT_KEY}"}
+    desk = Desk(upstream)
+    with desk.crowd() as pool:
+        served = pool.submit(server.post, json=ask(), headers=key)
+        wait_for(lambda: desk.now == 1)
+        left = server.get("/usage", headers=key).json()["budget"]
+        for streams in (True, False, False):
+            got = server.post(json=ask(stream=streams), headers=key)
+            assert "anthropic" in check_error(got, 503, code)["error"]
+            assert 1 <= int(got.headers["retry-after"]) <= 60
+        assert server.get("/usage", headers=key).json()["budget"] == left
+        assert metric(server, "proxy_rejections_total", code=code) == 3
+        assert (waiting(server), len(upstream.requests)) == (0, 1)
+        desk.gate.set()
+        assert served.result().status_code == 200
+    assert server.post(headers=key).status_code == 200
+    rejected = [row for row in ledger(server) if row["outcome"] == "rejected"]
+    assert [(row["code"], row["cost"]) for row in rejected] == [(code, "0")] * 3
+
+
+def test_a_reply_in_one_piece_keeps_its_status_open_while_it_waits(
+    serve: Serve, upstream: Upstream
+) -> None:
+    # the first white space would be due after 100 ms and 5 s
+    more = "queue_timeout = '6s'\n[server]\nping = '100ms'"
+    server = serve(one_place(more))
+    desk = Desk(upstream)
+    with desk.crowd() as pool:
+        served = pool.submit(server.post, json=ask(stream=True))
+        wait_for(lambda: desk.now == 1)
+        check_error(server.post(), 503, "queue_timeout")
+        desk.gate.set()
+        assert served.result().status_code == 200
+
+
+def test_who_leaves_the_line_leaves_no_gap_in_it(
+    serve: Serve, upstream: Upstream, kept_in: str
+) -> None:
+    server = serve(one_place("queue_limit = 1") + kept_in)
+    desk = Desk(upstream)
+    with desk.crowd() as pool:
+        first = pool.submit(server.post)
+        wait_for(lambda: desk.now == 1)
+        for _ in range(3):
+            with server.connect():
+                wait_for(lambda: waiting(server) == 1)
+            wait_for(lambda: waiting(server) == 0)
+        second = pool.submit(server.post)
+        wait_for(lambda: waiting(server) == 1)
+        desk.gate.set()
+        assert [first.result().status_code, second.result().status_code] == [200, 200]
+    assert server.post().status_code == 200
+    assert (desk.most, len(upstream.requests)) == (1, 3)
+    lost = wait_for(lambda: [r for r in ledger(server) if r["outcome"] == "cancelled"])
+    assert {row["cost"] for row in lost} == {"0"}
+
+
+def test_nobody_waits_in_line_where_the_server_stops(
+    serve: Serve, upstream: Upstream, kept_in: str
+) -> None:
+    server = serve(one_place() + kept_in)
+    desk = Desk(upstream)
+    with desk.crowd() as pool:
+        runs = pool.submit(server.post)
+        wait_for(lambda: desk.now == 1)
+        waits = [pool.submit(server.post, json=ask(stream=s)) for s in (True, False)]
+        wait_for(lambda: waiting(server) == 2)
+        server.process.send_signal(signal.SIGTERM)
+        for future in waits:
+            check_error(future.result(), 503, "server_stopping")
+        desk.gate.set()
+        assert runs.result().status_code == 200
+    assert server.process.wait(30) == 0
+    assert len(upstream.requests) == 1
+    assert "Traceback" not in "".join(server.lines)
+
+
+QUICK = "[models.quick]\ntarget = 'anthropic/claude-haiku-4-5'\nfallback = ['openai/gpt-5-mini']\n"
+
+
+def test_a_retry_keeps_the_place_and_a_fallback_gives_it_back(
+    serve: Serve, upstream: Upstream, kept_in: str
+) -> None:
+    config = one_place() + "[providers.openai]\nmax_concurrent = 1\n" + QUICK + kept_in
+    server = serve(config)
+    failed, again = threading.Event(), {"retry-after-ms": "700"}
+    upstream.play([tell(failed), reply(500, vendor_error(), again)], answer)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(server.post, json=ask("first"))
+        assert failed.wait(5)
+        second = pool.submit(server.post, json=ask("second"))
+        assert {first.result().status_code, second.result().status_code} == {200}
+    assert [prompt_of(r) for r in upstream.requests] == ["first", "first", "second"]
+    upstream.clear()
+    desk = Desk(upstream)
+    upstream.play(reply(529, vendor_error(), ONCE), desk.script)
+    with desk.crowd() as pool:
+        at_openai = pool.submit(server.post, json=ask(model="quick"))
+        wait_for(lambda: desk.now == 1)
+        at_anthropic = pool.submit(server.post)
+        wait_for(lambda: desk.now == 2)
+        refused = pool.submit(server.post, "/api/openai", ask(model="gpt-5-mini"))
+        wait_for(lambda: waiting(server, "openai") == 1)
+        desk.gate.set()
+        got = [at_openai.result(), at_anthropic.result(), refused.result()]
+    assert [response.status_code for response in got] == [200, 200, 200]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param("queue_limit = 0", id="full"),
+        pytest.param("queue_timeout = '200ms'", id="timed out"),
+    ],
+)
+def test_a_fallback_serves_who_gets_no_place_at_the_first(
+    serve: Serve, upstream: Upstream, settings: str
+) -> None:
+    server = serve(one_place(settings) + QUICK)
+    desk = Desk(upstream)
+    with desk.crowd() as pool:
+        first = pool.submit(server.post)
+        wait_for(lambda: desk.now == 1)
+        second = pool.submit(server.post, json=ask(model="quick"))
+        wait_for(lambda: desk.now == 2)
+        desk.gate.set()
+        assert {first.result().status_code, second.result().status_code} == {200}
+    assert [r.path for r in upstream.requests] == ["/v1/messages", "/v1/responses"]
+
+
+def test_an_answer_that_is_there_or_on_its_way_needs_no_place(
+    serve: Serve, upstream: Upstream, kept_in: str
+) -> None:
+    server = serve(one_place("queue_limit = 0") + "[cache]\nenabled = true\n" + kept_in)
+    assert server.post(json=ask("known")).status_code == 200
+    desk = Desk(upstream)
+    with desk.crowd() as pool:
+        leader = pool.submit(server.post, json=ask("same"))
+        wait_for(lambda: desk.now == 1)
+        follower = pool.submit(server.post, json=ask("same"))
+        assert server.post(json=ask("known")).headers["x-cache"] == "hit"
+        check_error(server.post(json=ask("other")), 503, "queue_full")
+        wait_for(lambda: metric(server, "proxy_streams_in_flight") == 2)
+        desk.gate.set()
+        assert leader.result().headers["x-cache"] == "miss"
+        assert follower.result().headers["x-cache"] == "coalesced"
+    assert server.post(json=ask("other")).status_code == 200
+
+
+def test_the_places_of_a_replica_that_was_killed_come_free(
+    serve: Serve, upstream: Upstream, redis_url: str
+) -> None:
+    shared = f"[redis]\nurl = '{redis_url}'\nnamespace = '{next(NAMESPACES)}'\nlease = '1s'\n"
+    killed, left = [serve(one_place() + shared) for _ in range(2)]
+    desk = Desk(upstream)
+    with desk.crowd() as pool, killed.connect():
+        wait_for(lambda: desk.now == 1)
+        waits = pool.submit(left.post)
+        wait_for(lambda: waiting(left) == 1)
+        killed.kill()
+        desk.gate.set()
+        assert waits.result().status_code == 200
+    assert len(upstream.requests) == 2
+
+
+def test_who_leaves_at_any_moment_leaves_nothing_at_redis(
+    serve: Serve, upstream: Upstream, redis_url: str
+) -> None:
+    name, chance = next(NAMESPACES), random.Random(1)
+    server = serve(f"{one_place()}{QUICK}[redis]\nurl = '{redis_url}'\nnamespace = '{name}'\n")
+    upstream.play(lambda received: [0.005, *answer(received)])
+
+    def come(number: int) -> None:
+        with server.connect(json_body=ask(model="quick" if number % 2 else "claude-haiku-4-5")):
+            time.sleep(chance.random() * 0.1)
+
+    with ThreadPoolExecutor(10) as pool:
+        list(pool.map(come, range(150)))
+
+    async def left() -> list[bytes]:
+        redis = proxy.connect_redis(redis_url)
+        names = await redis.keys(f"{{{name}}}:*")
+        await redis.aclose()
+        return [n for n in names if any(word in n for word in (b":places:", b":live", b":opens:"))]
+
+    wait_for(lambda: asyncio.run(left()) == [], 10)
+    assert server.post().status_code == 200
+
+
+@pytest.mark.parametrize("status", [429, 529])
+def test_a_provider_is_left_alone_by_all_for_as_long_as_it_asks(
+    serve: Serve, upstream: Upstream, kept_in: str, status: int
+) -> None:
+    codes = {429: "upstream_rate_limited", 529: "upstream_overloaded"}
+    servers = [serve(QUICK + kept_in) for _ in range(2 if kept_in else 1)]
+    upstream.play(reply(status, vendor_error(), {"retry-after": "3600"}), answer)
+    check_error(servers[0].post(), status, codes[status])
+    for server in servers:
+        for streams in (True, False):
+            got = server.post(json=ask(stream=streams))
+            assert "anthropic" in check_error(got, status, codes[status])["error"]
+            assert 40 <= int(got.headers["retry-after"]) <= 60
+        assert [r.path for r in upstream.requests] == ["/v1/messages"]
+        assert server.post(json=ask(model="quick")).status_code == 200
+        assert upstream.requests.pop().path == "/v1/responses"
+
+
+def test_a_rest_that_is_short_enough_is_waited_for(
+    serve: Serve, upstream: Upstream, kept_in: str
+) -> None:
+    server = serve(QUICK + kept_in)
+    upstream.play(reply(529, vendor_error(), {"retry-after": "2"}), answer)
+    assert server.post().status_code == 200
+    first, second = upstream.requests
+    assert second.at - first.at >= 1.9
+    upstream.clear()
+    upstream.play(reply(529, vendor_error(), {"retry-after": "2"}), answer)
+    assert server.post(json=ask(model="quick")).status_code == 200
+    assert [r.path for r in upstream.requests] == ["/v1/messages", "/v1/responses"]
+    assert server.post().status_code == 200  # it waits for the one that has sent it away
+    assert upstream.requests[2].at - upstream.requests[0].at >= 1.9
+
+
+def test_a_refusal_that_names_no_time_keeps_nobody_away(serve: Serve, upstream: Upstream) -> None:
+    server = serve()
+    for status, name in ((429, "rate_limit_error"), (429, "insufficient_quota"), (401, "auth")):
+        upstream.play(reply(status, vendor_error(name), ONCE), answer)
+        assert server.post().status_code in (429, 502)
+        assert server.post().status_code == 200
+    assert len(upstream.requests) == 6
+
+
+SEVERAL = "[providers.anthropic]\nkey_env = ['FIRST', 'SECOND', 'THIRD']\n"
+THREE = {f"{n.upper()}": f"sk-ant-{n}-0123456789abcdef" for n in ("first", "second", "third")}
+
+
+def keys_of(upstream: Upstream) -> list[str]:
+    found = [r.headers.get("x-api-key", "") for r in upstream.requests]
+    return [key.split("-")[2] for key in found if key]
+
+
+def test_several_keys_serve_in_turn_and_show_nowhere(
+    serve: Serve, upstream: Upstream, kept_in: str
+) -> None:
+    server = serve(SEVERAL + kept_in, environ=THREE)
+    for _ in range(3):
+        server.post()
+        server.post("/api/openai", ask(model="gpt-5-mini"))  # whose turns are its own
+    assert keys_of(upstream) == ["first", "second", "third"]
+    upstream.play(reply(429, vendor_error(), {"retry-after": "30"}), answer)
+    assert server.post().status_code == 200
+    seen = "\n".join(server.lines) + server.get("/metrics").text
+    if kept_in:
+        settings = tomllib.loads(kept_in)["redis"]
+        redis = proxy.connect_redis(settings["url"])
+        names = asyncio.run(redis.keys(f"*{settings['namespace']}*"))
+        assert [name for name in names if b"rest:anthropic:" in name]
+        seen += b"\n".join(names).decode()
+    for key in THREE.values():
+        assert key not in seen
+        assert digest(key) not in seen
+
+
+@pytest.mark.parametrize("attempts", [1, 3])
+@pytest.mark.parametrize(
+    "status, headers",
+    [
+        pytest.param(401, {}, id="401"),
+        pytest.param(403, {}, id="403"),
+        pytest.param(429, {}, id="429"),
+        pytest.param(429, {"retry-after": "50"}, id="429 for 50 s"),
+        pytest.param(429, ONCE, id="429 that is not to be retried"),
+    ],
+)
+def test_a_key_that_is_refused_rests_while_the_others_serve(
+    serve: Serve, upstream: Upstream, attempts: int, status: int, headers: dict[str, str]
+) -> None:
+    server = serve(SEVERAL + f"[upstream]\nattempts = {attempts}", environ=THREE)
+    refused = reply(status, vendor_error(), headers)
+    upstream.play(refused, refused, answer)
+    assert server.post().status_code == 200
+    assert keys_of(upstream) == ["first", "second", "third"]
+    assert server.post().status_code == 200
+    assert keys_of(upstream)[3:] == ["third"]
+    assert upstream.requests[2].at - upstream.requests[0].at < 5
+
+
+def test_all_keys_resting_is_a_provider_resting(serve: Serve, upstream: Upstream) -> None:
+    server = serve(SEVERAL, environ=THREE)
+    upstream.play(reply(401, vendor_error()))
+    check_error(server.post(), 502, "upstream_auth")
+    assert keys_of(upstream) == ["first", "second", "third"]
+    got = server.post()
+    check_error(got, 429, "upstream_rate_limited")
+    assert 40 <= int(got.headers["retry-after"]) <= 60
+    assert len(upstream.requests) == 3
+
+
 # ---- HTTP --------------------------------------------------------------------------------------
 # Mounted in another app, whose lifespan enters ours, under a prefix; then the routes.
 
@@ -12265,6 +12746,8 @@ REFUSED = [
                  ["set ANTHROPIC_API_KEY or OPENAI_API_KEY", "--demo"], id="no vendor key"),
     pytest.param("[providers.x]\nadapter = 'chat'\nbase_url = 'http://x/v1'\nkey_env = 'X_KEY'", {},
                  (), ["providers.x.key_env: X_KEY is not set or empty"], id="vendor key missing"),
+    pytest.param("[providers.openai]\nkey_env = ['OPENAI_API_KEY', 'SECOND']", {}, (),
+                 ["providers.openai.key_env: SECOND is not set or empty"], id="one of two missing"),
     pytest.param(ORIGINS + SESSIONS.format("short"), {}, PUBLIC, [f"session.secret: {SECRET_RULE}"],
                  id="short session secret"),
     pytest.param(ORIGINS + "[session]\nturnstile_secret = 't'", {}, PUBLIC,
