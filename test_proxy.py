@@ -11107,7 +11107,7 @@ def test_no_more_than_max_concurrent_are_at_a_provider_at_all_replicas(
     with desk.crowd() as pool:
         got = [pool.submit(server.post, json=ask(stream=True)) for server in servers * 15]
         wait_for(lambda: sum(map(waiting, servers)) == len(got) - 3)
-        assert len(upstream.requests) == 3
+        wait_for(lambda: desk.now == 3)
         desk.gate.set()
         assert {future.result().status_code for future in got} == {200}
     assert (desk.most, len(upstream.requests)) == (3, len(got))
