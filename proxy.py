@@ -5790,8 +5790,10 @@ def serve(config: Config, public: bool) -> None:
         log_enabled=False, respawn_failed_workers=True, workers_kill_timeout=int(server.drain) + 5,
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="proxy-metrics-") as directory:
-        if server.workers > 1:  # each imports prometheus_client anew, which looks for this
+        if server.workers > 1:  # prometheus_client looks for this once, and has been imported
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
+            values: Any = importlib.import_module("prometheus_client.values")
+            values.ValueClass = values.get_value_class()
         granian.serve(target_loader=functools.partial(load_app, config, public), wrap_loader=False)
 
 
