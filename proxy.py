@@ -2093,6 +2093,10 @@ local function enter(id, provider, places, process, waiting)
   if waiting then redis.call('SET', wanted, 1, 'PX', 1500) end
   return 0
 end
+local function unlock(key, process, id)
+  local lock = p .. 'lock:' .. key
+  if redis.call('GET', lock) == process .. ' ' .. id then redis.call('DEL', lock) end
+end
 local function charge(cap, settled, held)
   local key = p .. 'money:' .. cap.name
   local sum = redis.call('HINCRBY', key, 'settled', settled)
@@ -2181,7 +2185,8 @@ if not ask.again then
   take(p .. 'live', ask.process)
   take(live, ask.process)
 end
-redis.call('HSET', open, 'state', 'open', 'process', ask.process, 'row', ARGV[2])
+redis.call('HSET', open, 'state', 'open', 'process', ask.process, 'row', ARGV[2],
+  'client', ask.client, 'key', ask.key)
 redis.call('EXPIRE', open, 86400)
 redis.call('SADD', p .. 'opens:' .. ask.process, ask.id)
 redis.call('EXPIRE', p .. 'opens:' .. ask.process, 86400)
@@ -2220,8 +2225,7 @@ free(done.id)
 if state == 'open' then
   leave(p .. 'live', saved[4])
   leave(p .. 'live:' .. done.client, saved[4])
-  local lock = p .. 'lock:' .. done.key
-  if redis.call('GET', lock) == saved[4] .. ' ' .. done.id then redis.call('DEL', lock) end
+  unlock(done.key, saved[4], done.id)
   redis.call('SREM', p .. 'opens:' .. saved[4], done.id)
 end
 local rate = p .. 'rate:' .. done.client
@@ -2298,7 +2302,7 @@ redis.call('EXPIRE', p .. 'processes', 86400)
 for _, process in ipairs(redis.call('ZRANGEBYSCORE', p .. 'processes', '-inf', now)) do
   for _, id in ipairs(redis.call('SMEMBERS', p .. 'opens:' .. process)) do
     local open = p .. 'open:' .. id
-    local saved = redis.call('HMGET', open, 'held', 'caps', 'row', 'state')
+    local saved = redis.call('HMGET', open, 'held', 'caps', 'row', 'state', 'client', 'key')
     if saved[4] == 'open' then
       local held, caps = num(saved[1]), saved[2] and cjson.decode(saved[2]) or {}
       for _, cap in ipairs(caps) do charge(cap, held, -held) end
@@ -2309,9 +2313,12 @@ for _, process in ipairs(redis.call('ZRANGEBYSCORE', p .. 'processes', '-inf', n
       end
       redis.call('HSET', open, 'state', 'swept')
       free(id)
+      unlock(saved[6], process, id)
+      redis.call('HDEL', p .. 'live:' .. saved[5], process)
     end
   end
   redis.call('DEL', p .. 'opens:' .. process)
+  redis.call('HDEL', p .. 'live', process)
   redis.call('ZREM', p .. 'processes', process)
 end
 return {time[1], time[2], known}
