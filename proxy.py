@@ -2307,6 +2307,8 @@ class Link:
             self.unanswered.discard(answer)
 
     async def send(self) -> None:
+        from redis.exceptions import NoScriptError
+
         try:
             while self.queue:
                 batch, self.queue = self.queue, []
@@ -2315,7 +2317,7 @@ class Link:
                     pipeline.evalsha(self.shas[script], 1, self.prefix, *args)
                 replies = await pipeline.execute(raise_on_error=False)
                 for (script, args, answer), reply in zip(batch, replies, strict=True):
-                    if str(reply).startswith("NOSCRIPT"):  # it was restarted, or flushed
+                    if isinstance(reply, NoScriptError):  # it was restarted, or flushed
                         text = self.scripts[script]
                         reply = await self.redis.eval(text, 1, self.prefix, *args)
                     if isinstance(reply, Exception):
