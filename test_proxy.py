@@ -7011,9 +7011,7 @@ class Relay:
 def test_what_was_settled_is_not_settled_again_where_the_answer_was_lost(redis_url: str) -> None:
     async def play() -> None:
         relay = Relay()
-        url = await relay.start(
-            int(redis.Redis.from_url(redis_url).connection_pool.connection_kwargs["port"])
-        )
+        url = await relay.start(httpx.URL(redis_url).port or 6379)
         async with redis_store(url) as store:
             entry = proxy.Entry(time.time(), "1", client="key:a", cost="0.25")
             asked = wish("1", caps=[cap()], least=0.5, most=0.5)
@@ -7166,13 +7164,10 @@ def test_a_request_asks_redis_once_before_the_vendor_and_once_after(
     for _ in range(5):
         assert server.post("/api/local", even(), headers=as_client("a")).status_code == 200
         asked.append(calls())
-    # a sign of life is one script and one INFO, a look of ours one INFO
-    trips = [
-        evalsha - info
-        for moment in zip(asked, [*seen, (0, 0)], strict=True)
-        for evalsha, info in moment
-    ]
-    assert [b - a + 1 for a, b in itertools.pairwise(trips[:-1])] == [1] * 10
+    # a sign of life is one script and one INFO, and each look of ours one INFO more
+    looks = [asked[0], *itertools.chain(*zip(seen, asked[1:], strict=True))]
+    scripts = [evalsha - (info - number) for number, (evalsha, info) in enumerate(looks)]
+    assert [b - a for a, b in itertools.pairwise(scripts)] == [1] * 10
 
 
 Stop = Callable[[Redis], None]
