@@ -13406,7 +13406,7 @@ FLEET = """
 [upstream]
 attempts = 1
 [redis]
-lease = "2s"
+lease = "4s"
 [cache]
 enabled = true
 [prices."claude-*"]      # what is held is what it costs
@@ -13701,14 +13701,15 @@ def test_replicas_killed_in_mid_stream_leave_nothing_behind_but_their_rows(fleet
     for prompt in prompts:
         wait_for(lambda p=prompt: fleet.post("few", p, **narrow).status_code == 200, 15)
     assert len(fleet.upstream.requests) == 2 * len(victims)
+    wait_for(lambda: fleet.redis.sum("money:*", b"held") == 0, 10)
+    assert fleet.insist("few", "who counts finds nobody else", **narrow).status_code == 200
     for left in ("live", "live:*", "places:narrow"):
         assert fleet.redis.sum(left) == 0
-    wait_for(lambda: fleet.redis.sum("money:*", b"held") == 0)
     rows = [row for row in fleet.redis.rows() if row.get("code") == "proxy_died"]
     assert [(row["client"], Decimal(row["cost"])) for row in rows] == [
         ("key:few", Decimal("0.01"))
     ] * len(victims)
-    assert Decimal(fleet.usage()["key:few"]["cost"]) == Decimal("0.04")
+    assert Decimal(fleet.usage()["key:few"]["cost"]) == Decimal("0.05")
 
 
 @NO_NGINX
@@ -13781,7 +13782,9 @@ def test_of_10_000_requests_every_one_is_in_the_ledger_exactly_once(fleet: Fleet
     assert count[200] == len(fleet.upstream.requests) > 9000
 
     def named() -> list[str]:
-        names = [row.get("request_id", "") for row in fleet.redis.rows()]
+        # a process that gave no sign of life for so long corrects what the others say of it
+        rows = [row for row in fleet.redis.rows() if row.get("code") != "proxy_died"]
+        names = [row.get("request_id", "") for row in rows]
         return sorted(name for name in names if name.startswith("load-"))
 
     wait_for(lambda: len(named()) >= len(ids), 15)
@@ -13906,7 +13909,8 @@ def test_a_killed_worker_is_replaced_and_what_it_held_is_counted(
     name = tomllib.loads((two_workers.directory / "config.toml").read_text())["redis"]["namespace"]
     wait_for(lambda: fleet_redis.sum("money:*", b"held", name) == 0, 10)
     ends = Counter(row.get("code", "") for row in fleet_redis.rows(name))
-    assert ends == {"": 8, "client_left": ends["client_left"], "proxy_died": ends["proxy_died"]}
+    assert set(ends) <= {"", "client_left", "proxy_died"}
+    assert ends[""] == 8
     assert ends["client_left"] + ends["proxy_died"] == len(held)
 
 
