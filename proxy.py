@@ -2309,6 +2309,8 @@ class Link:
             self.unanswered.discard(answer)
 
     async def send(self) -> None:
+        from redis.exceptions import NoScriptError
+
         try:
             while self.queue:
                 batch, self.queue = self.queue, []
@@ -2317,7 +2319,7 @@ class Link:
                     pipeline.evalsha(self.shas[script], 1, self.prefix, *args)
                 replies = await pipeline.execute(raise_on_error=False)
                 for (script, args, answer), reply in zip(batch, replies, strict=True):
-                    if str(reply).startswith("NOSCRIPT"):  # it was restarted, or flushed
+                    if isinstance(reply, NoScriptError):  # it was restarted, or flushed
                         text = self.scripts[script]
                         reply = await self.redis.eval(text, 1, self.prefix, *args)
                     if isinstance(reply, Exception):
@@ -2460,16 +2462,20 @@ class RedisStore:
                 life = (self.process, self.table.lease, self.keep)
                 pipeline.evalsha(link.shas["beat"], 1, link.prefix, *life)
                 pipeline.info("memory")
-                (seconds, micros, known), memory = await pipeline.execute()
+                said, memory = await pipeline.execute(raise_on_error=False)
+                if isinstance(said, Exception):
+                    raise said
         except Exception as error:
             link.fall(redact(repr(error)))
             return
+        seconds, micros, known = said
         if self.seen and not known:  # it seemed dead: what it had is in other hands
             self.process, self.seen = secrets.token_hex(8), False
             return await self.beat()
         self.seen = True
         self.offset = int(seconds) + int(micros) / 1e6 - self.ledger.clock()
-        evicts = memory.get("maxmemory_policy", "noeviction") != "noeviction"
+        told = memory if isinstance(memory, dict) else {}  # not every Redis allows INFO
+        evicts = told.get("maxmemory_policy", "noeviction") != "noeviction"
         if evicts and not self.evicts:
             LOG.error("redis: %s", EVICTS)
         if not link.up:

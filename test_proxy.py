@@ -11,6 +11,7 @@ import ast
 import asyncio
 import base64
 import contextlib
+import datetime
 import enum
 import fnmatch
 import functools
@@ -20,6 +21,7 @@ import hmac
 import http.server
 import importlib.metadata
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -49,6 +51,7 @@ from urllib.parse import parse_qsl
 
 import aiohttp
 import anthropic
+import fakeredis
 import httpx
 import jwt
 import msgspec
@@ -58,7 +61,8 @@ import pydantic
 import pytest
 import redis
 import yaml
-from cryptography.hazmat.primitives import serialization
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
@@ -804,6 +808,148 @@ def vendors(serve_module: Serve, upstream_module: Upstream) -> Server:
     target = "local/llama-4"
     """
     return serve_module(config + NO_BUDGET)
+
+
+# Redis: a server of our own, else one that runs, else a fake that speaks the protocol.
+
+NO_REDIS = "there is no redis-server to start, stop and configure"
+NAMESPACES = (f"test-{os.getpid()}-{number}" for number in itertools.count())
+
+
+class Redis:
+    """A redis-server in a directory of its own. `url` may hold {port}."""
+
+    def __init__(
+        self, directory: Path, *options: str, url: str = "redis://127.0.0.1:{port}/0"
+    ) -> None:
+        self.directory, self.options, self.port = directory, options, free_port()
+        self.url = url.format(port=self.port)
+        self.client = redis.Redis.from_url(self.url, socket_timeout=5)
+        self.start()
+
+    def start(self) -> None:
+        place = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.directory)]
+        self.process = subprocess.Popen(
+            ["redis-server", *place, "--save", "", *self.options], stdout=subprocess.DEVNULL
+        )
+        wait_for(self.answers, 10)
+
+    def answers(self) -> bool:
+        assert self.process.poll() is None, "redis-server did not start"
+        with contextlib.suppress(redis.ConnectionError, redis.exceptions.BusyLoadingError):
+            return bool(self.client.ping())
+        return False
+
+    def hang(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(10)
+
+    def stop(self) -> None:
+        self.client.close()
+        self.kill()
+
+
+StartRedis = Callable[..., Redis]
+
+
+def redis_factory(new_directory: Callable[[], Path]) -> Iterator[StartRedis]:
+    if not shutil.which("redis-server"):
+        pytest.skip(NO_REDIS)
+    started: list[Redis] = []
+
+    def start(*options: str, **more: str) -> Redis:
+        started.append(Redis(new_directory(), *options, **more))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.stop()
+
+
+@pytest.fixture
+def start_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartRedis]:
+    yield from redis_factory(lambda: tmp_path_factory.mktemp("redis"))
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
+    """The module's own, for tests that look into it and leave it as it is."""
+    factory = redis_factory(lambda: tmp_path_factory.mktemp("redis"))
+    yield next(factory)()
+    next(factory, None)
+
+
+@pytest.fixture(scope="module")
+def redis_url(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Whatever answers as Redis does."""
+    if shutil.which("redis-server"):
+        yield request.getfixturevalue("redis_server").url
+        return
+    url = os.environ.get("REDIS_URL") or "redis://127.0.0.1:6379/0"
+    try:
+        redis.Redis.from_url(url, socket_timeout=2).ping()
+    except redis.RedisError:
+        fake = fakeredis.TcpFakeServer(("127.0.0.1", free_port()), server_version=(7, 4))
+        threading.Thread(target=fake.serve_forever, daemon=True).start()
+        yield f"redis://127.0.0.1:{fake.server_address[1]}/0"
+        fake.shutdown()
+    else:
+        yield url
+
+
+NO_CACHE = proxy.CacheTable()
+
+
+def nobody(cap: Any, percent: int) -> None:
+    """Hears of caps that come to their end."""
+
+
+@contextlib.asynccontextmanager
+async def redis_store(
+    url: str,
+    namespace: str = "",
+    *,
+    tell: Callable[[Any, int], None] = nobody,
+    cache: Any = NO_CACHE,
+    clock: Callable[[], float] = time.time,
+    **table: Any,
+) -> AsyncIterator[Any]:
+    """A process's store, that all of the same namespace share."""
+    settings_of = proxy.RedisTable(url=url, namespace=namespace or next(NAMESPACES), **table)
+    rows = proxy.Ledger(None, 90 * 86400, clock, shared=True)
+    store = proxy.RedisStore(proxy.Config(redis=settings_of, cache=cache), tell, rows)
+    await store.open()
+    await asyncio.sleep(0)
+    try:
+        assert store.link.up
+        yield store
+    finally:
+        await store.close()
+        rows.close()
+
+
+OpenStore = Callable[..., contextlib.AbstractAsyncContextManager[Any]]
+
+
+@pytest.fixture(scope="module", params=["memory", "redis"])
+def open_store(request: pytest.FixtureRequest) -> OpenStore:
+    """Opens a new store, of either kind."""
+    if request.param == "redis":
+        return functools.partial(redis_store, request.getfixturevalue("redis_url"))
+
+    @contextlib.asynccontextmanager
+    async def opened(
+        tell: Callable[[Any, int], None] = nobody, cache: Any = NO_CACHE
+    ) -> AsyncIterator[Any]:
+        yield proxy.MemoryStore(time.monotonic, tell, cache)
+
+    return opened
 
 
 # What the tests read: replies, held against the whole contract of the browser's SDK, the ledger,
@@ -6068,15 +6214,18 @@ SETTLE = st.tuples(st.integers(0, 5), st.integers(0, 4))  # quarters of what is 
 
 
 @given(st.lists(HOLD | SETTLE, max_size=40))
-@settings(max_examples=200)
-def test_no_order_of_holds_and_settlements_passes_a_cap(steps: list[Any]) -> None:
+@settings(max_examples=100)
+def test_no_order_of_holds_and_settlements_passes_a_cap(
+    open_store: OpenStore, steps: list[Any]
+) -> None:
     """Against a model that keeps a list of who has what of which cap."""
     told: list[tuple[Any, int]] = []
 
     def tell(cap: Any, percent: int) -> None:
         told.append((cap, percent))
 
-    budget = proxy.MemoryStore(time.monotonic, tell, proxy.CacheTable())
+    ends = itertools.count()
+    names = {slot: str(slot) for slot in range(6)}  # who has settled comes again as another
     held: dict[str, tuple[list[Any], Decimal]] = {}
     settled: list[tuple[list[Any], Decimal]] = []
 
@@ -6084,16 +6233,21 @@ def test_no_order_of_holds_and_settlements_passes_a_cap(steps: list[Any]) -> Non
         everything = [*settled, *held.values()]
         return sum((usd for caps, usd in everything if cap in caps), Decimal(0))
 
-    def end(number: str, usd: Decimal) -> Any:
-        return proxy.Settlement(number, "x", proxy.Limits(), usd=usd)
+    def end(number: str, usd: Decimal, caps: list[Any]) -> Any:
+        return proxy.Settlement(number, "x", proxy.Limits(), usd=usd, caps=caps)
 
     async def play() -> None:
+        async with open_store(tell=tell) as store:
+            await go_through(store)
+
+    async def go_through(budget: Any) -> None:
         for step in steps:
-            number = str(step[0])
+            number = names[step[0]]
             if len(step) == 2:
                 caps, usd = held.pop(number, ([], Decimal(0)))
                 settled.append((caps, usd * step[1] / 4))
-                await budget.settle(end(number, usd * step[1] / 4))
+                await budget.settle(end(number, usd * step[1] / 4, caps))
+                names[step[0]] = f"{step[0]}-{next(ends)}"
             else:
                 _, chosen, first, second = step
                 caps = [CAPS[index] for index in sorted(chosen)]
@@ -6109,11 +6263,13 @@ def test_no_order_of_holds_and_settlements_passes_a_cap(steps: list[Any]) -> Non
                     held[number] = caps, before + granted
             assert await budget.spent(CAPS) == [spent(cap) for cap in CAPS]
             assert all(spent(cap) <= cap.limit for cap in CAPS)
-        for number in range(6):
-            await budget.settle(end(str(number), Decimal(0)))
+        for number in names.values():
+            await budget.settle(end(number, Decimal(0), []))
         held.clear()
-        assert budget.holds == {}
         assert await budget.spent(CAPS) == [spent(cap) for cap in CAPS]
+        if not isinstance(budget, proxy.MemoryStore):
+            return
+        assert budget.holds == {}
         spending = [s for scopes in budget.windows.values() for s in scopes.values()]
         assert all(s.settled and not s.held for s in spending)  # what cost nothing is forgotten
 
@@ -6421,6 +6577,784 @@ def test_followers_share_the_error_as_well(
         with connection:
             assert b"upstream_unreachable" in read_until(connection, b"error: ")
     assert {joined.row(index)["outcome"] for index in range(2)} == {"error"}
+
+
+# ---- Stores ------------------------------------------------------------------------------------
+# First what both kinds do, then what only Redis can, and last the servers that share one.
+
+TODAY = time.strftime(DAY, time.gmtime())
+
+
+def cap(scope: str = "all", usd: float = 1, window: str = TODAY) -> Any:
+    return proxy.Cap(scope, window, Decimal(str(usd)))
+
+
+def wish(number: str = "", client: str = "key:a", **more: Any) -> Any:
+    """What a request asks of a store: of the rates, what `limits` has in place of the default."""
+    limits = proxy.Limits(**{"concurrent": 1000, "burst": 1000, **more.pop("limits", {})})
+    usd = {name: Decimal(str(more.pop(name, 0))) for name in ("least", "most")}
+    return proxy.Ask(number, client, limits, **usd, **more)
+
+
+def end_of(wanted: Any, usd: float = 0, **more: Any) -> Any:
+    """The end of a request that was admitted."""
+    same = {"caps": wanted.caps, "key": wanted.key, **more}
+    return proxy.Settlement(wanted.id, wanted.client, wanted.limits, usd=Decimal(str(usd)), **same)
+
+
+def test_a_store_gives_no_more_than_the_burst_and_the_rate(open_store: OpenStore) -> None:
+    limits = {"requests_per_minute": 1200, "burst": 5}
+
+    async def play() -> None:
+        async with open_store() as store:
+            began, admitted = time.monotonic(), 0
+            while time.monotonic() < began + 0.5:
+                given = await store.admit(wish(limits=limits))
+                if given.refused:
+                    assert (given.refused, given.requests < 1) == ("requests", True)
+                    assert 0 < given.wait <= 60 / 1200
+                admitted += not given.refused
+            assert 5 < admitted <= 5 + 20 * (time.monotonic() - began)
+            assert not (await store.admit(wish(client="key:b", limits=limits))).refused
+
+    asyncio.run(play())
+
+
+def test_a_store_takes_tokens_as_estimated_and_corrects_them(open_store: OpenStore) -> None:
+    limits = {"tokens_per_minute": 1000}
+
+    async def play() -> None:
+        async with open_store() as store:
+            first = wish("1", tokens=900, limits=limits)
+            assert int((await store.admit(first)).tokens) == 100
+            refused = await store.admit(wish("2", tokens=500, limits=limits))
+            assert refused.refused == "tokens" and 20 < refused.wait <= 24
+            await store.settle(end_of(first, unused=800))
+            second = wish("3", tokens=500, limits=limits)
+            assert 400 <= (await store.admit(second)).tokens < 500
+            await store.settle(end_of(second, unused=-1000))  # more than was thought
+            look = await store.admit(wish(requests=0, limits=limits))
+            assert look.tokens < -400
+
+    asyncio.run(play())
+
+
+def test_a_store_holds_what_the_tightest_of_several_caps_has_left(open_store: OpenStore) -> None:
+    async def play() -> None:
+        async with open_store() as store:
+            everybody, mine = cap(usd=1), cap("client key:a", 0.3)
+            yours = cap("client key:b", 0.3)
+            given = await store.admit(wish("1", caps=[everybody, mine], least=0.1, most=0.5))
+            assert given.held == Decimal("0.3")
+            poor = await store.admit(wish("2", caps=[everybody, mine], least=0.1, most=0.5))
+            assert isinstance(poor.exceeded, proxy.BudgetExceeded) and poor.held == 0
+            assert "0.3 USD for this client" in poor.exceeded.message
+            await store.hold("3", [everybody, yours], Decimal("0.1"), Decimal("0.2"))
+            left = [Decimal("0.5"), Decimal("0.3"), Decimal("0.2")]
+            assert await store.spent([everybody, mine, yours]) == left
+            with pytest.raises(proxy.BudgetExceeded):
+                await store.hold("3", [everybody, yours], Decimal("0.2"), Decimal("0.2"))
+            assert await store.spent([everybody, mine, yours]) == left
+
+    asyncio.run(play())
+
+
+def test_a_store_settles_once(open_store: OpenStore) -> None:
+    async def play() -> None:
+        async with open_store() as store:
+            asked = wish("1", caps=[cap()], least=0.5, most=0.5)
+            assert (await store.admit(asked)).held == Decimal("0.5")
+            for usd in (0.123456789, 0.5, 0):
+                await store.settle(end_of(asked, usd))
+                assert await store.spent([cap()]) == [Decimal("0.123456789")]
+
+    asyncio.run(play())
+
+
+def test_a_store_keeps_answers_within_bounds(open_store: OpenStore) -> None:
+    """Each weighs 200 bytes more than it is long."""
+
+    async def play() -> None:
+        async with open_store(cache=proxy.CacheTable(size=proxy.Size(3000))) as store:
+
+            async def kept(key: str) -> Any:
+                return (await store.admit(wish(next(IDS), key=key))).answer
+
+            async def put(key: str, answer: bytes) -> None:
+                store.put(key, answer)
+                await eventually(lambda: is_kept(key, answer))
+
+            async def is_kept(key: str, answer: bytes) -> bool:
+                return bool(await kept(key) == answer)
+
+            for number in range(4):
+                await put(f"k{number}", b"%d" % number * 800)
+            assert [bool(await kept(f"k{n}")) for n in range(4)] == [False, True, True, True]
+            store.put("large", b"x" * 3001)
+            await put("k3", b"new" * 10)  # in the place of the old one
+            assert await kept("k2") == b"2" * 800
+            assert await kept("large") is None
+
+    asyncio.run(play())
+
+
+def test_a_store_knows_a_token_that_was_shown(open_store: OpenStore) -> None:
+    async def play() -> None:
+        async with open_store() as store:
+            assert [await store.once("token", 60) for _ in range(2)] == [True, False]
+            assert await store.once("other", 60)
+            await store.once("token", 0)
+            assert await store.once("token", 60)
+
+    asyncio.run(play())
+
+
+def test_a_store_gives_a_place_again_when_it_is_left(open_store: OpenStore) -> None:
+    async def play() -> None:
+        async with open_store() as store:
+            assert [await store.enter("p", 2, False) for _ in range(3)] == [True, True, False]
+            assert await store.enter("another", 2, False)
+            assert not await store.enter("p", 2, True)
+            waiting = asyncio.create_task(store.freed("p"))
+            await asyncio.sleep(0)
+            await store.leave("p")
+            await asyncio.wait_for(waiting, 5)
+            assert await store.enter("p", 2, True)
+            asks = [wish(str(number), provider="third", places=1) for number in range(3)]
+            assert [(await store.admit(asked)).placed for asked in asks[:2]] == [True, False]
+            await store.settle(end_of(asks[0], providers=["third"]))
+            assert (await store.admit(asks[2])).placed
+
+    asyncio.run(play())
+
+
+# Redis alone.
+
+
+async def eventually(condition: Callable[[], Any], timeout: float = 10) -> Any:
+    """wait_for, where the condition is awaited."""
+    async with asyncio.timeout(timeout):
+        while not (result := await condition()):  # noqa: ASYNC110 - like wait_for
+            await asyncio.sleep(0.02)
+        return result
+
+
+def fall_silent(store: Any) -> None:
+    """Its process gives no further sign of life."""
+    for task in store.tasks:
+        task.cancel()
+
+
+async def rows_of(store: Any) -> list[Any]:
+    key = f"{store.link.prefix}rows"
+    return [json.loads(row[b"row"]) for _, row in await store.link.redis.xrange(key)]
+
+
+def test_parallel_requests_at_several_stores_hold_what_one_budget_has(redis_url: str) -> None:
+    async def play() -> None:
+        name = next(NAMESPACES)
+        async with contextlib.AsyncExitStack() as stack:
+            stores = [
+                await stack.enter_async_context(redis_store(redis_url, name)) for _ in range(4)
+            ]
+            for store in stores:  # so many at once may take this machine a while
+                store.link.patience = 20
+            asks = [
+                wish(str(number), f"key:{number % 7}", caps=[cap(usd=1)], least=0.1, most=0.1)
+                for number in range(500)
+            ]
+            given = await asyncio.gather(
+                *(stores[number % 4].admit(asked) for number, asked in enumerate(asks))
+            )
+            assert sum(g.held == Decimal("0.1") for g in given) == 10
+            assert sum(g.exceeded is not None for g in given) == 490
+            assert await stores[0].spent([cap()]) == [1]
+
+    asyncio.run(play())
+
+
+def test_two_stores_count_requests_at_a_time_together(redis_url: str) -> None:
+    limits = {"concurrent": 3, "concurrent_total": 4}
+
+    async def play() -> None:
+        name = next(NAMESPACES)
+        async with redis_store(redis_url, name) as a, redis_store(redis_url, name) as b:
+            asks = [wish(str(number), limits=limits) for number in range(5)]
+            given = [await s.admit(asked) for s, asked in zip((a, b, a, b, a), asks, strict=True)]
+            assert [g.refused for g in given] == ["", "", "", "concurrent", "concurrent"]
+            await b.settle(end_of(asks[1]))
+            assert not (await a.admit(wish("5", limits=limits))).refused
+            assert not (await b.admit(wish("6", "key:b", limits=limits))).refused
+            assert (await b.admit(wish("7", "key:c", limits=limits))).refused == "busy"
+
+    asyncio.run(play())
+
+
+def test_nothing_is_left_of_a_process_without_signs_of_life(redis_url: str) -> None:
+    """But what it may have spent: a row says so, until the request's own end is heard of."""
+    row = proxy.Entry(1796083200.25, "1", "r", "key:a", outcome="error", code="proxy_died")
+    row.estimated = True
+    asked = wish("1", caps=[cap()], least=0.4, most=0.4, key="answer", provider="p", places=1)
+    asked.limits = proxy.Limits(concurrent=1)
+    asked.row = msgspec.json.encode(row)
+
+    async def play() -> None:
+        name, lease = next(NAMESPACES), proxy.Duration(1)
+        async with (
+            redis_store(redis_url, name, lease=lease) as dead,
+            redis_store(redis_url, name, lease=lease) as other,
+        ):
+            given = await dead.admit(asked)
+            assert (given.held, given.placed, given.pending) == (Decimal("0.4"), True, False)
+            second = wish("2", limits={"concurrent": 1})
+            assert (await other.admit(second)).refused == "concurrent"
+            third = wish("3", "key:b", key="answer")
+            assert (await other.admit(third)).pending  # the other one is about to have it
+            assert not await other.enter("p", 1, False)
+            fall_silent(dead)
+            [died] = await eventually(lambda: rows_of(other))
+            assert died == msgspec.to_builtins(replace_row(row, cost="0.400000000"))
+            assert not (await other.admit(second)).refused
+            assert not (await other.admit(replace_again(third))).pending
+            assert await other.enter("p", 1, False)
+            assert await other.spent([cap()]) == [Decimal("0.4")]
+            key = f"{other.link.prefix}money:*"
+            [money] = [k async for k in other.link.redis.scan_iter(key)]
+            assert await other.link.redis.hget(money, "held") == b"0"
+            ended = end_of(asked, 0.1)
+            ended.row = msgspec.json.encode(replace_row(row, cost="0.1", code=""))
+            for _ in range(2):
+                await dead.settle(ended)
+            assert await other.spent([cap()]) == [Decimal("0.1")]
+            assert [r["cost"] for r in await rows_of(other)] == ["0.400000000", "0.1"]
+            with contextlib.closing(sqlite3.connect(":memory:")) as database:
+                database.executescript(proxy.SCHEMA)
+                for entry in await proxy.fetch_rows(other.table, 0):
+                    database.execute(proxy.INSERT, msgspec.structs.astuple(entry))
+                [total] = proxy.read_totals(database, 0, "day")
+            assert (total.requests, total.cost) == (1, Decimal("0.1"))
+
+    asyncio.run(play())
+
+
+def replace_row(row: Any, **more: Any) -> Any:
+    return msgspec.structs.replace(row, **more)
+
+
+def replace_again(asked: Any) -> Any:
+    return msgspec.structs.replace(asked, again=True)
+
+
+def test_a_process_that_seemed_dead_goes_on_under_another_name(redis_url: str) -> None:
+    """Else it would take its old leases for those of others, or keep them for good."""
+
+    async def play() -> None:
+        limits = {"concurrent": 1}
+        name, lease = next(NAMESPACES), proxy.Duration(1)
+        async with (
+            redis_store(redis_url, name, lease=lease) as slow,
+            redis_store(redis_url, name, lease=lease) as other,
+        ):
+            old, before = wish("1", limits=limits), slow.process
+            await slow.admit(old)
+            for task in slow.tasks:
+                task.cancel()
+            processes = f"{other.link.prefix}processes"
+            await eventually(lambda: is_gone(other, processes, before))
+            await slow.beat()
+            slow.post(slow.live())
+            assert slow.process != before
+            second = wish("2", limits=limits)
+            await eventually(lambda: is_admitted(slow, second))
+            await slow.settle(end_of(old))
+            assert (await other.admit(wish("3", limits=limits))).refused == "concurrent"
+            await slow.settle(end_of(second))
+            assert not (await other.admit(wish("4", limits=limits))).refused
+
+    async def is_gone(store: Any, key: str, process: str) -> bool:
+        return await store.link.redis.zscore(key, process) is None
+
+    async def is_admitted(store: Any, asked: Any) -> bool:
+        return not (await store.admit(asked)).refused
+
+    asyncio.run(play())
+
+
+def test_one_replica_leads_and_the_others_get_its_answer(redis_url: str) -> None:
+    async def play() -> None:
+        name = next(NAMESPACES)
+        async with redis_store(redis_url, name) as a, redis_store(redis_url, name) as b:
+            leader = wish("1", key="k", caps=[cap()], least=0.1, most=0.1)
+            follower = wish("2", "key:b", key="k", caps=[cap()], least=0.1, most=0.1)
+            assert not (await a.admit(leader)).pending
+            waiting = await b.admit(follower)
+            assert (waiting.pending, waiting.held) == (True, 0)
+            follower = replace_again(follower)
+            assert (await b.admit(follower)).pending
+            a.put("k", b"the answer")
+            await a.settle(end_of(leader, 0.1))
+
+            async def answered() -> Any:
+                return (await b.admit(follower)).answer
+
+            assert await eventually(answered) == b"the answer"
+            await b.settle(end_of(follower))
+            assert await b.spent([cap()]) == [Decimal("0.1")]
+            failing = wish("3", key="other")
+            await a.admit(failing)
+            await a.settle(end_of(failing))  # without an answer
+            assert not (await b.admit(wish("4", key="other"))).pending
+
+    asyncio.run(play())
+
+
+def test_keys_in_redis_are_in_one_slot_and_expire_and_name_nobody(redis_url: str) -> None:
+    async def play() -> None:
+        async with redis_store(redis_url, "tagged-" + next(NAMESPACES)) as store:
+            caps = [cap(), cap("client key:alice", 2), cap("group key:staff", 2, TODAY[:7])]
+            asked = wish("1", "key:alice", key="k", caps=caps, least=0.1, most=0.1, tokens=5)
+            asked.provider, asked.places = "p", 1
+            await store.admit(asked)
+            await store.hold("1", caps, Decimal("0.1"), Decimal("0.1"))
+            await store.hold("2", caps, Decimal("0.1"), Decimal("0.1"))
+            assert not await store.enter("p", 1, True)
+            store.put("k", b"answer")
+            store.rest("p", 60)
+            await store.once("alice's token", 60)
+            row = msgspec.json.encode(proxy.Entry(time.time(), "1", client="key:alice"))
+            await store.settle(end_of(asked, 0.9, row=row, used={"requests": 1}, providers=["p"]))
+            await store.admit(wish("3", "key:alice"))
+
+            async def keys() -> Any:
+                found = [k async for k in store.link.redis.scan_iter("*tagged-*", 1000)]
+                return found if len(found) >= 17 else None
+
+            found = await eventually(keys)
+            for key in found:
+                assert key.startswith(store.link.prefix.encode()), key
+                assert b"alice" not in key and b"staff" not in key, key
+                # what lives for two seconds may have gone meanwhile
+                assert await store.link.redis.pttl(key) != -1, key
+
+    asyncio.run(play())
+
+
+def test_parallel_requests_share_their_round_trips(redis_server: Redis) -> None:
+    def reads() -> int:
+        return int(redis_server.client.info("stats")["total_reads_processed"])
+
+    async def play() -> None:
+        async with redis_store(redis_server.url) as store:
+            store.link.patience = 20
+            before = reads()
+            await asyncio.gather(*(store.admit(wish(str(number))) for number in range(200)))
+            assert reads() - before < 50
+
+    asyncio.run(play())
+
+
+def test_scripts_that_redis_has_forgotten_are_sent_again(redis_url: str) -> None:
+    async def play() -> None:
+        async with redis_store(redis_url) as store:
+            asked = wish("1", caps=[cap()], least=0.1, most=0.1)
+            await store.link.redis.script_flush()
+            assert (await store.admit(asked)).held == Decimal("0.1")
+            assert store.alone == set()
+            await store.link.redis.script_flush()
+            await store.settle(end_of(asked, 0.05))
+            assert await store.spent([cap()]) == [Decimal("0.05")]
+
+    asyncio.run(play())
+
+
+def test_who_leaves_while_redis_is_asked_leaves_nothing(redis_url: str) -> None:
+    async def play() -> None:
+        async with redis_store(redis_url) as store:
+            asked = wish("1", caps=[cap()], least=0.1, most=0.1, limits={"concurrent": 1})
+            for moment in range(8):
+                asked.id = str(moment)
+                task = asyncio.create_task(store.admit(asked))
+                for _ in range(moment):
+                    await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                await store.settle(end_of(asked))
+                assert store.link.up
+            assert await store.spent([cap()]) == [0]
+            assert not (await store.admit(msgspec.structs.replace(asked, id="last"))).refused
+            assert (store.alone, store.link.unanswered, store.link.queue) == (set(), set(), [])
+            assert len(store.tasks) == 1  # its signs of life
+
+    asyncio.run(play())
+
+
+class Relay:
+    """Between a store and its Redis. What comes back is lost while it is `deaf`."""
+
+    deaf = False
+
+    async def connected(self, reader: Any, writer: Any) -> None:
+        inwards, outwards = await asyncio.open_connection("127.0.0.1", self.target)
+
+        async def pass_on(source: Any, sink: Any, back: bool) -> None:
+            with contextlib.suppress(OSError):
+                while data := await source.read(65536):
+                    if not (back and self.deaf):
+                        sink.write(data)
+            sink.close()
+
+        await asyncio.gather(pass_on(reader, outwards, False), pass_on(inwards, writer, True))
+
+    async def start(self, target: int) -> str:
+        self.target = target
+        self.server = await asyncio.start_server(self.connected, "127.0.0.1", 0)
+        return f"redis://127.0.0.1:{self.server.sockets[0].getsockname()[1]}/0"
+
+
+def test_what_was_settled_is_not_settled_again_where_the_answer_was_lost(redis_url: str) -> None:
+    async def play() -> None:
+        relay = Relay()
+        url = await relay.start(httpx.URL(redis_url).port or 6379)
+        async with redis_store(url) as store:
+            entry = proxy.Entry(time.time(), "1", client="key:a", cost="0.25")
+            asked = wish("1", caps=[cap()], least=0.5, most=0.5)
+            await store.admit(asked)
+            relay.deaf = True
+            row, used = msgspec.json.encode(entry), {"requests": 1}
+            await store.settle(end_of(asked, 0.25, row=row, used=used))
+            assert not store.link.up
+            assert len(await store.ledger.due()) == 1
+            relay.deaf = False
+
+            async def delivered() -> bool:
+                return not await store.ledger.due()
+
+            await eventually(delivered)
+            assert len(await rows_of(store)) == 1
+            assert await store.spent([cap()]) == [Decimal("0.25")]
+            assert (await store.used("key:a")).requests == 1
+        relay.server.close()
+
+    asyncio.run(play())
+
+
+def sign(name: str, directory: Path) -> list[str]:
+    """The files of a certificate for 127.0.0.1 that has signed itself, and of its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    now = datetime.datetime.now(datetime.UTC)
+    place = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    certificate = (
+        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(1))
+        .not_valid_after(now + datetime.timedelta(1))
+        .add_extension(place, critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    files = [directory / "certificate.pem", directory / "key.pem"]
+    files[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    form, bare = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    files[1].write_bytes(key.private_bytes(serialization.Encoding.PEM, form, bare))
+    return [str(file) for file in files]
+
+
+REDIS_PASSWORD = "p4ssw0rd-of-redis"
+
+
+def test_a_redis_with_a_password_and_tls_serves(start_redis: StartRedis, tmp_path: Path) -> None:
+    certificate, key = sign("redis", tmp_path)
+    secure = free_port()
+    tls = ["--tls-port", str(secure), "--tls-cert-file", certificate, "--tls-key-file", key]
+    tls += ["--tls-ca-cert-file", certificate, "--tls-auth-clients", "no"]
+    plain = f"redis://:{REDIS_PASSWORD}@127.0.0.1:{{port}}/0"
+    try:
+        server = start_redis("--requirepass", REDIS_PASSWORD, *tls, url=plain)
+    except AssertionError:
+        pytest.skip("this redis-server has no TLS")
+
+    async def play() -> None:
+        url = f"rediss://:{REDIS_PASSWORD}@127.0.0.1:{secure}/0"
+        for good in (server.url, f"{url}?ssl_ca_certs={certificate}"):
+            async with redis_store(good) as store:
+                assert not (await store.admit(wish("1"))).refused
+        with pytest.raises(AssertionError):  # nobody known has signed for it
+            async with redis_store(url):
+                pass
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    ("url", "wanted"),
+    [
+        pytest.param("redis://:{0}@127.0.0.1:port/0", "must look like", id="no port"),
+        pytest.param("redis://:a/{0}@127.0.0.1:6379/0", "must look like", id="slash in password"),
+        pytest.param("http://:{0}@127.0.0.1:6379/0", "must look like", id="no redis"),
+    ],
+)
+def test_a_wrong_redis_url_is_one_line_without_its_password(url: str, wanted: str) -> None:
+    done = run_proxy(environ={"REDIS_URL": url.format(REDIS_PASSWORD)})
+    assert done.returncode == 2
+    assert wanted in done.stderr and done.stderr.count("\n") == 1
+    assert REDIS_PASSWORD not in done.stderr
+
+
+def test_the_password_of_redis_is_in_no_log(
+    serve: Serve, start_redis: StartRedis, upstream: Upstream
+) -> None:
+    url = f"redis://:{REDIS_PASSWORD}@127.0.0.1:{{port}}/0"
+    server = start_redis("--requirepass", REDIS_PASSWORD, url=url)
+    away = serve(environ={"REDIS_URL": server.url.replace(REDIS_PASSWORD, REDIS_PASSWORD + "x")})
+    check_error(away.post(), 503, "store_unavailable")
+    there = serve(environ={"REDIS_URL": server.url})
+    assert there.post().status_code == 200
+    server.kill()
+    wait_for(lambda: there.log("redis is away: ") or "redis is away" in str(there.lines))
+    for text in (away.post().text, there.post().text, *away.lines, *there.lines):
+        assert REDIS_PASSWORD not in text
+
+
+def test_without_its_package_the_proxy_says_how_to_install_it(tmp_path: Path) -> None:
+    (tmp_path / "redis.py").write_text("raise ImportError")
+    environ = {"PYTHONPATH": str(tmp_path), "REDIS_URL": "redis://127.0.0.1:6379/0"}
+    done = run_proxy(environ=environ)
+    assert done.returncode == 2
+    assert "pip install redis" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_cluster_of_one_node_serves(start_redis: StartRedis) -> None:
+    node = start_redis("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
+    node.client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+    wait_for(lambda: b"cluster_state:ok" in node.client.execute_command("CLUSTER", "INFO"), 10)
+
+    async def play() -> None:
+        async with redis_store(node.url, cache=proxy.CacheTable(enabled=True)) as store:
+            asked = wish("1", key="k", caps=[cap()], least=0.1, most=0.1, provider="p", places=1)
+            assert (await store.admit(asked)).placed
+            await store.hold("1", [cap()], Decimal("0.1"), Decimal("0.1"))
+            await store.settle(end_of(asked, 0.2, providers=["p"]))
+            assert await store.spent([cap()]) == [Decimal("0.2")]
+
+    asyncio.run(play())
+
+
+# Servers that share one. A request for 100 tokens holds and costs 0.1 USD; see Budget.
+
+
+def sharing_config(upstream: Upstream, table: str = "", more: str = "") -> str:
+    shared = f'[redis]\nnamespace = "{next(NAMESPACES)}"\n{table}\n'
+    return shared + more + FLAT.format(url=upstream.url) + keyed("a") + keyed("b")
+
+
+def test_a_request_asks_redis_once_before_the_vendor_and_once_after(
+    serve: Serve, redis_server: Redis, upstream: Upstream
+) -> None:
+    server = serve(sharing_config(upstream), environ={"REDIS_URL": redis_server.url})
+
+    def calls() -> tuple[int, int]:
+        stats = redis_server.client.info("commandstats")
+        return stats["cmdstat_evalsha"]["calls"], stats["cmdstat_info"]["calls"]
+
+    seen: list[tuple[int, int]] = []
+
+    def look(_: Received) -> list[Any]:
+        seen.append(calls())
+        return []
+
+    upstream.play([look, *spend()])
+    asked = [calls()]
+    for _ in range(5):
+        assert server.post("/api/local", even(), headers=as_client("a")).status_code == 200
+        asked.append(calls())
+    # a sign of life is one script and one INFO, and each look of ours one INFO more
+    looks = [asked[0], *itertools.chain(*zip(seen, asked[1:], strict=True))]
+    scripts = [evalsha - (info - number) for number, (evalsha, info) in enumerate(looks)]
+    assert [b - a for a, b in itertools.pairwise(scripts)] == [1] * 10
+
+
+Stop = Callable[[Redis], None]
+AWAY = [
+    pytest.param(Redis.hang, Redis.go_on, id="hangs"),
+    pytest.param(Redis.kill, Redis.start, id="refuses"),
+]
+
+
+@pytest.mark.parametrize(("go", "come"), AWAY)
+def test_without_redis_budgets_close_and_open_again(
+    serve: Serve, start_redis: StartRedis, upstream: Upstream, go: Stop, come: Stop
+) -> None:
+    own = start_redis("--appendonly", "yes", "--appendfsync", "always")
+    server, a = serve(sharing_config(upstream), environ={"REDIS_URL": own.url}), as_client("a")
+    upstream.play(spend())
+    assert server.post("/api/local", even(), headers=a).status_code == 200
+    assert server.get("/ready").json()["redis"] is True
+    go(own)
+    try:
+        slowest = 0.0
+        for _ in range(5):
+            began = time.monotonic()
+            refused = server.post("/api/local", even(), headers=a)
+            slowest = max(slowest, time.monotonic() - began)
+            check_error(refused, 503, "store_unavailable")
+        assert slowest < 0.25 + 0.5  # of a busy machine
+        assert (server.get("/ready").status_code, len(upstream.requests)) == (503, 1)
+        assert server.get("/health").status_code == 200
+    finally:
+        come(own)
+    wait_for(lambda: server.get("/ready").status_code == 200, 10)
+    assert server.post("/api/local", even(), headers=a).status_code == 200
+    assert len(upstream.requests) == 2
+    spent = server.get("/usage", headers=a).json()["today"]
+    assert spent["costUsd"] == pytest.approx(0.2)
+    settled = own.client.hgetall(next(own.client.scan_iter("*money:*")))
+    assert (settled[b"settled"], settled[b"held"]) == (b"200000000", b"0")
+
+
+LOCAL_LIMITS = "[limits]\nrequests_per_minute = 2\nburst = 10\n"
+
+
+@pytest.mark.parametrize(
+    ("table", "config", "served", "code", "ready"),
+    [
+        pytest.param("", LOCAL_LIMITS + NO_BUDGET, 5, "rate_limited", 200, id="local limits"),
+        pytest.param(
+            'limits_when_away = "closed"', NO_BUDGET, 0, "store_unavailable", 503, id="closed"
+        ),
+        pytest.param(
+            'budget_when_away = "local"', "[budget]\ntotal_per_day = 0.8\n",
+            4, "budget_exceeded", 200, id="local budgets",
+        ),
+    ],
+)  # fmt: skip
+def test_without_redis_a_replica_has_its_share_or_nothing(
+    serve: Serve, start_redis: StartRedis, upstream: Upstream,
+    table: str, config: str, served: int, code: str, ready: int,
+) -> None:  # fmt: skip
+    own = start_redis()
+    config = sharing_config(upstream, f"replicas = 2\n{table}", config)
+    server = serve(config, environ={"REDIS_URL": own.url})
+    assert server.post("/api/local", even(), headers=as_client("b")).status_code == 200
+    own.kill()
+    wait_for(lambda: server.get("/ready").json()["redis"] is False)
+    assert server.get("/ready").status_code == ready
+    upstream.clear()
+    upstream.play(spend())
+    replies = [server.post("/api/local", even(), headers=as_client("a")) for _ in range(served + 2)]
+    assert [r.status_code for r in replies[:served]] == [200] * served
+    assert {r.json()["code"] for r in replies[served:]} == {code}
+    assert len(upstream.requests) == served
+
+
+@pytest.mark.parametrize("restarted", [False, True], ids=["", "and the proxy is restarted"])
+def test_a_stream_ends_well_while_redis_is_away_and_is_told_of_later(
+    start_redis: StartRedis, upstream: Upstream, tmp_path: Path, restarted: bool
+) -> None:
+    own = start_redis("--appendonly", "yes", "--appendfsync", "always")
+    config, environ = sharing_config(upstream, 'lease = "1s"'), {"REDIS_URL": own.url}
+    server, gate = start_server(tmp_path, upstream, config, environ), threading.Event()
+    try:
+        head, *rest = spend()
+        upstream.play([head, until(gate), *rest])
+        with ThreadPoolExecutor(1) as pool:
+            body, number = even(stream=True), {"x-request-id": "r1"}
+            post = pool.submit(server.post, "/api/local", body, headers=as_client("a", **number))
+            wait_for(lambda: upstream.requests)
+            own.kill()
+            gate.set()
+            check_frames(post.result().text)
+        assert [Decimal(row["cost"]) for row in ledger(server)] == [Decimal("0.1")]
+        if restarted:
+            server.stop()
+            server = start_server(tmp_path, upstream, config, environ)
+        own.start()
+        money = wait_for(lambda: next(own.client.scan_iter("*money:*"), None))
+        wait_for(lambda: own.client.hget(money, "settled") == b"100000000", 10)
+        wait_for(lambda: put_off(server) == 0)
+        assert own.client.hget(money, "held") == b"0"
+        [row] = json.loads(usage_report(server, "--by", "client", "--json", environ=environ))
+        assert (row["group"], row["requests"], Decimal(row["cost"])) == ("key:a", 1, Decimal("0.1"))
+        ends = [json.loads(f[b"row"]) for _, f in own.client.xrange(money_rows(own))]
+        assert [end["request_id"] for end in ends if end.get("code") != "proxy_died"] == ["r1"]
+    finally:
+        gate.set()
+        server.stop()
+
+
+def money_rows(own: Redis) -> bytes:
+    return next(key for key in own.client.scan_iter("*:rows"))
+
+
+def put_off(server: Server) -> int:
+    """How many settlements Redis has not heard of."""
+    with contextlib.closing(sqlite3.connect(server.directory / "proxy.sqlite3")) as database:
+        return int(database.execute("SELECT count(*) FROM put_off").fetchone()[0])
+
+
+def test_usage_is_that_of_all_replicas(
+    serve: Serve, redis_server: Redis, upstream: Upstream
+) -> None:
+    config, environ = sharing_config(upstream), {"REDIS_URL": redis_server.url}
+    first, second = (serve(config, environ=environ) for _ in range(2))
+    upstream.play(spend())
+    for server, client in ((first, "a"), (second, "a"), (second, "b")):
+        assert server.post("/api/local", even(), headers=as_client(client)).status_code == 200
+    report = functools.partial(usage_report, first, environ=environ)
+    by_client = {row["group"]: row for row in json.loads(report("--json", "--by", "client"))}
+    counts = {name: row["requests"] for name, row in by_client.items()}
+    assert counts == {"key:a": 2, "key:b": 1}
+    assert Decimal(by_client["key:a"]["cost"]) == Decimal("0.2")
+    [model] = json.loads(report("--json", "--by", "model"))
+    assert (model["group"], model["requests"]) == ("local/m-even", 3)
+    assert report().splitlines()[1].split()[:2] == [time.strftime(DAY, time.gmtime()), "3"]
+    for server in (first, second):
+        mine = server.get("/usage", headers=as_client("a")).json()["today"]
+        assert (mine["requests"], mine["costUsd"]) == (2, pytest.approx(0.2))
+
+
+def test_a_replica_whose_clock_is_wrong_goes_by_that_of_redis(
+    redis_server: Redis, upstream: Upstream, tmp_path: Path
+) -> None:
+    seconds = float(redis_server.client.time()[0])
+    config = sharing_config(
+        upstream, f'url = "{redis_server.url}"', "[budget]\nclient_per_day = 1\n"
+    )
+    server = Clocked(tmp_path, config, seconds + 40 * 86400)
+    try:
+        upstream.play(spend())
+        assert server.post("/api/local", even(), headers=as_client("a")).status_code == 200
+        told = server.get("/usage", headers=as_client("a")).json()
+        windows = [time.strftime(DAY, time.gmtime(seconds + late)) for late in (0, 60)]
+        assert told["budget"][0]["window"] in windows
+        assert told["budget"][0]["leftUsd"] == pytest.approx(0.9)
+        assert told["today"]["requests"] == 1
+        assert abs(ledger(server)[0]["time"] - seconds) < 60
+        assert float(server.get("/usage", headers=as_client("a")).json()["left"]["requests"]) > 0
+    finally:
+        server.stop()
+
+
+def test_a_redis_that_may_evict_money_is_refused_at_the_start(start_redis: StartRedis) -> None:
+    own = start_redis("--maxmemory-policy", "allkeys-lru")
+    done = run_proxy(environ={"REDIS_URL": own.url})
+    assert done.returncode == 2
+    assert "noeviction" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_budgets_close_while_redis_may_evict_money(
+    serve: Serve, start_redis: StartRedis, upstream: Upstream
+) -> None:
+    own = start_redis()
+    server = serve(sharing_config(upstream), environ={"REDIS_URL": own.url})
+    a = as_client("a")
+    own.client.config_set("maxmemory-policy", "allkeys-lru")
+    wait_for(lambda: server.get("/ready").status_code == 503)
+    check_error(server.post("/api/local", even(), headers=a), 503, "store_unavailable")
+    assert upstream.requests == []
+    assert "noeviction" in str(server.lines)
+    own.client.config_set("maxmemory-policy", "noeviction")
+    wait_for(lambda: server.get("/ready").status_code == 200)
+    assert server.post("/api/local", even(), headers=a).status_code == 200
 
 
 # ---- SSE ---------------------------------------------------------------------------------------
@@ -9402,8 +10336,9 @@ def used(serve_module: Serve, upstream_module: Upstream) -> Server:
     return server
 
 
-def usage_report(server: Server, *arguments: str) -> str:
-    done = run_proxy("--config", str(server.directory / "config.toml"), "usage", *arguments)
+def usage_report(server: Server, *arguments: str, environ: Mapping[str, str | None] = {}) -> str:
+    config = str(server.directory / "config.toml")
+    done = run_proxy("--config", config, "usage", *arguments, environ=environ)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
@@ -13444,29 +14379,11 @@ def compose(service: str) -> dict[str, Any]:
     return dict(yaml.safe_load(text)["services"][service])
 
 
-class RedisServer:
-    """A Redis of the test's own, with the command line of the compose file."""
+class FleetRedis(Redis):
+    """With the command line of the compose file."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory, self.port = directory, free_port()
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self.client = redis.Redis(port=self.port)
-        self.start()
-
-    def start(self) -> None:
-        own = ["--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(self.directory)]
-        command = [*compose("redis")["command"], *own]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        wait_for(self.answers, 15)
-
-    def answers(self) -> bool:
-        with contextlib.suppress(redis.RedisError):
-            return bool(self.client.ping())
-        return False
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait(10)
+        super().__init__(directory, *compose("redis")["command"][1:])
 
     def sum(self, pattern: str, field: bytes = b"", namespace: str = "proxy") -> int:
         """What all hashes whose keys match add up to, or one field of theirs."""
@@ -13482,7 +14399,7 @@ class RedisServer:
 class Fleet:
     """nginx and its replicas, which share one ledger file as they share a volume."""
 
-    def __init__(self, directory: Path, upstream: Upstream, redis: RedisServer) -> None:
+    def __init__(self, directory: Path, upstream: Upstream, redis: FleetRedis) -> None:
         self.directory, self.upstream, self.redis = directory, upstream, redis
         blocks = (
             f"[clients.{n}]\nkey_sha256 = '{digest(n)}'\n{own}" for n, own in OF_ITS_OWN.items()
@@ -13574,15 +14491,15 @@ class Fleet:
 
 
 @pytest.fixture(scope="module")
-def fleet_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
+def fleet_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FleetRedis]:
+    server = FleetRedis(tmp_path_factory.mktemp("redis"))
     yield server
-    server.kill()
+    server.stop()
 
 
 @pytest.fixture(scope="module")
 def fleet_module(
-    upstream_module: Upstream, fleet_redis: RedisServer, tmp_path_factory: pytest.TempPathFactory
+    upstream_module: Upstream, fleet_redis: FleetRedis, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Fleet]:
     fleet = Fleet(tmp_path_factory.mktemp("fleet"), upstream_module, fleet_redis)
     yield fleet
@@ -13592,7 +14509,7 @@ def fleet_module(
 @pytest.fixture
 def fleet(fleet_module: Fleet, upstream: Upstream) -> Fleet:
     """The module's, with all that a test before may have killed."""
-    if not fleet_module.redis.answers():
+    if fleet_module.redis.process.poll() is not None:
         fleet_module.redis.start()
     for number, server in enumerate(fleet_module.replicas):
         if server.process.poll() is not None:
@@ -13802,7 +14719,7 @@ def test_of_10_000_requests_every_one_is_in_the_ledger_exactly_once(fleet: Fleet
 
 
 @pytest.fixture
-def two_workers(fleet_redis: RedisServer, serve: Serve, tmp_path: Path) -> Server:
+def two_workers(fleet_redis: FleetRedis, serve: Serve, tmp_path: Path) -> Server:
     config = f"[redis]\nnamespace = 'workers-{time.monotonic_ns()}'\nlease = '2s'"
     environ = {"REDIS_URL": fleet_redis.url, "TMPDIR": str(tmp_path)}
     server = serve(config, environ=environ, arguments=("--workers", "2"))
@@ -13841,7 +14758,7 @@ NO_PROC = pytest.mark.skipif(
     ],
 )
 def test_with_redis_as_many_workers_serve_as_were_asked_for(
-    fleet_redis: RedisServer, serve: Serve, arguments: tuple[str, ...], environ: dict[str, str]
+    fleet_redis: FleetRedis, serve: Serve, arguments: tuple[str, ...], environ: dict[str, str]
 ) -> None:
     server = serve(environ={"REDIS_URL": fleet_redis.url, **environ}, arguments=arguments)
     wait_for(lambda: len(workers(server)) == 2, 15)
@@ -13890,7 +14807,7 @@ def has_line(server: Server, line: str) -> str:
 
 @NO_PROC
 def test_a_killed_worker_is_replaced_and_what_it_held_is_counted(
-    two_workers: Server, upstream: Upstream, fleet_redis: RedisServer
+    two_workers: Server, upstream: Upstream, fleet_redis: FleetRedis
 ) -> None:
     upstream.play([*stream(*HALF, end=False), HANG])
     held = [two_workers.connect() for _ in range(8)]
