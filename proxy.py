@@ -2140,7 +2140,8 @@ local requests = math.min(ask.burst, (tonumber(level[1]) or ask.burst) + minutes
 local tokens = math.min(ask.tpm, (tonumber(level[2]) or ask.tpm) + minutes * ask.tpm)
 given.requests, given.tokens = requests, tokens
 if not ask.again then
-  if count(p .. 'live') >= ask.total then given.refused = 'busy'
+  local ended = ask.id ~= '' and redis.call('HGET', p .. 'open:' .. ask.id, 'state') == 'settled'
+  if ended or count(p .. 'live') >= ask.total then given.refused = 'busy'
   elseif count(live) >= ask.concurrent then given.refused = 'concurrent'
   elseif requests < ask.requests then
     given.refused, given.wait = 'requests', (ask.requests - requests) * 60 / ask.rate
