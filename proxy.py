@@ -1737,6 +1737,204 @@ def read_claim(claims: dict[str, Any], name: str) -> str | None:
     return text if usable else None
 
 
+# ---- Ledger ------------------------------------------------------------------------------------
+# One row per request: what it cost and how it ended. A thread of its own, which no slow DNS lookup
+# shares, writes to SQLite in group commits; a request's last byte is sent after its row is on disk.
+
+OUTCOMES = {"stop": "ok", "tool_calls": "ok", "length": "truncated", "content_filter": "refused"}
+
+
+class Entry(Struct, omit_defaults=True):
+    """One row. `time` is in seconds since 1970, the other times are in seconds, and `cost` is in
+    USD, as text so that it stays exact. `outcome` is ok, truncated, refused, error, cancelled or
+    rejected; while it is open, `cost` is what is held. `estimated` means the vendor never said its
+    figures."""
+
+    time: float
+    id: str
+    request_id: str = ""
+    client: str = ""
+    group: str = ""
+    session: str = ""
+    provider: str = ""
+    model: str = ""
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_read_tokens: int = 0
+    cache_write_tokens: int = 0
+    cache_write_1h_tokens: int = 0
+    reasoning_tokens: int = 0
+    web_searches: int = 0
+    estimated: bool = False
+    cost: str | None = None
+    outcome: str = "error"
+    status: int = 0
+    code: str = ""
+    attempts: int = 0
+    ttfb: float | None = None
+    duration: float = 0.0
+    cache: str = "bypass"
+
+
+COLUMNS = Entry.__struct_fields__
+INSERT = f"INSERT OR REPLACE INTO entries VALUES ({', '.join('?' * len(COLUMNS))})"
+SCHEMA = f"""
+PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;
+CREATE TABLE IF NOT EXISTS entries ("{'", "'.join(COLUMNS)}", PRIMARY KEY (id)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS entries_time ON entries (time);
+CREATE INDEX IF NOT EXISTS entries_client ON entries (client, time);
+CREATE TABLE IF NOT EXISTS put_off (id, message, row, PRIMARY KEY (id)) WITHOUT ROWID;
+"""
+GROUPS = {
+    "client": "client",
+    "model": "iif(model = '', '-', provider || '/' || model)",
+    "day": "strftime('%Y-%m-%d', time, 'unixepoch')",
+}
+
+
+class Totals(Struct):
+    """What a group of rows adds up to; `unpriced` counts answers whose price was not known."""
+
+    group: str = ""
+    requests: int = 0
+    errors: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost: Decimal = Decimal(0)
+    unpriced: int = 0
+
+
+def read_totals(
+    database: sqlite3.Connection, since: float, by: str, client: str = ""
+) -> list[Totals]:
+    query = f"""
+        SELECT {GROUPS[by]} AS name, count(*), sum(outcome IN ('error', 'rejected')),
+               sum(input_tokens), sum(output_tokens), coalesce(group_concat(cost, ' '), ''),
+               sum(cost IS NULL AND attempts > 0)
+        FROM entries WHERE time >= ? AND ? IN ('', client) GROUP BY name ORDER BY name
+    """
+    rows = database.execute(query, (since, client)).fetchall()
+    # money is added up here, because SQLite would do it in floats
+    sums = (sum(map(Decimal, row[5].split()), Decimal(0)) for row in rows)
+    return [Totals(*row[:5], usd, row[6]) for row, usd in zip(rows, sums, strict=True)]  # type: ignore[call-arg]
+
+
+def read_ledger(path: Path, since: float, by: str, client: str = "") -> list[Totals]:
+    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
+        return read_totals(database, since, by, client)
+
+
+def read_spending(database: sqlite3.Connection, now: float) -> dict[tuple[str, str], Decimal]:
+    """USD by scope and window, today's and this month's. What is still open was cut off with the
+    process, and may have cost all that was held for it."""
+    today = time.strftime("%Y-%m-%d", time.gmtime(now))
+    query = """
+        SELECT strftime('%Y-%m-%d', time, 'unixepoch') AS day, client, "group", session,
+               sum(CAST(round(cost * 1e9) AS INTEGER))
+        FROM entries WHERE time >= unixepoch(?) GROUP BY day, client, "group", session
+    """
+    with database:
+        end = "outcome = 'error', code = 'proxy_died', estimated = 1"
+        database.execute(f"UPDATE entries SET {end} WHERE outcome = 'open'")
+        rows = database.execute(query, (f"{today[:7]}-01",)).fetchall()
+    spending: dict[tuple[str, str], Decimal] = defaultdict(Decimal)
+    for day, client, group, session, billionths in rows:
+        scopes = ("all", f"client {client}", f"group {group}", f"session {session}")
+        for window in (day, day[:7]) if day == today else (day[:7],):
+            for scope in scopes:
+                spending[scope, window] += Decimal(billionths or 0).scaleb(-9)
+    return {key: usd for key, usd in spending.items() if usd}
+
+
+def lock_ledger(path: Path) -> Any:
+    """What is spent is counted in one process's memory: two on one file would spend it twice. The
+    lock is held until what is returned is closed, or the process ends."""
+    if fcntl is None:
+        return io.BytesIO()
+    try:
+        file = open(f"{path}.lock", "w")  # noqa: SIM115 - for as long as the process lives
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        fix = "stop that one, or give this one another file"
+        wrong = f"another process has {path}" if isinstance(error, BlockingIOError) else str(error)
+        raise ConfigError(f"ledger.path: {wrong}; {fix}") from None
+    return file
+
+
+def open_ledger(path: Path | None) -> sqlite3.Connection:
+    try:
+        database = sqlite3.connect(path or ":memory:", check_same_thread=False)
+        database.executescript(SCHEMA)
+    except sqlite3.Error as error:
+        raise ConfigError(f"ledger.path: {path} cannot be written ({error})") from None
+    return database
+
+
+class Ledger:
+    """`path` None keeps the rows only as long as the process lives. Where Redis counts what is
+    spent, several processes may write to one file, and it holds what Redis has not heard of yet."""
+
+    def __init__(
+        self, path: Path | None, keep: float, clock: Callable[[], float], shared: bool = False
+    ) -> None:
+        self.path, self.keep, self.clock = path, keep, clock
+        self.healthy = True
+        self.rows: list[tuple[Any, ...]] = []
+        self.thread, self.turn = ThreadPoolExecutor(1), asyncio.Lock()
+        self.lock = lock_ledger(path) if path and not shared else io.BytesIO()
+        self.database = open_ledger(path)
+
+    def record(self, entry: Entry) -> Awaitable[None]:
+        """Done when the row is on disk. Never raises: a full disk must not end an answer."""
+        if not self.rows:
+            self.group = asyncio.create_task(self.write())
+        self.rows.append(astuple(entry))
+        return asyncio.shield(self.group)
+
+    async def write(self) -> None:
+        await asyncio.sleep(0.002)  # so that rows that end together are one commit
+        async with self.turn:
+            rows, self.rows = self.rows, []
+            old = self.clock() - self.keep
+            await self.run((INSERT, rows), ("DELETE FROM entries WHERE time < ?", [(old,)]))
+
+    async def put_off(self, id: str, message: bytes, row: bytes) -> None:
+        """Keep what Redis is to be told later."""
+        insert = "INSERT OR REPLACE INTO put_off VALUES (?, ?, ?)"
+        await self.run((insert, [(id, message, row)]))
+
+    async def due(self) -> list[tuple[str, bytes, bytes]]:
+        """Some of what was put off."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            self.thread, lambda: self.database.execute("SELECT * FROM put_off LIMIT 200").fetchall()
+        )
+
+    async def delivered(self, ids: Iterable[str]) -> None:
+        await self.run(("DELETE FROM put_off WHERE id = ?", [(id,) for id in ids]))
+
+    async def run(self, *statements: tuple[str, list[tuple[Any, ...]]]) -> None:
+        with contextlib.suppress(RuntimeError):  # after close(), which writes what is left
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self.thread, self.commit, *statements)
+
+    def commit(self, *statements: tuple[str, list[tuple[Any, ...]]]) -> None:
+        try:
+            with self.database:  # commits, or rolls back when it fails
+                for statement, rows in statements:
+                    self.database.executemany(statement, rows)
+            self.healthy = True
+        except sqlite3.Error as error:
+            self.healthy = False
+            LOG.error("the ledger cannot be written: %s", error)
+
+    def close(self) -> None:
+        self.thread.shutdown()
+        self.commit((INSERT, self.rows))
+        self.database.close()
+        self.lock.close()
+
+
 # ---- Stores ------------------------------------------------------------------------------------
 # What all workers and replicas must agree on: rates, places, money, answers. One Store has all of
 # it, so that a request asks once before it may cost something and tells once what it came to.
@@ -3769,226 +3967,6 @@ def output_bound(tokens: int, n: int) -> int:
     return max(LEAST_OUTPUT, tokens) * n if tokens else 0
 
 
-# ---- Ledger ------------------------------------------------------------------------------------
-# One row per request: what it cost and how it ended. A thread of its own, which no slow DNS lookup
-# shares, writes to SQLite in group commits; a request's last byte is sent after its row is on disk.
-
-OUTCOMES = {"stop": "ok", "tool_calls": "ok", "length": "truncated", "content_filter": "refused"}
-
-
-class Entry(Struct, omit_defaults=True):
-    """One row. `time` is in seconds since 1970, the other times are in seconds, and `cost` is in
-    USD, as text so that it stays exact. `outcome` is ok, truncated, refused, error, cancelled or
-    rejected; while it is open, `cost` is what is held. `estimated` means the vendor never said its
-    figures."""
-
-    time: float
-    id: str
-    request_id: str = ""
-    client: str = ""
-    group: str = ""
-    session: str = ""
-    provider: str = ""
-    model: str = ""
-    input_tokens: int = 0
-    output_tokens: int = 0
-    cache_read_tokens: int = 0
-    cache_write_tokens: int = 0
-    cache_write_1h_tokens: int = 0
-    reasoning_tokens: int = 0
-    web_searches: int = 0
-    estimated: bool = False
-    cost: str | None = None
-    outcome: str = "error"
-    status: int = 0
-    code: str = ""
-    attempts: int = 0
-    ttfb: float | None = None
-    duration: float = 0.0
-    cache: str = "bypass"
-
-
-COLUMNS = Entry.__struct_fields__
-INSERT = f"INSERT OR REPLACE INTO entries VALUES ({', '.join('?' * len(COLUMNS))})"
-SCHEMA = f"""
-PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;
-CREATE TABLE IF NOT EXISTS entries ("{'", "'.join(COLUMNS)}", PRIMARY KEY (id)) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS entries_time ON entries (time);
-CREATE INDEX IF NOT EXISTS entries_client ON entries (client, time);
-CREATE TABLE IF NOT EXISTS put_off (id, message, row, PRIMARY KEY (id)) WITHOUT ROWID;
-"""
-GROUPS = {
-    "client": "client",
-    "model": "iif(model = '', '-', provider || '/' || model)",
-    "day": "strftime('%Y-%m-%d', time, 'unixepoch')",
-}
-
-
-class Totals(Struct):
-    """What a group of rows adds up to; `unpriced` counts answers whose price was not known."""
-
-    group: str = ""
-    requests: int = 0
-    errors: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-    cost: Decimal = Decimal(0)
-    unpriced: int = 0
-
-
-def read_totals(
-    database: sqlite3.Connection, since: float, by: str, client: str = ""
-) -> list[Totals]:
-    query = f"""
-        SELECT {GROUPS[by]} AS name, count(*), sum(outcome IN ('error', 'rejected')),
-               sum(input_tokens), sum(output_tokens), coalesce(group_concat(cost, ' '), ''),
-               sum(cost IS NULL AND attempts > 0)
-        FROM entries WHERE time >= ? AND ? IN ('', client) GROUP BY name ORDER BY name
-    """
-    rows = database.execute(query, (since, client)).fetchall()
-    # money is added up here, because SQLite would do it in floats
-    sums = (sum(map(Decimal, row[5].split()), Decimal(0)) for row in rows)
-    return [Totals(*row[:5], usd, row[6]) for row, usd in zip(rows, sums, strict=True)]  # type: ignore[call-arg]
-
-
-def read_ledger(path: Path, since: float, by: str, client: str = "") -> list[Totals]:
-    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
-        return read_totals(database, since, by, client)
-
-
-def read_replicas(table: RedisTable, since: float, by: str) -> list[Totals]:
-    """The same from Redis, where the rows of all replicas are."""
-    with contextlib.closing(sqlite3.connect(":memory:")) as database:
-        database.executescript(SCHEMA)
-        for row in asyncio.run(fetch_rows(table, since)):
-            database.execute(INSERT, astuple(row))  # of two with one id the later one counts
-        return read_totals(database, since, by)
-
-
-async def fetch_rows(table: RedisTable, since: float) -> list[Entry]:
-    redis, rows, start = connect_redis(table.url), list[Entry](), str(int(since * 1000))
-    try:
-        while page := await redis.xrange(f"{{{table.namespace}}}:rows", start, count=1000):
-            rows += [msgspec.json.decode(fields[b"row"], type=Entry) for _, fields in page]
-            start = f"({page[-1][0].decode()}"
-    except Exception as error:
-        raise ConfigError(f"redis.url: cannot be read ({redact(repr(error))})") from None
-    finally:
-        await redis.aclose()
-    return rows
-
-
-def read_spending(database: sqlite3.Connection, now: float) -> dict[tuple[str, str], Decimal]:
-    """USD by scope and window, today's and this month's. What is still open was cut off with the
-    process, and may have cost all that was held for it."""
-    today = time.strftime("%Y-%m-%d", time.gmtime(now))
-    query = """
-        SELECT strftime('%Y-%m-%d', time, 'unixepoch') AS day, client, "group", session,
-               sum(CAST(round(cost * 1e9) AS INTEGER))
-        FROM entries WHERE time >= unixepoch(?) GROUP BY day, client, "group", session
-    """
-    with database:
-        end = "outcome = 'error', code = 'proxy_died', estimated = 1"
-        database.execute(f"UPDATE entries SET {end} WHERE outcome = 'open'")
-        rows = database.execute(query, (f"{today[:7]}-01",)).fetchall()
-    spending: dict[tuple[str, str], Decimal] = defaultdict(Decimal)
-    for day, client, group, session, billionths in rows:
-        scopes = ("all", f"client {client}", f"group {group}", f"session {session}")
-        for window in (day, day[:7]) if day == today else (day[:7],):
-            for scope in scopes:
-                spending[scope, window] += Decimal(billionths or 0).scaleb(-9)
-    return {key: usd for key, usd in spending.items() if usd}
-
-
-def lock_ledger(path: Path) -> Any:
-    """What is spent is counted in one process's memory: two on one file would spend it twice. The
-    lock is held until what is returned is closed, or the process ends."""
-    if fcntl is None:
-        return io.BytesIO()
-    try:
-        file = open(f"{path}.lock", "w")  # noqa: SIM115 - for as long as the process lives
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        fix = "stop that one, or give this one another file"
-        wrong = f"another process has {path}" if isinstance(error, BlockingIOError) else str(error)
-        raise ConfigError(f"ledger.path: {wrong}; {fix}") from None
-    return file
-
-
-def open_ledger(path: Path | None) -> sqlite3.Connection:
-    try:
-        database = sqlite3.connect(path or ":memory:", check_same_thread=False)
-        database.executescript(SCHEMA)
-    except sqlite3.Error as error:
-        raise ConfigError(f"ledger.path: {path} cannot be written ({error})") from None
-    return database
-
-
-class Ledger:
-    """`path` None keeps the rows only as long as the process lives. Where Redis counts what is
-    spent, several processes may write to one file, and it holds what Redis has not heard of yet."""
-
-    def __init__(
-        self, path: Path | None, keep: float, clock: Callable[[], float], shared: bool = False
-    ) -> None:
-        self.path, self.keep, self.clock = path, keep, clock
-        self.healthy = True
-        self.rows: list[tuple[Any, ...]] = []
-        self.thread, self.turn = ThreadPoolExecutor(1), asyncio.Lock()
-        self.lock = lock_ledger(path) if path and not shared else io.BytesIO()
-        self.database = open_ledger(path)
-
-    def record(self, entry: Entry) -> Awaitable[None]:
-        """Done when the row is on disk. Never raises: a full disk must not end an answer."""
-        if not self.rows:
-            self.group = asyncio.create_task(self.write())
-        self.rows.append(astuple(entry))
-        return asyncio.shield(self.group)
-
-    async def write(self) -> None:
-        await asyncio.sleep(0.002)  # so that rows that end together are one commit
-        async with self.turn:
-            rows, self.rows = self.rows, []
-            old = self.clock() - self.keep
-            await self.run((INSERT, rows), ("DELETE FROM entries WHERE time < ?", [(old,)]))
-
-    async def put_off(self, id: str, message: bytes, row: bytes) -> None:
-        """Keep what Redis is to be told later."""
-        insert = "INSERT OR REPLACE INTO put_off VALUES (?, ?, ?)"
-        await self.run((insert, [(id, message, row)]))
-
-    async def due(self) -> list[tuple[str, bytes, bytes]]:
-        """Some of what was put off."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self.thread, lambda: self.database.execute("SELECT * FROM put_off LIMIT 200").fetchall()
-        )
-
-    async def delivered(self, ids: Iterable[str]) -> None:
-        await self.run(("DELETE FROM put_off WHERE id = ?", [(id,) for id in ids]))
-
-    async def run(self, *statements: tuple[str, list[tuple[Any, ...]]]) -> None:
-        with contextlib.suppress(RuntimeError):  # after close(), which writes what is left
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self.thread, self.commit, *statements)
-
-    def commit(self, *statements: tuple[str, list[tuple[Any, ...]]]) -> None:
-        try:
-            with self.database:  # commits, or rolls back when it fails
-                for statement, rows in statements:
-                    self.database.executemany(statement, rows)
-            self.healthy = True
-        except sqlite3.Error as error:
-            self.healthy = False
-            LOG.error("the ledger cannot be written: %s", error)
-
-    def close(self) -> None:
-        self.thread.shutdown()
-        self.commit((INSERT, self.rows))
-        self.database.close()
-        self.lock.close()
-
-
 # ---- Metrics and logs --------------------------------------------------------------------------
 # Prometheus metrics in a registry of the app's own, and one log line per request and per retry.
 # Neither ever holds a prompt, an answer or a secret.
@@ -5855,6 +5833,28 @@ def print_check(config: Config, environ: Map[str, str], public: bool) -> int:
         lines.append(("missing", str(error)))
     print("\n".join(f"{name:9} {text}" for name, text in lines))
     return 2 if lines[-1][0] == "missing" else 0
+
+
+def read_replicas(table: RedisTable, since: float, by: str) -> list[Totals]:
+    """The same from Redis, where the rows of all replicas are."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as database:
+        database.executescript(SCHEMA)
+        for row in asyncio.run(fetch_rows(table, since)):
+            database.execute(INSERT, astuple(row))  # of two with one id the later one counts
+        return read_totals(database, since, by)
+
+
+async def fetch_rows(table: RedisTable, since: float) -> list[Entry]:
+    redis, rows, start = connect_redis(table.url), list[Entry](), str(int(since * 1000))
+    try:
+        while page := await redis.xrange(f"{{{table.namespace}}}:rows", start, count=1000):
+            rows += [msgspec.json.decode(fields[b"row"], type=Entry) for _, fields in page]
+            start = f"({page[-1][0].decode()}"
+    except Exception as error:
+        raise ConfigError(f"redis.url: cannot be read ({redact(repr(error))})") from None
+    finally:
+        await redis.aclose()
+    return rows
 
 
 def show_usage(config: Config, options: argparse.Namespace) -> str:
