@@ -5218,7 +5218,8 @@ DEMO_THOUGHT = "The person wants to see thinking. I think a little, then I answe
 # What a vendor sends, by dialect and by the kind of thing said: one event a line.
 DEMO_EVENTS = {
     "messages": """
-start {"type":"message_start","message":{"role":"assistant","usage":{"input_tokens":25}}}
+start {"type":"message_start","message":{"id":"msg_demo","type":"message","role":"assistant",\
+"content":[],"model":"demo","usage":{"input_tokens":25,"output_tokens":0}}}
 start {"type":"content_block_start","index":0,"content_block":{"type":"text","text":""}}
 start {"type":"ping"}
 text {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":%s}}
@@ -5247,6 +5248,21 @@ end [DONE]""",
 }
 
 
+# The same in one piece, which only official SDKs ask for.
+DEMO_REPLIES = {
+    "messages": """{"id":"msg_demo","type":"message","role":"assistant","model":"demo",\
+"content":[{"type":"text","text":%s}],"stop_reason":"end_turn",\
+"usage":{"input_tokens":25,"output_tokens":32}}""",
+    "responses": """{"id":"resp_demo","object":"response","status":"completed","model":"demo",\
+"output":[{"type":"message","id":"msg_demo","role":"assistant","status":"completed",\
+"content":[{"type":"output_text","text":%s,"annotations":[]}]}],\
+"usage":{"input_tokens":25,"output_tokens":32,"total_tokens":57}}""",
+    "chat": """{"id":"chat_demo","object":"chat.completion","model":"demo",\
+"choices":[{"index":0,"message":{"role":"assistant","content":%s},"finish_reason":"stop"}],\
+"usage":{"prompt_tokens":25,"completion_tokens":32,"total_tokens":57}}""",
+}
+
+
 class DemoTransport(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         body = msgspec.json.decode(request.content)
@@ -5254,7 +5270,14 @@ class DemoTransport(httpx.AsyncBaseTransport):
         if prompt.startswith("/error"):
             error = {"type": "overloaded_error", "message": "The demo model is overloaded"}
             return httpx.Response(529, json={"type": "error", "error": error})
-        dialect = next(name for name, a in ADAPTERS.items() if request.url.path.endswith(a.path))
+        path = request.url.path
+        dialect = next((name for name, a in ADAPTERS.items() if path.endswith(a.path)), "")
+        if not dialect:
+            error = {"type": "not_found_error", "message": "The demo only answers prompts"}
+            return httpx.Response(404, json={"type": "error", "error": error})
+        if not body.get("stream"):
+            text = msgspec.json.encode(DEMO_TEXT).decode()
+            return httpx.Response(200, content=DEMO_REPLIES[dialect].replace("%s", text).encode())
         tool = (body.get("tools") or [{"name": "get_weather"}])[0]
         name = tool.get("name") or tool["function"]["name"]
         return httpx.Response(200, content=demo_answer(dialect, prompt, name))

@@ -13372,6 +13372,23 @@ def test_demo_answers(played: Played, provider: str) -> None:
     assert check_whole(played[provider, "plain", False])["content"] == text_of(streamed.text)
 
 
+def test_demo_answers_official_sdks(demo: Server) -> None:
+    anthropics, openais = claude(demo.url), gpt(demo.url)
+    fields: Any = {"model": "claude-haiku-4-5", "max_tokens": 50, "messages": HI}
+    with anthropics.messages.stream(**fields) as streamed:
+        final = streamed.get_final_message()
+    said: list[Any] = [
+        message.content[0] for message in (final, anthropics.messages.create(**fields))
+    ]
+    texts = {block.text.strip() for block in said}
+    texts.add(openais.responses.create(model="gpt-5.4", input="Hi").output_text.strip())
+    chat = openais.chat.completions.create(model="gpt-4o", messages=HI)
+    texts.add(str(chat.choices[0].message.content).strip())
+    assert {" ".join(text.split()) for text in texts} == {" ".join(proxy.DEMO_TEXT.split())}
+    with pytest.raises(openai.NotFoundError):
+        openais.embeddings.create(model="text-embedding-3-small", input="Hi")
+
+
 def test_demo_asks_nobody(demo: Server, upstream: Upstream) -> None:
     check_frames(demo.post(json=ask("/tool")).text)
     assert not upstream.requests
