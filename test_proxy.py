@@ -14349,7 +14349,6 @@ STREAM_FILES = TESTING / "streams"
 REPLIES = json.loads((STREAM_FILES / "replies.json").read_text())
 TABLE = PROXY.with_name("docs") / "compatibility.md"
 SDK_KEY = "sdk-key-0123456789abcdef"
-ONE_PROCESS = pytest.mark.xdist_group("sdk table")  # so that the table knows what was shown
 DIALECT_OF = {"messages": "messages", "responses": "responses", "chat/completions": "chat"}
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
 CALLS = [["call_01", "get_weather", {"city": "Paris"}], ["call_02", "get_time", {}]]
@@ -14808,7 +14807,6 @@ EXPECTED: dict[str, Result] = {
 }
 
 
-@ONE_PROCESS
 @cells(*EXPECTED)
 def test_sdk_gets_what_it_gets_from_the_vendor_directly(
     runtime: str, client: str, way: str, feature: str, ask_sdk: Ask, upstream: Upstream
@@ -14830,7 +14828,6 @@ def test_sdk_gets_what_it_gets_from_the_vendor_directly(
     SHOWN.add((runtime, client, way, feature))
 
 
-@ONE_PROCESS
 @cells("models")
 def test_sdk_lists_the_models(
     runtime: str, client: str, way: str, feature: str, ask_sdk: Ask
@@ -14872,7 +14869,6 @@ STREAM_FAILURES = {
 }
 
 
-@ONE_PROCESS
 @cells("errors")
 def test_sdk_raises_its_own_classes_of_errors(
     runtime: str, client: str, way: str, feature: str, ask_sdk: Ask, upstream: Upstream
@@ -14908,7 +14904,6 @@ def test_sdk_raises_its_own_classes_of_errors(
     SHOWN.add((runtime, client, way, feature))
 
 
-@ONE_PROCESS
 @cells("retries")
 def test_sdk_retries_what_may_pass(
     runtime: str, client: str, way: str, feature: str, ask_sdk: Ask, upstream: Upstream
@@ -14927,7 +14922,6 @@ def test_sdk_retries_what_may_pass(
     SHOWN.add((runtime, client, way, feature))
 
 
-@ONE_PROCESS
 @cells("abort")
 def test_sdk_that_aborts_closes_the_upstream(
     runtime: str, client: str, way: str, feature: str, ask_sdk: Ask, upstream: Upstream
@@ -15036,7 +15030,6 @@ def aimock_server(serve_module: Serve) -> Iterator[Server]:
             double.kill()
 
 
-@ONE_PROCESS
 @cells("aimock")
 def test_sdk_talks_to_a_double_that_somebody_else_wrote(
     runtime: str, client: str, way: str, feature: str, ask_sdk: Ask, aimock_server: Server
@@ -15082,16 +15075,16 @@ def compatibility_table() -> str:
     return (TESTING / "compatibility.md").read_text().replace("TABLE", rows)
 
 
-@ONE_PROCESS
 def test_sdk_table_says_what_was_shown() -> None:
-    """Written only when every cell was shown. The versions are those of the run that wrote it."""
+    """Written only when one process (-n 0) has shown every cell. The versions are those of the run
+    that wrote it."""
     expected, version = compatibility_table(), re.compile(r"\d+\.\d+\.\d+")
     if os.environ.get("UPDATE_DOCS") and set(CELLS) == SHOWN:
         TABLE.parent.mkdir(exist_ok=True)
         TABLE.write_text(expected)
 
     committed = TABLE.read_text() if TABLE.exists() else ""
-    again = "write it anew with: UPDATE_DOCS=1 uv run pytest -k sdk"
+    again = "write it anew with: UPDATE_DOCS=1 uv run pytest -n 0 -k sdk"
     assert version.sub("", committed) == version.sub("", expected), again
     if missing := set(CELLS) - SHOWN:
         pytest.skip(f"{len(missing)} of {len(CELLS)} cells were not tried in this run")
