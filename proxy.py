@@ -2675,6 +2675,7 @@ class RedisStore:
         self.share = config.redis.replicas * config.server.workers
         self.local = MemoryStore(time.monotonic, tell, config.cache)
         self.alone: set[str] = set()  # requests that were admitted without Redis
+        self.asked: set[str] = set()  # those that Redis may know of
         self.process, self.tasks = secrets.token_hex(8), set[asyncio.Task[Any]]()
         self.seen = False  # by Redis, under the name of `process`
         self.evicts, self.closed = False, config.redis.budget_when_away == "closed"
@@ -2774,6 +2775,7 @@ class RedisStore:
         try:
             if self.evicts and ask.caps:
                 raise StoreAway
+            self.asked |= {ask.id} if ask.id and self.link.up else set()
             said, *answer = await self.link.run("admit", msgspec.json.encode(wanted), ask.row)
         except StoreAway:
             if self.table.limits_when_away == "closed" or (ask.caps and self.closed):
@@ -2818,7 +2820,8 @@ class RedisStore:
         return Decimal(given["held"]).scaleb(-9)
 
     async def settle(self, end: Settlement) -> None:
-        alone = end.id in self.alone
+        alone, asked = end.id in self.alone, end.id in self.asked
+        self.asked.discard(end.id)
         if alone:
             self.alone.discard(end.id)
             await self.local.settle(end)
@@ -2833,7 +2836,9 @@ class RedisStore:
         try:
             told = await self.link.run("settle", message, end.row)
         except StoreAway:
-            return await self.ledger.put_off(end.id, message, end.row)
+            if asked or end.usd or end.row:  # a flood of what Redis never heard of fills no disk
+                await self.ledger.put_off(end.id, message, end.row)
+            return
         for position, percent in msgspec.json.decode(told):
             self.tell(end.caps[position - 1], percent)
 

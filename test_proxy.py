@@ -7235,6 +7235,27 @@ def test_scripts_that_redis_has_forgotten_are_sent_again(redis_url: str) -> None
     asyncio.run(play())
 
 
+def test_what_redis_never_heard_of_is_not_put_off(redis_url: str) -> None:
+    async def play() -> None:
+        async with redis_store(redis_url) as store:
+            known = wish("known", caps=[cap()], least=0.1, most=0.1)
+            await store.admit(known)
+            store.link.fall("for this test")
+            refused = wish("refused", caps=[cap()], least=0.1, most=0.1)
+            with pytest.raises(proxy.StoreAway):
+                await store.admit(refused)
+            await store.settle(end_of(refused))
+            assert await store.ledger.due() == []
+            await store.settle(end_of(known))
+            await eventually(lambda: told(store))
+            assert (await store.spent([cap()]), store.asked) == ([0], set())
+
+    async def told(store: Any) -> bool:
+        return bool(store.link.up and await store.ledger.due() == [])
+
+    asyncio.run(play())
+
+
 def test_who_leaves_while_redis_is_asked_leaves_nothing(redis_url: str) -> None:
     async def play() -> None:
         async with redis_store(redis_url) as store:
