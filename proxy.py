@@ -808,8 +808,8 @@ class Sampling(Struct):
 class Request(Sampling, kw_only=True, omit_defaults=True):
     """What is asked of a model, whoever serves it. `thinking` None leaves it to the model. A
     `native` body is sent as it is, in its `dialect`: `path` says where, if not where the dialect is
-    at home, and `limit` what it calls max_tokens. `documents` says that it holds some, and `hosted`
-    names a tool that runs at the vendor. `stream` is about the vendor's answer."""
+    at home. `documents` says that it holds some, and `hosted` names a tool that runs at the vendor.
+    `stream` is about the vendor's answer."""
 
     model: str
     max_tokens: int
@@ -817,7 +817,6 @@ class Request(Sampling, kw_only=True, omit_defaults=True):
     native: dict[str, Any] | None = None
     dialect: str = ""
     path: str = ""
-    limit: str = ""
     documents: bool = False
     hosted: str = ""
     stream: bool = True
@@ -832,24 +831,20 @@ class Request(Sampling, kw_only=True, omit_defaults=True):
     stop: list[str] = []
     thinking: bool | None = None
 
-    def texts(self) -> Iterator[str]:
-        """Every text of it, but not the tools' and not the data of images."""
-        yield self.system
-        yield from strings(self.native)
-        for part in itertools.chain.from_iterable(message.content for message in self.messages):
-            if isinstance(part, Image):
-                yield part.source.get("url", "")
-            yield from (value for value in astuple(part) if isinstance(value, str))
-
-    def images(self) -> list[str]:
-        """The data of each image, "" where the vendor fetches it."""
-        native = self.native or {"messages": msgspec.to_builtins(self.messages)}
-        found = map(image_data, blocks(native.get("messages") or native.get("input")))
-        return [data for data in found if data is not None]
+    def said(self) -> Any:
+        """All of it as JSON, the tools as one text: the names in them are read, too."""
+        tools = {"tools": msgspec.json.encode(self.tools).decode()}
+        return self.native or msgspec.to_builtins(self) | tools
 
     def characters(self) -> int:
         """Of text and tools, not of images."""
-        return sum(map(len, self.texts())) + len(msgspec.json.encode(self.tools))
+        return sum(map(len, strings(self.said())))
+
+    def images(self) -> list[str]:
+        """The data of each image, "" where the vendor fetches it."""
+        said = self.said()
+        found = map(image_data, blocks(said.get("messages") or said.get("input")))
+        return [data for data in found if data is not None]
 
 
 class Usage(Struct):
@@ -898,85 +893,80 @@ StopTexts = Annotated[list[StopText], Meta(max_length=16)]
 ModelName = Annotated[str, Meta(max_length=200, pattern="^[ -~]*$")]
 
 
-class BodyBase(Sampling):
-    """What the bodies of all families have in common."""
+# Four spellings of one setting.
+MAX_TOKENS = ("max_tokens", "max_new_tokens", "max_output_tokens", "max_completion_tokens")
+
+
+class Body(Sampling):
+    """A body of any family: what the proxy itself needs of it."""
 
     model: ModelName | None = None
     messages: list[Any] | None = None
+    input: str | list[Any] | None = None
     system: str | list[Any] | None = None
     instructions: str | None = None
-    tools: list[Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
     stream: bool | None = None
     max_tokens: Count | None = None
+    max_new_tokens: Count | None = None
     max_output_tokens: Count | None = None
     max_completion_tokens: Count | None = None
-
-
-class Body(BodyBase):
-    """A request body of either family. What is not named here is dropped and reported."""
-
-    input: str | list[Any] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    max_new_tokens: Count | None = None
     stop: StopText | StopTexts | None = None
     stop_sequences: StopTexts | None = None
     enable_thinking: bool | None = None
     template: str | None = None
     variables: dict[str, Any] | None = None
+    n: Annotated[int, Meta(ge=1, le=16)] | None = None
+    stream_options: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = None
 
 
-# Four spellings of one setting.
-MAX_TOKENS = ("max_tokens", "max_new_tokens", "max_output_tokens", "max_completion_tokens")
-
-
-class Parsed(Struct):
-    """A request, whether its answer is streamed, and the names of what was dropped or lowered.
-    `chosen` says that the caller set its max_tokens, `template` whose request it is."""
-
-    request: Request
-    stream: bool
-    dropped: list[str]
-    chosen: bool
-    template: str
+# What a browser's body does not have, what one that names a template does, and the values that ask
+# for nothing of what no other dialect than Chat has.
+CHAT_FIELDS = {
+    "n", "stream_options", "reasoning_effort", "parallel_tool_calls", "response_format"
+}  # fmt: skip
+TEMPLATE_FIELDS = {"template", "variables", "stream"}
+CHAT_ONLY = {"n": 1, "functions": [], "function_call": "none", "logprobs": False, "audio": None}
 
 
 def parse_body(
-    body: bytes, limits: Limits, default_model: str = "", templates: Map[str, Template] = {}
-) -> Parsed:
-    """Read a browser's request body. Raises BadRequest naming the field."""
-    limit_values(body, limits)
-    raw = convert_body(body, dict[str, msgspec.Raw])  # the names: what is unknown is not read
-    given = convert_body(body, Body)
-    beside = {"template", "variables", "stream"}
-    known = {*Body.__struct_fields__} if given.template is None else beside
-    dropped = [redact(name, length=50) for name in sorted(raw.keys() - known)[:50]]
-    if given.template is not None:
-        request = read_template(given, templates)
-        said: Iterable[Any] = (given.variables or {}).values()
-    elif limits.templates_only:
-        raise BadRequest(f"template: must be one of {', '.join(templates)}")
+    raw: dict[str, Any], limits: Limits, dropped: list[str], default_model: str = "",
+    templates: Map[str, Template] = {}, chat: bool = False,
+) -> Request:  # fmt: skip
+    """Read a browser's body, or one of Chat for a vendor that speaks another dialect. What is not
+    known is dropped and reported. Raises BadRequest naming the field."""
+    for name, idle in CHAT_ONLY.items():
+        if chat and raw.get(name, idle) not in (idle, None):
+            raise BadRequest(f"{name}: cannot be asked of this model")
+    known = {*Body.__struct_fields__} - {"template", "variables"}
+    known = known | CHAT_ONLY.keys() if chat else known - CHAT_FIELDS
+    if by_template := not chat and raw.get("template") is not None:
+        known = TEMPLATE_FIELDS
+    dropped += [redact(name, length=50) for name in sorted(raw.keys() - known)[:50]]
+    given = convert_body({name: raw[name] for name in raw if name in known}, Body)
+    if by_template:
+        request, said = read_template(given, templates), given.variables
     else:
+        check_lists(raw, limits)
         request = read_request(given, limits, default_model, dropped)
-        whole = (joined(message.content) for message in request.messages)
-        said = (*request.texts(), *whole, msgspec.json.encode(request.tools).decode())
+        said = request.said()
+    check_texts(said, limits)
     request.system = "\n\n".join(filter(None, (limits.system_prompt, request.system)))
-    check_texts(request, limits, said)
-    chosen = given.template is None and any(getattr(given, name) for name in MAX_TOKENS)
-    return Parsed(request, given.stream is not False, dropped, chosen, given.template or "")
+    return request
 
 
 def decode_body(body: bytes, limits: Limits) -> dict[str, Any]:
-    limit_values(body, limits)
-    raw: dict[str, Any] = convert_body(body, dict[str, Any])
-    return raw
-
-
-def limit_values(body: bytes, limits: Limits) -> None:
     """Two bytes of JSON can make a hundred bytes of objects. Before each value stands one of these;
     in a text they are characters, which are counted anyway, and in an image there are none."""
     most = limits.max_characters + 100 * limits.max_messages
     if sum(map(body.count, (b",", b"[", b"{"))) > most:
         raise BadRequest(f"body (JSON): at most about {most} values are allowed")
+    raw: dict[str, Any] = convert_body(body, dict[str, Any])
+    return raw
 
 
 def convert_body(body: Any, kind: Any) -> Any:
@@ -991,52 +981,99 @@ def convert_body(body: Any, kind: Any) -> Any:
         raise BadRequest(f"{where or 'body (JSON)'}: {message}") from None
 
 
-def joined(parts: Iterable[Part]) -> str:
-    """What a model reads in one piece: a denied text may be cut into two blocks."""
-    return "".join(part.text for part in parts if isinstance(part, Text))
+def strings(value: Any, joined: bool = False) -> Iterator[str]:
+    """Every text in a JSON value, but not the data of images. Those of a list of blocks come in one
+    piece, as a model reads them: a denied text may be cut in two. A token given by its number is as
+    long as most."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for inner in value:
+            yield from ("????",) if isinstance(inner, int) else strings(inner, joined=True)
+        texts = (block.get("text") for block in value if isinstance(block, dict))
+        if text := "".join(text for text in texts if isinstance(text, str)):
+            yield text
+    elif isinstance(value, dict):
+        hidden = {"source", "image_url"} if image_data(value) else set()
+        for key, inner in value.items():
+            told = joined and key == "text" and isinstance(inner, str)
+            yield from () if told or key in hidden else strings(inner)
 
 
-def check_texts(request: Request, limits: Limits, said: Iterable[Any]) -> None:
-    """Is it short enough, and does `said`, the caller's part of it, hold nothing denied?"""
-    if (count := request.characters()) > limits.max_characters:
+# What a tool is called with, and what describes it, is nobody's conversation.
+OPAQUE = {"input", "arguments", "parameters", "input_schema", "schema"}
+
+
+def blocks(value: Any) -> Iterator[dict[str, Any]]:
+    """Every object of a conversation: its messages, their blocks, and the sources of files."""
+    if isinstance(value, dict):
+        yield value
+        value = [inner for key, inner in value.items() if key not in OPAQUE]
+    if isinstance(value, list):
+        for inner in value:
+            yield from blocks(inner)
+
+
+def image_data(block: dict[str, Any]) -> str | None:
+    """The data of an image, "" where the vendor fetches it; None for whatever is not an image."""
+    match block:
+        case {"type": "image", "source": dict(source)}:
+            return str(source.get("data") or "")
+        case {"type": "input_image" | "image_url", "image_url": given}:
+            url = str(given.get("url") if isinstance(given, dict) else given)
+            return url if url.startswith("data:") else ""
+    return None
+
+
+def check_texts(said: Any, limits: Limits) -> None:
+    """Is what the caller says short enough, and does it hold nothing denied?"""
+    texts = [*strings(said)]
+    if (count := sum(map(len, texts))) > limits.max_characters:
         allowed = f"at most {limits.max_characters} are allowed"
         raise BadRequest(f"messages: {count} characters, {allowed}")
-    if limits.denied:
-        text = "\n".join(map(str, said)).casefold()
-        if any(denied.casefold() in text for denied in limits.denied):
-            raise BadRequest("messages: hold a text that is not allowed here")
+    text = "\n".join(texts).casefold() if limits.denied else ""
+    if any(denied.casefold() in text for denied in limits.denied):
+        raise BadRequest("messages: hold a text that is not allowed here")
 
 
 def check_lists(raw: Map[str, Any], limits: Limits) -> None:
     """What holds for a body of every family, before it is looked at closely."""
     if limits.templates_only:
-        raise BadRequest("messages: only templates may be asked for, at /api")
+        raise BadRequest("template: only templates may be asked for, at /api")
     if (raw.get("tools") or raw.get("functions")) and not limits.allow_tools:
         raise BadRequest("tools: are not allowed here")
-    names = ("messages", "input", "system", "tools", "functions")
-    lists = {name: value for name in names if isinstance(value := raw.get(name), list)}
+    lists = {name: value for name, value in raw.items() if isinstance(value, list)}
     for key in ("messages", "input"):
         if len(lists.get(key, ())) > limits.max_messages:
             raise BadRequest(f"{key}: at most {limits.max_messages} messages are allowed")
     # a body of a million empty blocks would keep everybody else waiting
     items = [item for value in lists.values() for item in value if isinstance(item, dict)]
-    inner = [item.get(name) for item in items for name in ("content", "tool_calls")]
-    count = sum(len(value) for value in (*lists.values(), *inner) if isinstance(value, list))
-    if count > 10 * limits.max_messages:
+    inner = [value for item in items for value in item.values() if isinstance(value, list)]
+    if sum(map(len, (*lists.values(), *inner))) > 10 * limits.max_messages:
         raise BadRequest(f"messages: at most {10 * limits.max_messages} blocks are allowed")
 
 
+def read_length(given: Body, limits: Limits, dropped: list[str]) -> int:
+    """The lowest max_tokens. Of several names the last one goes up, and the others are dropped."""
+    given_by = ((name, getattr(given, name)) for name in MAX_TOKENS)
+    lengths: dict[str, int] = {name: tokens for name, tokens in given_by if tokens}
+    last = next(reversed(lengths), "")
+    dropped += [n for n, tokens in lengths.items() if tokens > limits.max_tokens or n != last]
+    return min([*lengths.values(), limits.max_tokens])
+
+
 def read_request(given: Body, limits: Limits, default_model: str, dropped: list[str]) -> Request:
-    check_lists(asdict(given), limits)
     stop = given.stop or given.stop_sequences or []
-    lengths = {name: value for name in MAX_TOKENS if (value := getattr(given, name))}
-    dropped += [name for name, tokens in lengths.items() if tokens > limits.max_tokens]
+    effort = given.reasoning_effort or ""
     request = Request(
         model=given.model or default_model,
-        max_tokens=min([*lengths.values(), limits.max_tokens]),
+        max_tokens=read_length(given, limits, dropped),
         tools=[read_tool(tool, f"tools[{i}]") for i, tool in enumerate(given.tools or ())],
         stop=[text for text in ([stop] if isinstance(stop, str) else stop) if text],
-        thinking=given.enable_thinking,
+        thinking=effort not in ("none", "minimal") if effort else given.enable_thinking,
+        effort=effort,
+        parallel=given.parallel_tool_calls,
+        output_format=read_format(given.response_format),
         **{name: getattr(given, name) for name in Sampling.__struct_fields__},
     )
     if not request.model:
@@ -1058,9 +1095,16 @@ def read_request(given: Body, limits: Limits, default_model: str, dropped: list[
         request.tool_choice = read_tool_choice(given.tool_choice, request.tools)
     elif given.tool_choice is not None:
         dropped.append("tool_choice")
-    if given.variables is not None:
-        dropped.append("variables")
     return request
+
+
+def read_format(given: Any) -> dict[str, Any] | None:
+    match given:
+        case {"type": "json_schema", "json_schema": {"schema": dict()}} | {"type": "json_object"}:
+            return dict(given)
+        case None | {"type": "text"}:
+            return None
+    raise BadRequest("response_format: must be text, json_object or a json_schema")
 
 
 def read_items(
@@ -1283,73 +1327,16 @@ NATIVE_FIELDS = {
 # Not what only tools that run at the vendor write, nor what changes the request from within.
 NATIVE_BLOCKS = {
     "messages": "text image document search_result tool_use tool_result thinking redacted_thinking "
-    "base64 url file content container_upload ephemeral direct char_location page_location "
+    "base64 url file content ephemeral direct char_location page_location "
     "content_block_location search_result_location",
     "responses": "message input_text input_image input_file output_text refusal text reasoning "
     "summary_text reasoning_text function_call function_call_output custom_tool_call "
-    "custom_tool_call_output direct item_reference input_audio url_citation",
-    "chat": "text image_url refusal function custom file input_audio ephemeral url_citation",
+    "custom_tool_call_output direct url_citation",
+    "chat": "text image_url refusal function custom file ephemeral url_citation",
 }
 # Betas that clients ask for unbidden, and that change neither the price nor what is kept.
 PLAIN_BETAS = {"structured-outputs-2025-11-13", "fine-grained-tool-streaming-2025-05-14"}
 ALLOW = "the server's owner can add it to the provider's `allow`"
-# What a tool is called with, and what describes it, is nobody's conversation.
-OPAQUE = {"input", "arguments", "parameters", "input_schema", "schema"}
-
-
-class NativeBody(BodyBase, kw_only=True):
-    """What the proxy itself needs of a native body."""
-
-    model: ModelName
-    n: Annotated[int, Meta(ge=1, le=16)] | None = None
-    stream_options: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
-
-
-def strings(value: Any) -> Iterator[str]:
-    """Every text in a JSON value, but not the data of images. A token given by its number is as
-    long as most."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for inner in value:
-            yield from ("????",) if isinstance(inner, int) else strings(inner)
-    elif isinstance(value, dict):
-        image = image_data(value)
-        for key, inner in value.items():
-            if not (image and key in ("source", "image_url")):
-                yield from strings(inner)
-
-
-def joined_strings(value: Any) -> Iterator[str]:
-    """The texts of every list of blocks, in one piece."""
-    if isinstance(value, list):
-        texts = (block.get("text") for block in value if isinstance(block, dict))
-        yield "".join(text for text in texts if isinstance(text, str))
-    inner = value.values() if isinstance(value, dict) else value
-    for each in inner if isinstance(value, dict | list) else ():
-        yield from joined_strings(each)
-
-
-def blocks(value: Any) -> Iterator[dict[str, Any]]:
-    """Every object of a conversation: its messages, their blocks, and the sources of files."""
-    if isinstance(value, dict):
-        yield value
-        value = [inner for key, inner in value.items() if key not in OPAQUE]
-    if isinstance(value, list):
-        for inner in value:
-            yield from blocks(inner)
-
-
-def image_data(block: dict[str, Any]) -> str | None:
-    """The data of an image, "" where the vendor fetches it; None for whatever is not an image."""
-    match block:
-        case {"type": "image", "source": dict(source)}:
-            return str(source.get("data") or "")
-        case {"type": "input_image" | "image_url", "image_url": given}:
-            url = str(given.get("url") if isinstance(given, dict) else given)
-            return url if url.startswith("data:") else ""
-    return None
 
 
 def parse_native(
@@ -1359,24 +1346,22 @@ def parse_native(
     for name in sorted(raw.keys() - {*NATIVE_FIELDS[kind].split(), *allowed}):
         raise BadRequest(f"{redact(name, length=50)}: is not passed on by this proxy; {ALLOW}")
     check_lists(raw, limits)
-    given = convert_body(raw, NativeBody)
+    given = convert_body(raw, Body)
     key = "messages" if "messages" in NATIVE_FIELDS[kind] else "input"
-    if not raw.get(key):
-        raise BadRequest(f"{key}: is missing")
-    blocks_known = NATIVE_BLOCKS.get(kind.partition("/")[0], "")
-    check_conversation(raw, key, limits, {*blocks_known.split(), *allowed})
+    for name in ("model", key):
+        if not raw.get(name):
+            raise BadRequest(f"{name}: is missing")
+    check_texts(raw, limits)
+    known = NATIVE_BLOCKS.get(kind.partition("/")[0], "")
+    kinds = check_conversation(raw, key, limits, {*known.split(), *allowed})
     hosted = ""
     for i, tool in enumerate(given.tools or ()):
         if (name := str(tool.get("type", "custom"))) not in ("function", "custom"):
             hosted = redact(name, length=50)
             if name not in allowed:
                 raise BadRequest(f"tools[{i}].type: {hosted!r} runs at the vendor; {ALLOW}")
-    lengths = {n: v for n, v in asdict(given).items() if n.startswith("max_") and v}
-    limit = next(reversed(lengths), "")  # of two names the newer one goes up, with the lower value
-    dropped += [n for n, tokens in lengths.items() if tokens > limits.max_tokens or n != limit]
+    native = {name: value for name, value in raw.items() if name != "store"}
     dropped += ["store"] if raw.get("store") else []
-    unsent = {*lengths, "store"} - {limit}  # what the caller says of the limit is still of use
-    native = {n: value for n, value in raw.items() if n not in unsent}
     if kind == "responses":
         native["store"] = False
     if kind == "chat" and given.stream:
@@ -1384,12 +1369,10 @@ def parse_native(
     if limits.system_prompt and kind in ADAPTERS:
         lock_prompt(native, kind, limits.system_prompt)
     path = "" if kind in ADAPTERS else f"/{kind}"
-    length = 0 if path else min([*lengths.values(), limits.max_tokens])
-    kinds = [block.get("type") for block in blocks(raw[key])]
     return Request(
-        model=given.model, max_tokens=length, limit=limit, n=given.n or 1, hosted=hosted,
-        native=native, path=path, stream=given.stream is True,
-        documents=any(kind in ("document", "input_file", "file") for kind in kinds),
+        model=raw["model"], max_tokens=0 if path else read_length(given, limits, dropped),
+        n=given.n or 1, hosted=hosted, native=native, path=path, stream=given.stream is True,
+        documents=not kinds.isdisjoint(("document", "input_file", "file")),
     )  # fmt: skip
 
 
@@ -1402,30 +1385,33 @@ def passed_headers(headers: Headers, dialect: str, allowed: Iterable[str]) -> di
     return {name: headers[name] for name in (*names, "idempotency-key") if name in headers}
 
 
-def check_conversation(raw: Map[str, Any], key: str, limits: Limits, allowed: set[str]) -> None:
-    system = [raw.get("system"), raw.get("instructions")]
-    items = raw[key] if isinstance(raw[key], list) else []
-    # where Responses is told neither type nor role, it looks the id up
-    kept = any(isinstance(i, dict) and not (i.get("type") or i.get("role")) for i in items)
-    for i, block in ((i, block) for i, item in enumerate(items) for block in blocks(item)):
-        system.append(block.get("role") in ("system", "developer"))
-        match block:
-            case (
-                {"type": "item_reference" | "container_upload" | "input_audio"}
-                | {"type": "document", "source": {"type": "url"}}
-                | {"file_id": _}
-                | {"file_url": _}
-            ):
-                kept = True  # sound has a price of its own
-        kept = kept or bool(block.get("audio"))
-        if (kind := block.get("type")) is not None and str(kind) not in allowed:
-            wrong = f"{redact(str(kind), length=50)} is not passed on by this proxy"
-            raise BadRequest(f"{key}[{i}]: {wrong}; {ALLOW}")
-    if kept and "files" not in allowed:
-        wrong = "sound, and files and items that the vendor keeps or fetches, are not passed on"
-        raise BadRequest(f'{key}: {wrong}; add "files" to the provider\'s `allow`')
-    if any(system) and not limits.allow_system:
+def is_kept(block: dict[str, Any]) -> bool:
+    """Does the vendor keep or fetch what it names, or is it sound, which has a price of its own?"""
+    match block:
+        case (
+            {"file_id": _} | {"file_url": _} | {"type": "document", "source": {"type": "url"}}
+            | {"type": "item_reference" | "container_upload" | "input_audio"}
+        ):  # fmt: skip
+            return True
+        case {"id": _}:  # where Responses is told neither type nor role, it looks the id up
+            return not any(block.get(key) for key in ("type", "role", "function"))
+    return False
+
+
+def check_conversation(raw: Map[str, Any], key: str, limits: Limits, known: set[str]) -> set[str]:
+    """The types of all that a conversation is made of."""
+    system, kinds = bool(raw.get("system") or raw.get("instructions")), set()
+    for i, item in enumerate(raw[key] if isinstance(raw[key], list) else ()):
+        for block in blocks(item):
+            system = system or block.get("role") in ("system", "developer")
+            kind = "files" if is_kept(block) else block.get("type")
+            if kind is not None and str(kind) not in known:
+                wrong = f"{redact(str(kind), length=50)} is not passed on by this proxy"
+                raise BadRequest(f"{key}[{i}]: {wrong}; {ALLOW}")
+            kinds.add(str(block.get("type")))
+    if system and not limits.allow_system:
         raise BadRequest("system: a system prompt is not allowed here")
+    return kinds
 
 
 def lock_prompt(native: dict[str, Any], kind: str, prompt: str) -> None:
@@ -1439,58 +1425,6 @@ def lock_prompt(native: dict[str, Any], kind: str, prompt: str) -> None:
             native["instructions"] = "\n\n".join(filter(None, (prompt, native.get("instructions"))))
         case "chat":
             native["messages"] = [{"role": "system", "content": prompt}, *native["messages"]]
-
-
-# What no other dialect has, and the values of it that ask for nothing.
-CHAT_ONLY = {"n": 1, "functions": [], "function_call": "none", "logprobs": False, "audio": None}
-
-
-class ChatBody(Body):
-    """What a Chat body has more than the browser's."""
-
-    reasoning_effort: str | None = None
-    parallel_tool_calls: bool | None = None
-    response_format: dict[str, Any] | None = None
-    stream_options: dict[str, Any] | None = None
-
-
-TURN_KEYS = {"role", "content", "tool_calls", "tool_call_id"}
-
-
-def check_turns(items: Any, dropped: list[str]) -> None:
-    """What a Chat message has more than the neutral one is named, or is a 400 where it counts."""
-    for i, item in enumerate(items if isinstance(items, list) else []):
-        given = item.items() if isinstance(item, dict) else ()
-        more = [name for name, value in given if value and name not in TURN_KEYS]
-        for name in ("function_call", "audio"):
-            if name in more:
-                raise BadRequest(f"messages[{i}].{name}: cannot be said to this model")
-        dropped += [redact(name, length=50) for name in more[:50]]
-
-
-def parse_chat(raw: dict[str, Any], limits: Limits, dropped: list[str]) -> Request:
-    """A Chat body for a vendor that speaks another dialect. Raises BadRequest."""
-    for name, idle in CHAT_ONLY.items():
-        if raw.get(name, idle) not in (idle, None):
-            raise BadRequest(f"{name}: cannot be asked of this model")
-    given = convert_body(raw, ChatBody)
-    known = {*ChatBody.__struct_fields__, *CHAT_ONLY} - {"template", "variables"}
-    check_turns(raw.get("messages"), dropped)
-    dropped += [redact(name, length=50) for name in sorted(raw.keys() - known)]
-    request = read_request(given, limits, "", dropped)
-    request.system = "\n\n".join(filter(None, (limits.system_prompt, request.system)))
-    request.parallel = given.parallel_tool_calls
-    request.effort = given.reasoning_effort or ""
-    if request.effort:
-        request.thinking = request.effort not in ("none", "minimal")
-    match given.response_format:
-        case {"type": "json_schema", "json_schema": {"schema": dict()}} | {"type": "json_object"}:
-            request.output_format = given.response_format
-        case None | {"type": "text"}:
-            pass
-        case _:
-            raise BadRequest("response_format: must be text, json_object or a json_schema")
-    return request
 
 
 # ---- Clients -----------------------------------------------------------------------------------
@@ -3228,8 +3162,11 @@ class Adapter:
     def encode(self, request: Request) -> dict[str, Any]:
         """The body to send. Raises BadRequest where the model cannot be asked."""
         if request.native is not None:
-            limit = {} if request.path else {request.limit or self.limit: request.max_tokens}
-            return self.fit(request.native, request) | limit | {"model": self.model}
+            native = self.fit(request.native, request) | {"model": self.model}
+            if not request.path:
+                given = [name for name in MAX_TOKENS if native.pop(name, None)]
+                native[(given or [self.limit])[-1]] = request.max_tokens
+            return native
         names = [*self.unknown, *self.rejects(request)]
         names = [name for name in names if getattr(request, name) is not None]
         thinking = "reasoning_effort" if request.effort else "enable_thinking"
@@ -4622,11 +4559,15 @@ class Proxy:
         """Read the body, find the model, and estimate the tokens."""
         limits = call.client.limits
         default = self.config.providers[provider].default_model
-        parsed = parse_body(body, limits, default, self.config.templates)
-        request, call.dropped, call.chosen = parsed.request, parsed.dropped, parsed.chosen
+        raw = decode_body(body, limits)
+        template = raw.get("template")
+        request = parse_body(raw, limits, call.dropped, default, self.config.templates)
         call.request = request
-        call.writer = (FrameWriter if parsed.stream else Writer)(bool(request.thinking))
-        targets = self.templates.get(parsed.template) or self.resolve(provider, request.model)
+        call.chosen = template is None and any(raw.get(name) for name in MAX_TOKENS)
+        call.writer = (Writer if raw.get("stream") is False else FrameWriter)(
+            bool(request.thinking)
+        )
+        targets = self.templates.get(template or "") or self.resolve(provider, request.model)
         self.check_request(call, targets)
         return targets
 
@@ -4652,13 +4593,12 @@ class Proxy:
             call.passed = passed_headers(call.headers, dialect, provider.allow)
             call.writer = NativeWriter(dialect, request.stream)
         elif kind == "chat":
-            request = parse_chat(raw, limits, call.dropped)
+            request = parse_body(raw, limits, call.dropped, chat=True)
             call.writer = ChatWriter(request.model, raw.get("stream") is True, asked)
         else:
             homes = {"messages": "/v1/messages", "responses": "/v1/responses"}
             home = homes.get(self.config.providers[targets[0][0]].adapter, "/v1/chat/completions")
             raise BadRequest(f"model: {redact(targets[0][1])} is served at {home}, not here")
-        check_texts(request, limits, itertools.chain(strings(raw), joined_strings(raw)))
         call.request, call.chosen = request, any(raw.get(name) for name in MAX_TOKENS)
         self.check_request(call, targets)
         return targets
@@ -4750,7 +4690,7 @@ class Proxy:
             affordable = (int(usd / each) for usd, each in left)
             request.max_tokens = min(affordable, default=request.max_tokens)
             call.most = call.held
-            call.dropped.append(request.limit or "max_tokens")
+            call.dropped.append("max_tokens")
 
     def resolve(self, provider: str, name: str) -> list[Target]:
         """The targets of a model name or alias, first choice first. Raises 403."""

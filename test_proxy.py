@@ -1149,16 +1149,19 @@ class Sent(NamedTuple):
     dropped: list[str]
 
 
-def parse(body: Any) -> Any:
+def parse(body: Any, limits: Any = CONFIG.limits, **more: Any) -> tuple[Any, list[str]]:
+    """The request that a browser's body is read into, and what of it was dropped or lowered."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return proxy.parse_body(data, CONFIG.limits, "")
+    dropped: list[str] = []
+    raw = proxy.decode_body(data, limits)
+    return proxy.parse_body(raw, limits, dropped, **more), dropped
 
 
 def sent(provider: str, model: str, body: dict[str, Any]) -> Sent:
-    parsed = parse(body | {"model": model})
+    request, dropped = parse(body | {"model": model})
     speaks = adapter(provider, model)
-    encoded = json.loads(msgspec.json.encode(speaks.encode(parsed.request)))
-    return Sent(encoded, [*parsed.dropped, *speaks.dropped])
+    encoded = json.loads(msgspec.json.encode(speaks.encode(request)))
+    return Sent(encoded, [*dropped, *speaks.dropped])
 
 
 def everywhere(body: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -2006,19 +2009,23 @@ def test_parallel_results_are_one_turn_even_with_a_system_message_between() -> N
 
 def test_unknown_and_lowered_fields_are_named() -> None:
     extra = {"repetition_penalty": 1.1, "deterministic": True, "user": "me", "max_tokens": 10**9}
-    parsed = parse({"model": "m", "messages": HI, **extra})
-    assert sorted(parsed.dropped) == sorted(extra)
+    _, dropped = parse({"model": "m", "messages": HI, **extra})
+    assert sorted(dropped) == sorted(extra)
     lowered = sent("openai", "gpt-4o", {"messages": HI, "max_tokens": 10**9}).body
     assert lowered["max_output_tokens"] == CONFIG.limits.max_tokens
-    assert "tool_choice" in parse({"model": "m", "messages": HI, "tool_choice": "auto"}).dropped
+    assert parse({"model": "m", "messages": HI, "tool_choice": "auto"})[1] == ["tool_choice"]
 
 
-def test_stream_is_the_default() -> None:
-    streams = [
-        parse({"model": "m", "messages": HI, "stream": s}).stream for s in (True, None, False)
+def test_stream_is_the_default(plain_server: Server, upstream: Upstream) -> None:
+    upstream.play(answer)
+    body = ask()
+    body.pop("stream", None)
+    bodies = [body | more for more in ({}, {"stream": None}, {"stream": True}, {"stream": False})]
+    kinds = [plain_server.post(json=body).headers["content-type"] for body in bodies]
+    assert [kind.partition(";")[0] for kind in kinds] == [
+        *["text/event-stream"] * 3,
+        "application/json",
     ]
-    assert streams == [True, True, False]
-    assert parse({"model": "m", "messages": HI}).stream
 
 
 # Each is a 400 whose message begins with the place it speaks of, and no vendor hears of it.
@@ -2106,7 +2113,7 @@ BAD = [
     pytest.param({"messages": HI, "instructions": ["x"]}, "instructions", id="instructions a list"),
     pytest.param({"messages": HI, "enable_thinking": "yes"}, "enable_thinking",
                  id="enable_thinking a string"),
-    pytest.param(b'{"messages":[1e999]}', "messages", id="number beyond any"),
+    pytest.param(b'{"messages":[1e999]}', "body", id="number beyond any"),
 ]  # fmt: skip
 
 
@@ -2150,7 +2157,7 @@ def test_huge_numbers_are_the_callers_mistake_or_are_passed_on(
 def test_of_a_repeated_key_the_last_one_counts() -> None:
     body = b'{"model":"m","messages":[{"role":"user","content":"Hi"}],"seed":1,"seed":2}'
     speaks = adapter("local")
-    assert speaks.encode(parse(body).request)["seed"] == 2
+    assert speaks.encode(parse(body)[0])["seed"] == 2
 
 
 @pytest.mark.parametrize(
@@ -2247,9 +2254,9 @@ BODIES = st.fixed_dictionaries(
 def accepts_or_refuses(data: bytes) -> None:
     """Anything but BadRequest would be a 500."""
     try:
-        parsed = proxy.parse_body(data, CONFIG.limits, "m")
+        request, _ = parse(data, default_model="m")
         for provider, model in MODELS.items():
-            encoded = adapter(provider, model).encode(parsed.request)
+            encoded = adapter(provider, model).encode(request)
             assert json.loads(msgspec.json.encode(encoded))["stream"] is True
     except proxy.BadRequest as error:
         assert str(error)
@@ -3556,17 +3563,17 @@ def test_ten_thousand_bodies_change_nothing_but_the_slots(tmp_path: Path) -> Non
     for _ in range(10_000):
         body = hostile_body(chance)
         try:
-            parsed = proxy.parse_body(body, limits, "claude-opus-5", config.templates)
+            request, _ = parse(body, limits, templates=config.templates)
         except proxy.BadRequest as error:
             assert str(error).isprintable()
             continue
-        if parsed.template != "translate":  # there are four
+        if json.loads(body)["template"] != "translate":  # there are four
             continue
         taken += 1
         wanted = by_hand(*slots(body))
-        assert json.loads(encoded("anthropic", wanted["model"], parsed.request)) == wanted
+        assert json.loads(encoded("anthropic", wanted["model"], request)) == wanted
         for provider in ("openai", "local"):  # the same words in the other dialects
-            sent_as = json.loads(encoded(provider, MODELS[provider], parsed.request))
+            sent_as = json.loads(encoded(provider, MODELS[provider], request))
             words = {
                 name: sent_as.pop(name) for name in ("instructions", "input") if name in sent_as
             }
@@ -11223,7 +11230,7 @@ LONG_ID = {"type": "tool_use", "id": "a" * 500_000, "name": "n"}
 )
 def test_what_has_no_end_is_refused_in_few_words(change: dict[str, Any]) -> None:
     with pytest.raises(proxy.BadRequest) as refused:
-        proxy.parse_body(json.dumps(ask() | change).encode(), proxy.Limits())
+        parse(ask() | change, proxy.Limits())
     assert len(refused.value.message) < 300
 
 
