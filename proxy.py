@@ -820,7 +820,6 @@ class Request(Sampling, kw_only=True, omit_defaults=True):
     documents: bool = False
     hosted: str = ""
     stream: bool = True
-    usage_hidden: bool = False
     output_format: dict[str, Any] | None = None  # as Chat has it
     effort: str = ""
     parallel: bool | None = None
@@ -969,13 +968,17 @@ def decode_body(body: bytes, limits: Limits) -> dict[str, Any]:
     return raw
 
 
+# Whatever is not JSON, or of another type, raises one of these.
+NO_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
 def convert_body(body: Any, kind: Any) -> Any:
     """A body, or JSON already read, as `kind`. Raises BadRequest naming the field."""
     try:
         if isinstance(body, bytes):
             return msgspec.json.decode(body, type=kind)
         return msgspec.convert(body, kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except NO_JSON as error:
         message, _, where = str(error).partition(" - at `$")
         where = re.sub(r"^(\[.*?\])+|\[\.\.\.\]", "", where).strip(".`")
         raise BadRequest(f"{where or 'body (JSON)'}: {message}") from None
@@ -1184,7 +1187,7 @@ def read_arguments(given: Any, where: str) -> str:
     try:
         given = msgspec.json.decode(given or "{}") if isinstance(given, str) else given
         return msgspec.json.encode(msgspec.convert(given or {}, dict[str, Any])).decode()
-    except (msgspec.DecodeError, RecursionError):
+    except NO_JSON:
         raise BadRequest(f"{where}.arguments: must be a JSON object") from None
 
 
@@ -1362,10 +1365,6 @@ def parse_native(
                 raise BadRequest(f"tools[{i}].type: {hosted!r} runs at the vendor; {ALLOW}")
     native = {name: value for name, value in raw.items() if name != "store"}
     dropped += ["store"] if raw.get("store") else []
-    if kind == "responses":
-        native["store"] = False
-    if kind == "chat" and given.stream:
-        native["stream_options"] = (given.stream_options or {}) | {"include_usage": True}
     if limits.system_prompt and kind in ADAPTERS:
         lock_prompt(native, kind, limits.system_prompt)
     path = "" if kind in ADAPTERS else f"/{kind}"
@@ -3132,9 +3131,10 @@ def function_call(call: ToolUse) -> dict[str, Any]:
 
 class Adapter:
     """One upstream call in one dialect. After encode(), `dropped` names the parameters the model
-    would have rejected and `cut` holds the stop texts the vendor does not know. While the answer
-    comes, `heard` says whether it has begun, `usage` what it counted, and `complete` whether the
-    vendor's terminal event has arrived."""
+    would have rejected, `cut` holds the stop texts the vendor does not know, and `passing` says
+    that the caller speaks the dialect and gets the vendor's bytes, `usage_hidden` without the count
+    that only we have asked for. While the answer comes, `heard` says whether it has begun, `usage`
+    what it counted, and `complete` whether the vendor's terminal event has arrived."""
 
     path: ClassVar[str]
     limit: ClassVar[str]  # what the dialect calls max_tokens
@@ -3151,7 +3151,7 @@ class Adapter:
         self.dropped: list[str] = []
         self.cut: list[str] = []
         self.reason = "stop"
-        self.complete = self.heard = self.ending = self.usage_hidden = False
+        self.complete = self.heard = self.ending = self.passing = self.usage_hidden = False
 
     def url(self, path: str = "") -> str:
         return self.base_url + (path or self.path)
@@ -3162,7 +3162,8 @@ class Adapter:
     def encode(self, request: Request) -> dict[str, Any]:
         """The body to send. Raises BadRequest where the model cannot be asked."""
         if request.native is not None:
-            native = self.fit(request.native, request) | {"model": self.model}
+            self.passing = True
+            native = request.native | {"model": self.model} | self.fit(request.native, request)
             if not request.path:
                 given = [name for name in MAX_TOKENS if native.pop(name, None)]
                 native[(given or [self.limit])[-1]] = request.max_tokens
@@ -3176,8 +3177,8 @@ class Adapter:
         return filled(model=self.model, **sampling | self.body(request), stream=True)
 
     def fit(self, native: dict[str, Any], request: Request) -> dict[str, Any]:
-        """A native body without what a max_tokens other than its own makes the vendor refuse."""
-        return native
+        """What of a native body has to be something else, or is ours to say."""
+        return {}
 
     def rejects(self, request: Request) -> Iterable[str]:
         """The parameters that this model would not take beside the others."""
@@ -3196,43 +3197,40 @@ class Adapter:
         return data.replace(self.secret, b"[removed]") if self.secret else data
 
     def feed(self, chunk: bytes) -> Batch:
-        """What the events that `chunk` completes say."""
-        return [event for _, batch in self.events(chunk) for event in batch]
-
-    def pass_on(self, chunk: bytes) -> Batch:
-        """The same for a caller that speaks the dialect: first the events as they came."""
-        passed, batch = b"", []
-        for event, said in self.events(chunk):
-            hidden = self.usage_hidden and SOME_USAGE.search(event) and NO_CHOICES.search(event)
-            failed = said and isinstance(said[0], Failure)
-            passed += b"" if hidden or failed else event
-            batch += said
-        return [Raw(passed), *batch] if passed else batch
-
-    def events(self, chunk: bytes) -> Iterator[tuple[bytes, Batch]]:
-        """Each event that `chunk` completes and what it says, up to the terminal one."""
+        """What the events that `chunk` completes say, up to the terminal one. For a caller that
+        speaks the dialect the events come first, as they came, but for a failure of the vendor's.
+        """
+        passed, batch = b"", list[Event]()
         for event in map(self.hide_key, self.sse.feed(chunk)):
             if self.complete:
-                return
-            batch: Batch = []
-            try:
-                if data := event_data(event):
-                    done = data.strip() == b"[DONE]"
-                    told = {"type": "[DONE]"} if done else msgspec.json.decode(data)
-                    self.heard = self.heard or told.get("type") != "ping"
-                    batch += self.decode(told)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                batch.append(self.fail("the vendor's stream holds something that is not JSON"))
-            except (AttributeError, LookupError, TypeError):
-                pass  # of a shape nobody expects: skipped
-            yield event, batch
+                break
+            said = self.hear(event)
+            batch += said
+            if self.passing and not (said and isinstance(said[0], Failure)):
+                hidden = self.usage_hidden and SOME_USAGE.search(event) and NO_CHOICES.search(event)
+                passed += b"" if hidden else event
+        return [Raw(passed), *batch] if passed else batch
+
+    def hear(self, event: bytes) -> Batch:
+        batch: Batch = []
+        try:
+            if data := event_data(event):
+                done = data.strip() == b"[DONE]"
+                told = {"type": "[DONE]"} if done else msgspec.json.decode(data)
+                self.heard = self.heard or told.get("type") != "ping"
+                batch += self.decode(told)
+        except NO_JSON:
+            batch.append(self.fail("the vendor's stream holds something that is not JSON"))
+        except (AttributeError, LookupError, TypeError):
+            pass  # of a shape nobody expects: skipped
+        return batch
 
     def read(self, body: bytes) -> Batch:
-        """The same as pass_on() for an answer in one piece."""
+        """The same for an answer in one piece."""
         self.complete = True
         try:
             reply = msgspec.json.decode(body, type=dict[str, Any])
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        except NO_JSON:
             raise UpstreamError(502, "the vendor's answer is not a JSON object") from None
         if reply.get("error") and "id" not in reply:
             raise self.fail(reply["error"]).error
@@ -3277,7 +3275,7 @@ class Adapter:
             try:
                 msgspec.json.decode(arguments, type=dict[str, Any])
                 yield ToolUse(call.id, call.name, arguments)
-            except (msgspec.DecodeError, RecursionError):
+            except NO_JSON:
                 reason = "length" if reason != "content_filter" else reason
         yield Finish(reason)
 
@@ -3308,14 +3306,15 @@ class Messages(Adapter):
 
     def fit(self, native: dict[str, Any], request: Request) -> dict[str, Any]:
         most = request.max_tokens - 1
-        match native.get("thinking"):
-            case {"budget_tokens": int(budget), **more} if budget > most and not request.path:
-                if native.get("max_tokens") == request.max_tokens:
-                    return native  # the caller's own mistake, or a beta that knows better
+        match native:
+            # if not the caller's own mistake, or a beta that knows better
+            case {"thinking": {"budget_tokens": int(budget)} as thinking} if (
+                budget > most and most + 1 != native.get("max_tokens") and not request.path
+            ):
                 self.dropped.append("thinking")
-                fits = {"thinking": more | {"budget_tokens": most}} if most >= 1024 else {}
-                return {n: value for n, value in native.items() if n != "thinking"} | fits
-        return native
+                lowered = thinking | {"budget_tokens": most}
+                return {"thinking": lowered if most >= 1024 else {"type": "disabled"}}
+        return {}
 
     def rejects(self, request: Request) -> Iterator[str]:
         forced = request.tool_choice not in (None, "auto", "none")
@@ -3450,6 +3449,9 @@ class Responses(OpenAI):
 
     path, unknown, limit = "/responses", ("seed", "top_k"), "max_output_tokens"
 
+    def fit(self, native: dict[str, Any], request: Request) -> dict[str, Any]:
+        return {"store": False}
+
     def body(self, request: Request) -> dict[str, Any]:
         self.cut = request.stop
         tokens = max(LEAST_OUTPUT, request.max_tokens)
@@ -3527,6 +3529,12 @@ class Chat(OpenAI):
     @property
     def limit(self) -> str:  # type: ignore[override]
         return "max_completion_tokens" if self.own or self.reasons else "max_tokens"
+
+    def fit(self, native: dict[str, Any], request: Request) -> dict[str, Any]:
+        options = native.get("stream_options") or {}
+        self.usage_hidden = options.get("include_usage") is not True
+        counted = {"stream_options": options | {"include_usage": True}}
+        return counted if request.stream else {}
 
     def thinks(self) -> bool:
         """What others than OpenAI serve may."""
@@ -4158,8 +4166,6 @@ class Attempt:
         settings, self.request = proxy.config.providers[provider], call.request
         adapter = ADAPTERS[self.request.dialect or settings.adapter](settings, model)
         self.adapter, self.more, self.headers = adapter, call.passed, dict[str, str]()
-        self.feed = adapter.feed if self.request.native is None else adapter.pass_on
-        adapter.usage_hidden = self.request.usage_hidden
         if len(self.key) > 15:  # a shorter one, like "ollama", is a word that may be said
             adapter.secret = self.key.encode()
         self.body = msgspec.json.encode(adapter.encode(self.request))
@@ -4200,7 +4206,7 @@ class Attempt:
         """The events of one read."""
         self.waiting_since = time.monotonic()
         try:
-            batch = self.feed(await anext(self.chunks))
+            batch = self.adapter.feed(await anext(self.chunks))
         except StopAsyncIteration:
             message = "the vendor ended the answer before it was complete"
             raise UpstreamError(502, message) from None
@@ -4589,7 +4595,7 @@ class Proxy:
             targets = own  # those of another dialect could not answer
             provider = self.config.providers[targets[0][0]]
             request = parse_native(raw, kind, limits, provider.allow, call.dropped)
-            request.dialect, request.usage_hidden = dialect, kind == "chat" and not asked
+            request.dialect = dialect
             call.passed = passed_headers(call.headers, dialect, provider.allow)
             call.writer = NativeWriter(dialect, request.stream)
         elif kind == "chat":

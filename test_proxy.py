@@ -2737,14 +2737,14 @@ def test_a_thinking_budget_stays_below_a_lowered_max_tokens(
     assert (sent_body["max_tokens"], sent_body["thinking"]["budget_tokens"]) == sent_up
 
 
-def test_thinking_that_no_longer_fits_is_dropped(
+def test_thinking_that_no_longer_fits_is_turned_off(
     natives: Server, upstream: Upstream, key: dict[str, str]
 ) -> None:
     upstream.play(official)
     thinking = {"type": "enabled", "budget_tokens": 1024}
     got = ask_native(natives, "messages", key, max_tokens=2000, thinking=thinking)
     assert got.headers["x-dropped-params"] == "max_tokens, thinking"
-    assert "thinking" not in upstream.requests[0].json
+    assert upstream.requests[0].json["thinking"] == {"type": "disabled"}
     adaptive = {"type": "adaptive"}
     got = ask_native(natives, "messages", key, max_tokens=2000, thinking=adaptive)
     assert got.headers["x-dropped-params"] == "max_tokens"
@@ -9459,7 +9459,8 @@ def test_chunk_boundaries_and_line_ends_mean_nothing_to_a_native_stream(dialect:
         data = STREAMS[dialect].replace(b"\n", line_end)
         for size in (1, 2, 3, 7, len(data)):
             speaks = adapter(BY_DIALECT[dialect])
-            batches = [speaks.pass_on(data[i : i + size]) for i in range(0, len(data), size)]
+            speaks.passing = True
+            batches = [speaks.feed(data[i : i + size]) for i in range(0, len(data), size)]
             events = list(itertools.chain.from_iterable(batches))
             raw = b"".join(event.data for event in events if isinstance(event, proxy.Raw))
             assert raw == data
@@ -9488,10 +9489,10 @@ def test_a_usage_chunk_is_hidden_only_from_who_did_not_ask(
 def test_a_native_stream_of_huge_events_costs_no_more_than_its_size() -> None:
     """Whatever stands in an event, looking for the usage in it is one pass."""
     speaks = adapter("local")
-    speaks.usage_hidden = True
+    speaks.passing = speaks.usage_hidden = True
     large = json.dumps({"choices": [{"index": 0, "delta": {"content": "x" * 500_000}}]}).encode()
     event = b"data: %b\n\n" % large
-    raw, *_ = speaks.pass_on(event)
+    raw, *_ = speaks.feed(event)
     assert raw.data == event
 
 
@@ -9499,7 +9500,7 @@ def test_a_native_event_without_an_end_is_not_kept_for_ever() -> None:
     speaks = adapter("local")
     with pytest.raises(proxy.UpstreamError, match="too large"):
         for _ in range(40):
-            speaks.pass_on(b"x" * 2**20)
+            speaks.feed(b"x" * 2**20)
 
 
 @pytest.mark.parametrize("streamed", [True, False], ids=["stream", "JSON"])
@@ -14644,11 +14645,11 @@ def test_stream_is_passed_on_byte_for_byte_wherever_it_is_cut(
     said = (STREAM_FILES / f"{dialect}-{kind}.sse").read_bytes()
     said = said.replace(b"\n", b"\r\n") if crlf else said
     speaks = adapter(BY_DIALECT[dialect])
-    speaks.usage_hidden = hidden
+    speaks.passing, speaks.usage_hidden = True, hidden
     bounds = [0, *sorted(set(cuts)), len(said) + 5000]
     chunks = [said[start:end] for start, end in itertools.pairwise(bounds)]
 
-    events = [event for chunk in chunks for event in speaks.pass_on(chunk)]
+    events = [event for chunk in chunks for event in speaks.feed(chunk)]
 
     passed = b"".join(event.data for event in events if isinstance(event, proxy.Raw))
     shown = [e for e in re.findall(rb".+?\r?\n\r?\n", said, re.DOTALL) if b'"choices":[]' not in e]
