@@ -925,9 +925,7 @@ class Body(Sampling):
 
 # What a browser's body does not have, what one that names a template does, and the values that ask
 # for nothing of what no other dialect than Chat has.
-CHAT_FIELDS = {
-    "n", "stream_options", "reasoning_effort", "parallel_tool_calls", "response_format"
-}  # fmt: skip
+CHAT_FIELDS = {"n", "stream_options", "reasoning_effort", "parallel_tool_calls", "response_format"}
 TEMPLATE_FIELDS = {"template", "variables", "stream"}
 CHAT_ONLY = {"n": 1, "functions": [], "function_call": "none", "logprobs": False, "audio": None}
 
@@ -954,7 +952,7 @@ def parse_body(
         request = read_request(given, limits, default_model, dropped)
         said = request.said()
     check_texts(said, limits)
-    request.system = "\n\n".join(filter(None, (limits.system_prompt, request.system)))
+    request.system = lock_prompt(limits.system_prompt, request.system)
     return request
 
 
@@ -1058,8 +1056,7 @@ def check_lists(raw: Map[str, Any], limits: Limits) -> None:
 
 def read_length(given: Body, limits: Limits, dropped: list[str]) -> int:
     """The lowest max_tokens. Of several names the last one goes up, and the others are dropped."""
-    given_by = ((name, getattr(given, name)) for name in MAX_TOKENS)
-    lengths: dict[str, int] = {name: tokens for name, tokens in given_by if tokens}
+    lengths: dict[str, int] = {n: v for n, v in asdict(given).items() if n in MAX_TOKENS and v}
     last = next(reversed(lengths), "")
     dropped += [n for n, tokens in lengths.items() if tokens > limits.max_tokens or n != last]
     return min([*lengths.values(), limits.max_tokens])
@@ -1110,6 +1107,9 @@ def read_format(given: Any) -> dict[str, Any] | None:
     raise BadRequest("response_format: must be text, json_object or a json_schema")
 
 
+ITEM_KEYS = {"type", "role", "content", "tool_calls", "tool_call_id"}
+
+
 def read_items(
     items: list[Any], key: str, dropped: list[str], user_seen: bool = False
 ) -> list[Message]:
@@ -1118,6 +1118,10 @@ def read_items(
         where = f"{key}[{i}]"
         if isinstance(item, dict) and isinstance(item.get("role"), str):
             item = item | {"role": clean(item["role"])}
+            lost = [name for name, value in item.items() if value and name not in ITEM_KEYS]
+            for name in {"function_call", "audio"}.intersection(lost):
+                raise BadRequest(f"{where}.{name}: cannot be said to this model")
+            dropped += [redact(name, length=50) for name in lost[:50]]
         match item:
             case {"type": "function_call" | "reasoning"}:
                 messages.append(Message("assistant", read_block(item, where, dropped)))
@@ -1142,6 +1146,10 @@ def clean(text: str) -> str:
     return CONTROL.sub("", text)
 
 
+# Another vendor's id may hold characters that Anthropic's pattern forbids.
+own_id = functools.partial(re.sub, r"[^a-zA-Z0-9_-]", "_")
+
+
 def read_content(item: dict[str, Any], where: str, dropped: list[str]) -> list[Part]:
     parts: list[Part] = []
     for key in ("content", "tool_calls"):
@@ -1162,6 +1170,7 @@ def read_block(block: Any, where: str, dropped: list[str]) -> list[Part]:
         block = {"type": "function_call", "id": block.get("id")} | function
     ids = ("call_id", "tool_call_id", "tool_use_id", "id")
     call = next((block[key] for key in ids if key in block), None)
+    call = own_id(call) if isinstance(call, str) else None
     kind = block.get("type", block.get("role"))
     match kind, block:
         case "text" | "input_text" | "output_text", {"text": str(text)}:
@@ -1170,10 +1179,10 @@ def read_block(block: Any, where: str, dropped: list[str]) -> list[Part]:
             return [Text(text)]
         case ("image", {"source": given}) | (_, {"image_url": given}):
             return [read_image(given, where)]
-        case "function_call" | "tool_use", {"name": str(name)} if isinstance(call, str):
+        case "function_call" | "tool_use", {"name": str(name)} if call is not None:
             given = block.get("arguments", block.get("input"))
             return [ToolUse(call, clean(name), read_arguments(given, where))]
-        case "function_call_output" | "tool_result" | "tool", _ if isinstance(call, str):
+        case "function_call_output" | "tool_result" | "tool", _ if call is not None:
             given = block.get("result", block.get("output", block.get("content")))
             return [ToolResult(call, read_result(given), bool(block.get("is_error")))]
         case "thinking" | "redacted_thinking" | "reasoning", _:
@@ -1294,13 +1303,10 @@ def template_tools(template: Template) -> list[Tool]:
 
 def read_variable(name: str, variable: Variable, value: Any) -> str:
     where = f"variables.{name}"
-    match variable.kind, value:
-        case "number", int() | float() if not isinstance(value, bool):
-            text = msgspec.json.encode(value).decode()
-        case "text" | "line", str():
-            text = value
-        case kind, _:
-            raise BadRequest(f"{where}: must be a {kind}")
+    kind = int | float if variable.kind == "number" else str
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise BadRequest(f"{where}: must be a {variable.kind}")
+    text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
     if len(text) > variable.max_length:
         raise BadRequest(f"{where}: at most {variable.max_length} characters are allowed")
     if variable.kind == "line" and text != clean(text):
@@ -1365,8 +1371,11 @@ def parse_native(
                 raise BadRequest(f"tools[{i}].type: {hosted!r} runs at the vendor; {ALLOW}")
     native = {name: value for name, value in raw.items() if name != "store"}
     dropped += ["store"] if raw.get("store") else []
-    if limits.system_prompt and kind in ADAPTERS:
-        lock_prompt(native, kind, limits.system_prompt)
+    prompt, system = limits.system_prompt, "system" if kind == "messages" else "instructions"
+    if prompt and kind == "chat":
+        native["messages"] = [{"role": "system", "content": prompt}, *native["messages"]]
+    elif prompt and kind in ADAPTERS:
+        native[system] = lock_prompt(prompt, native.get(system))
     path = "" if kind in ADAPTERS else f"/{kind}"
     return Request(
         model=raw["model"], max_tokens=0 if path else read_length(given, limits, dropped),
@@ -1413,17 +1422,11 @@ def check_conversation(raw: Map[str, Any], key: str, limits: Limits, known: set[
     return kinds
 
 
-def lock_prompt(native: dict[str, Any], kind: str, prompt: str) -> None:
-    """Put the server's own system prompt in front of the caller's."""
-    match kind:
-        case "messages":
-            given = native.get("system") or []
-            given = [{"type": "text", "text": given}] if isinstance(given, str) else given
-            native["system"] = [{"type": "text", "text": prompt}, *given]
-        case "responses":
-            native["instructions"] = "\n\n".join(filter(None, (prompt, native.get("instructions"))))
-        case "chat":
-            native["messages"] = [{"role": "system", "content": prompt}, *native["messages"]]
+def lock_prompt(prompt: str, given: Any) -> Any:
+    """The server's own system prompt in front of the caller's."""
+    if prompt and isinstance(given, list):
+        return [{"type": "text", "text": prompt}, *given]
+    return "\n\n".join(filter(None, (prompt, given)))
 
 
 # ---- Clients -----------------------------------------------------------------------------------
@@ -3289,10 +3292,6 @@ class Adapter:
         return Failure(UpstreamError(next(filter(None, statuses), 502), message, map(str, given)))
 
 
-# Another vendor's id may hold characters that Anthropic's pattern forbids.
-own_id = functools.partial(re.sub, r"[^a-zA-Z0-9_-]", "_")
-
-
 class Messages(Adapter):
     """Anthropic Messages. Source: docs.anthropic.com/en/api/messages, version 2023-06-01."""
 
@@ -3326,6 +3325,8 @@ class Messages(Adapter):
             yield "thinking"
         if thinks or "unsampled" in self.can:
             yield from ("temperature", "top_p", "top_k")
+        elif (request.temperature or 0) > 1:  # which is the default, too; OpenAI's scale ends at 2
+            yield "temperature"
         elif "one" in self.can and request.temperature is not None:
             yield "top_p"
 
@@ -3348,8 +3349,6 @@ class Messages(Adapter):
         how = named or filled(type="any" if choice == "required" else choice)
         if request.parallel is False and request.tools and choice != "none":
             how = {"type": "auto"} | how | {"disable_parallel_tool_use": True}
-        if (request.temperature or 0) > 1:  # OpenAI's scale ends at 2
-            self.dropped.append("temperature")
         form = request.output_format
         if form and "json_schema" not in form:
             raise BadRequest(f"response_format: {self.model} needs a json_schema")
@@ -3366,7 +3365,6 @@ class Messages(Adapter):
             "tool_choice": how,
             "output_config": filled(effort=effort, format=shape),
             "thinking": thinking if request.thinking else None,
-            "temperature": request.temperature and min(1.0, request.temperature),
             "stop_sequences": [stop for stop in request.stop if stop.strip()],
         }
 
@@ -3389,13 +3387,10 @@ class Messages(Adapter):
 
     def block(self, part: Part) -> Any:
         """Text, images and results are written as this dialect has them."""
-        match part:
-            case ToolUse(call, name, arguments):
-                given = msgspec.Raw(arguments.encode())
-                return {"type": "tool_use", "id": own_id(call), "name": name, "input": given}
-            case ToolResult():
-                return replace(part, id=own_id(part.id))
-        return part
+        if not isinstance(part, ToolUse):
+            return part
+        given = msgspec.Raw(part.arguments.encode())
+        return {"type": "tool_use", "id": part.id, "name": part.name, "input": given}
 
     def decode(self, event: dict[str, Any]) -> Iterator[Event]:
         index = event.get("index")
@@ -3425,7 +3420,8 @@ class OpenAI(Adapter):
     """What OpenAI's two dialects have in common."""
 
     def thinks(self) -> bool:
-        return self.reasons
+        """What others than OpenAI serve may."""
+        return self.reasons or not (self.own or "plain" in self.can)
 
     def effort(self, request: Request) -> str | None:
         """The reasoning effort for enable_thinking; None leaves it to the model."""
@@ -3502,8 +3498,6 @@ class Responses(OpenAI):
                 yield Thinking(text)
             case "function_call_arguments.delta", str(text):
                 self.calls[event["item_id"]].arguments += text
-            case "function_call_arguments.done", _:
-                self.calls[event["item_id"]].arguments = str(event["arguments"])
             case _, {"type": "function_call", "call_id": call, "name": name, **item}:
                 arguments = str(item.get("arguments") or "")  # all of them when it is done
                 self.calls[item.get("id")] = ToolUse(str(call), str(name), arguments)
@@ -3535,10 +3529,6 @@ class Chat(OpenAI):
         self.usage_hidden = options.get("include_usage") is not True
         counted = {"stream_options": options | {"include_usage": True}}
         return counted if request.stream else {}
-
-    def thinks(self) -> bool:
-        """What others than OpenAI serve may."""
-        return self.reasons or not (self.own or "plain" in self.can)
 
     def body(self, request: Request) -> dict[str, Any]:
         if request.tools and "elsewhere" in self.can:
@@ -3594,24 +3584,22 @@ class Chat(OpenAI):
                 text = delta.get("content") or delta.get("refusal")
                 if text and isinstance(text, str):
                     yield Text(text)
-                for call in delta.get("tool_calls") or ():
-                    self.add_call(call, choice.get("index") or 0)
                 reason = "refusal" if delta.get("refusal") else choice.get("finish_reason")
                 self.reason = REASONS.get(reason, self.reason)
+                for call in delta.get("tool_calls") or ():
+                    self.add_call(call, choice.get("index") or 0)
             case {"type": "[DONE]"}:
                 yield from self.finish()
 
     def add_call(self, delta: Any, choice: Any) -> None:
         """The id and the name come only with the first piece of a call."""
-        match delta:
-            case {"function": dict(function)}:
-                last = next(reversed(self.calls), (choice, None))
-                own = delta.get("index", delta.get("id"))  # not every vendor counts them
-                key = last if own is None else (choice, own)
-                call = self.calls.setdefault(key, ToolUse("", "", ""))
-                call.id = call.id or str(delta.get("id") or "")
-                call.name = call.name or str(function.get("name") or "")
-                call.arguments += function.get("arguments") or ""
+        function, own = delta["function"], delta.get("index", delta.get("id"))
+        last = next(reversed(self.calls), (choice, None))
+        key = last if own is None else (choice, own)  # not every vendor counts them
+        call = self.calls.setdefault(key, ToolUse("", "", ""))
+        call.id = call.id or str(delta.get("id") or "")
+        call.name = call.name or str(function.get("name") or "")
+        call.arguments += function.get("arguments") or ""
 
 
 ADAPTERS: dict[str, type[Adapter]] = {"messages": Messages, "responses": Responses, "chat": Chat}
@@ -3637,10 +3625,8 @@ class StopCutter:
                 if found:
                     return [*result, Finish("stop")]
                 self.held = text[end:]
-            elif isinstance(event, Thinking) or not self.held:
-                result.append(event)
             else:
-                result += [Text(self.held), event]
+                result += [Text(self.held), event] if self.held else [event]
                 self.held = ""
         return result
 
@@ -3673,19 +3659,14 @@ class Writer:
     def tokens(self, batch: Batch) -> Iterator[str]:
         """The texts to show, thinking between <think> and </think> where it was asked for."""
         for event in batch:
-            if self.thinking and not isinstance(event, Thinking):
-                self.thinking = False
-                yield "</think>"
-            match event:
-                case Text(text):
-                    yield text
-                case Thinking(text) if self.show_thinking:
-                    if not self.thinking:
-                        self.thinking = True
-                        yield "<think>"
-                    yield text
-                case ToolUse():
-                    self.calls.append(function_call(event))
+            thinks = isinstance(event, Thinking)
+            if self.show_thinking and thinks != self.thinking:
+                yield "<think>" if thinks else "</think>"
+                self.thinking = thinks
+            if isinstance(event, ToolUse):
+                self.calls.append(function_call(event))
+            elif isinstance(event, Text | Thinking) and (self.show_thinking or not thinks):
+                yield event.text
 
     def write(self, batch: Batch, ttfb: float) -> bytes:
         """The bytes of one network read; none when there is nothing to say yet."""
@@ -3758,18 +3739,16 @@ class NativeWriter(Writer):
         return b"%bdata: %b\n\n" % (event, body) if self.early else b""
 
 
-class ChatWriter(Writer):
+class ChatWriter(NativeWriter):
     """OpenAI Chat Completions, for a model that lives at a vendor of another dialect."""
 
     def __init__(self, model: str, stream: bool, show_usage: bool) -> None:
-        super().__init__(True)
-        self.early, self.show_usage = stream, show_usage
+        super().__init__("chat", stream)
+        self.show_usage = show_usage
         kind = "chat.completion.chunk" if stream else "chat.completion"
         self.base: dict[str, Any] = {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": kind}
         self.base |= {"created": int(time.time()), "model": model}
         self.role, self.deltas = {"role": "assistant"}, list[dict[str, Any]]()
-        if stream:
-            self.media_type, self.filler = FrameWriter.media_type, FrameWriter.filler
 
     def chunk(self, delta: dict[str, Any], finish: str | None = None) -> bytes:
         choice = {"index": 0, "delta": self.role | delta, "finish_reason": finish}
@@ -3779,25 +3758,22 @@ class ChatWriter(Writer):
     def write(self, batch: Batch, ttfb: float) -> bytes:
         deltas: list[dict[str, Any]] = []
         for event in batch:
-            match event:
-                case Text(text):
-                    deltas.append({"content": text})
-                case Thinking(text):
-                    deltas.append({"reasoning_content": text})
-                case ToolUse():
-                    call = function_call(event)
-                    deltas.append({"tool_calls": [{"index": len(self.calls)} | call]})
-                    self.calls.append(call)
+            if isinstance(event, Text | Thinking):
+                name = "content" if isinstance(event, Text) else "reasoning_content"
+                deltas.append({name: event.text})
+            elif isinstance(event, ToolUse):
+                call = function_call(event)
+                deltas.append({"tool_calls": [{"index": len(self.calls)} | call]})
+                self.calls.append(call)
         if self.early:
             return b"".join(map(self.chunk, deltas))
         self.deltas += deltas
         return b""
 
     def end(self, finish: str, report: dict[str, Any]) -> bytes:
-        given = report["usage"]
-        usage = {name: given[name] for name in given if name.endswith("_tokens")}
-        usage["prompt_tokens_details"] = {"cached_tokens": given["cacheReadTokens"]}
-        usage["completion_tokens_details"] = {"reasoning_tokens": given["reasoningTokens"]}
+        usage = report["usage"]
+        usage |= {"prompt_tokens_details": {"cached_tokens": usage["cacheReadTokens"]}}
+        usage |= {"completion_tokens_details": {"reasoning_tokens": usage["reasoningTokens"]}}
         if self.early:
             counted = frame(self.base | {"choices": [], "usage": usage}) if self.show_usage else b""
             return self.chunk({}, finish) + counted + DONE
@@ -3807,9 +3783,6 @@ class ChatWriter(Writer):
         said |= filled(tool_calls=self.calls, reasoning_content=thoughts)
         choice = {"index": 0, "message": said, "finish_reason": finish, "logprobs": None}
         return msgspec.json.encode(self.base | {"choices": [choice], "usage": usage})
-
-    def error(self, error: ProxyError, request_id: str) -> bytes:
-        return b"data: %b\n\n" % error_body(error, request_id, "chat") if self.early else b""
 
 
 # ---- Prices ------------------------------------------------------------------------------------

@@ -2941,7 +2941,8 @@ def test_the_servers_prompt_stands_first_in_every_dialect(
     block = {"type": "text", "text": "Be kind."}
     own = {"type": "text", "text": "Mine."}
     for fields, sent_up in (
-        ({}, [block]), ({"system": "Mine."}, [block, own]), ({"system": [own]}, [block, own]),
+        ({}, "Be kind."), ({"system": "Mine."}, "Be kind.\n\nMine."),
+        ({"system": [own]}, [block, own]),
     ):  # fmt: skip
         ask_native(strict, "messages", key, **fields)
         assert upstream.requests[-1].json["system"] == sent_up
