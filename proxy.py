@@ -3498,6 +3498,8 @@ class Responses(OpenAI):
                 yield Thinking(text)
             case "function_call_arguments.delta", str(text):
                 self.calls[event["item_id"]].arguments += text
+            case "function_call_arguments.done", _:
+                self.calls[event["item_id"]].arguments = str(event["arguments"])
             case _, {"type": "function_call", "call_id": call, "name": name, **item}:
                 arguments = str(item.get("arguments") or "")  # all of them when it is done
                 self.calls[item.get("id")] = ToolUse(str(call), str(name), arguments)
