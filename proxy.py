@@ -4007,6 +4007,14 @@ class Call:
     timer: asyncio.TimerHandle
     filling: asyncio.Task[None]
 
+    # a thousand streams have one each, and a dict of so many names is 1.5 KiB
+    __slots__ = (
+        "account", "added", "asked", "begun", "bounds", "caps", "chosen", "client", "dialect",
+        "dropped", "entry", "estimate", "failure", "filling", "finish", "headers", "held", "key",
+        "leads", "most", "passed", "place", "rates", "request", "send", "settled", "started",
+        "stopped", "task", "timer", "writer", "writing", "wrote",
+    )  # fmt: skip
+
     def __init__(
         self, entry: Entry, client: Client, headers: Headers, added: Headers, send: Send
     ) -> None:
@@ -4362,7 +4370,7 @@ class Proxy:
         for name, template in self.config.templates.items():
             try:
                 template_tools(template)
-                targets[name] = self.locate(template.model)
+                targets[name] = self.resolve(template.model)
             except ProxyError as error:
                 raise ConfigError(f"templates.{name}: {error.message}") from None
         return targets
@@ -4545,10 +4553,9 @@ class Proxy:
         request = parse_body(raw, limits, call.dropped, default, self.config.templates)
         call.request = request
         call.chosen = template is None and any(raw.get(name) for name in MAX_TOKENS)
-        call.writer = (Writer if raw.get("stream") is False else FrameWriter)(
-            bool(request.thinking)
-        )
-        targets = self.templates.get(template or "") or self.resolve(provider, request.model)
+        stream = raw.get("stream") is not False
+        call.writer = (FrameWriter if stream else Writer)(bool(request.thinking))
+        targets = self.templates.get(template or "") or self.resolve(request.model, provider)
         self.check_request(call, targets)
         return targets
 
@@ -4560,7 +4567,7 @@ class Proxy:
             call.client.limits,
             kind.partition("/")[0],
         )
-        targets = self.locate(str(raw.get("model") or ""))
+        targets = self.resolve(str(raw.get("model") or ""))
         dialect = dialect if dialect in ADAPTERS else "chat"
         own = [t for t in targets if dialect in SPEAKS[self.config.providers[t[0]].adapter]]
         elsewhere = "elsewhere" in capability(targets[0][1]) and raw.get("tools")
@@ -4673,31 +4680,24 @@ class Proxy:
             call.most = call.held
             call.dropped.append("max_tokens")
 
-    def resolve(self, provider: str, name: str) -> list[Target]:
-        """The targets of a model name or alias, first choice first. Raises 403."""
+    def resolve(self, name: str, provider: str = "") -> list[Target]:
+        """The targets of a model name or alias, first choice first. Where no `provider` was asked,
+        the most exact offer of the name counts. Raises 403."""
         if targets := self.resolve_alias(name):
             return targets
         prefix, _, rest = name.partition("/")
         offers = {p: self.config.providers[p].models for p in self.keys}
-        if prefix == provider and matches(rest, offers[provider]):  # before o* takes openai/…
-            return [(provider, rest)]
-        if matches(name, offers[provider]):
-            return [(provider, name)]
-        if rest and matches(rest, offers.get(prefix, ())):
-            return [(prefix, rest)]
+        homes = [provider] if provider else sorted(offers, key=lambda p: "*" in offers[p])
+        named = [(home, name) for home in homes]
+        if prefix == (provider or prefix):  # before o* takes openai/…
+            named.insert(0, (prefix, rest))
+        for home, model in (*named, (prefix, rest)):
+            if model and matches(model, offers.get(home, ())):
+                return [(home, model)]
+        home = homes[0]
         other = next((f"; send it to /api/{p}" for p in offers if matches(name, offers[p])), "")
-        offer = f"{provider} offers {', '.join(offers[provider])}"
+        offer = f"{home} offers {', '.join(offers[home])}"
         raise ProxyError(403, "model_not_allowed", f"model: {offer}, not {redact(name)!r}{other}")
-
-    def locate(self, name: str) -> list[Target]:
-        """The same where no provider was named, but by a prefix: else the most exact offer counts.
-        Raises 403."""
-        offers = {p: self.config.providers[p].models for p in self.keys}
-        prefix, _, rest = name.partition("/")
-        if rest and name not in self.config.models and matches(rest, offers.get(prefix, ())):
-            return [(prefix, rest)]
-        homes = [p for p in offers if matches(name, offers[p])] or [*offers]
-        return self.resolve(min(homes, key=lambda p: "*" in offers[p]), name)
 
     def resolve_alias(self, name: str) -> list[Target]:
         alias = self.config.models.get(name)
