@@ -207,7 +207,8 @@ class Model(Table, frozen=True):
 
 class Price(Table, frozen=True):
     """USD per million tokens. A cache price that is not set is the price of input. `above` holds
-    for the whole request once its input is larger than `above.tokens`."""
+    for the whole request once its input is larger than `above.tokens`. One with `per_use` is of a
+    tool that runs at the vendor, in USD for each time."""
 
     input: Decimal = Decimal(0)
     output: Decimal = Decimal(0)
@@ -217,6 +218,7 @@ class Price(Table, frozen=True):
     above: Price | None = None
     tokens: int = 0
     free: bool = False
+    per_use: Decimal | None = None
 
 
 class LedgerTable(Table, frozen=True):
@@ -484,8 +486,10 @@ def check_values(config: Config) -> None:
             wanted = 'must look like "https://app.example.com", without a path or a final slash'
             raise ConfigError(f"server.cors_origins: {origin!r} {wanted}")
     for pattern, price in config.prices.items():
-        if not price.free and not price.input and not price.output:
-            raise ConfigError(f'prices."{pattern}": set input and output, or free = true')
+        kinds = (price.input or price.output, price.free, price.per_use is not None)
+        if sum(map(bool, kinds)) != 1:
+            wanted = "set input and output of a model, or free = true, or per_use of a tool"
+            raise ConfigError(f'prices."{pattern}": {wanted}')
         for name, provider in config.providers.items():
             sold = price.free and provider.variables and not config.demo
             if sold and any(fnmatch.fnmatchcase(model, pattern) for model in provider.models):
@@ -808,8 +812,9 @@ class Sampling(Struct):
 class Request(Sampling, kw_only=True, omit_defaults=True):
     """What is asked of a model, whoever serves it. `thinking` None leaves it to the model. A
     `native` body is sent as it is, in its `dialect`: `path` says where, if not where the dialect is
-    at home. `documents` says that it holds some, and `hosted` names a tool that runs at the vendor.
-    `stream` is about the vendor's answer."""
+    at home. `documents` says that it holds some, and `hosted` names the tools that run at the
+    vendor, with how often each may be used (0: as often as the model likes). `stream` is about the
+    vendor's answer."""
 
     model: str
     max_tokens: int
@@ -818,7 +823,7 @@ class Request(Sampling, kw_only=True, omit_defaults=True):
     dialect: str = ""
     path: str = ""
     documents: bool = False
-    hosted: str = ""
+    hosted: list[tuple[str, int]] = []
     stream: bool = True
     output_format: dict[str, Any] | None = None  # as Chat has it
     effort: str = ""
@@ -1363,12 +1368,14 @@ def parse_native(
     check_texts(raw, limits)
     known = NATIVE_BLOCKS.get(kind.partition("/")[0], "")
     kinds = check_conversation(raw, key, limits, {*known.split(), *allowed})
-    hosted = ""
+    hosted = []
     for i, tool in enumerate(given.tools or ()):
         if (name := str(tool.get("type", "custom"))) not in ("function", "custom"):
-            hosted = redact(name, length=50)
             if name not in allowed:
-                raise BadRequest(f"tools[{i}].type: {hosted!r} runs at the vendor; {ALLOW}")
+                name = redact(name, length=50)
+                raise BadRequest(f"tools[{i}].type: {name!r} runs at the vendor; {ALLOW}")
+            uses = tool.get("max_uses", raw.get("max_tool_calls"))
+            hosted.append((name, max(0, uses) if isinstance(uses, int) else 0))
     native = {name: value for name, value in raw.items() if name != "store"}
     dropped += ["store"] if raw.get("store") else []
     prompt, system = limits.system_prompt, "system" if kind == "messages" else "instructions"
@@ -3237,7 +3244,7 @@ class Adapter:
             raise UpstreamError(502, "the vendor's answer is not a JSON object") from None
         if reply.get("error") and "id" not in reply:
             raise self.fail(reply["error"]).error
-        self.count(reply.get("usage"))
+        self.count(reply)
         # embeddings have no output, and counted tokens have no usage at all
         embedded = "data" in reply and isinstance(reply.get("usage"), dict)
         self.usage.known = self.usage.known or embedded or "input_tokens" in reply
@@ -3253,13 +3260,16 @@ class Adapter:
                 reason = REASONS.get(end, reason)
         return [Raw(self.hide_key(body)), Finish(reason)]
 
-    def count(self, usage: Any) -> None:
+    def count(self, told: dict[str, Any]) -> None:
         """Later figures replace the earlier ones, but may lack some of them."""
-        if not isinstance(usage, dict):
+        if not isinstance(figures := told.get("usage"), dict):
             return
-        self.counts |= {key: value for key, value in usage.items() if value is not None}
+        self.counts |= {key: value for key, value in figures.items() if value is not None}
         details = [value for value in self.counts.values() if isinstance(value, dict)]
         self.usage = usage = Usage()
+        if isinstance(output := told.get("output"), list):  # OpenAI lists its searches
+            kinds = [item.get("type") for item in output if isinstance(item, dict)]
+            usage.web_searches = kinds.count("web_search_call")
         for key, tokens in itertools.chain(*map(dict.items, [self.counts, *details])):
             name = FIGURES.get(key)
             if name and isinstance(tokens, int):
@@ -3405,11 +3415,11 @@ class Messages(Adapter):
                 given = msgspec.json.encode(block["input"]).decode() if block.get("input") else ""
                 self.calls[index] = ToolUse(str(call), str(name), given)
             case "message_start", _:
-                self.count(event["message"]["usage"])
+                self.count(event["message"])
                 self.usage.known = False
             case "message_delta", dict(delta):
                 self.reason = REASONS.get(delta.get("stop_reason"), self.reason)
-                self.count(event.get("usage"))
+                self.count(event)
             case "message_stop", _:
                 yield from self.finish()
             case "error", _:
@@ -3508,11 +3518,11 @@ class Responses(OpenAI):
                 details = response.get("incomplete_details") or {}
                 default = "length" if kind == "incomplete" else self.reason
                 self.reason = REASONS.get(details.get("reason"), default)
-                self.count(response.get("usage"))
+                self.count(response)
                 yield from self.finish()
             case "failed" | "error", _:
                 told = event.get("response", event)
-                self.count(told.get("usage"))  # nested, as recorded, or flat, as the SDK has it
+                self.count(told)  # nested, as recorded, or flat, as the SDK has it
                 yield self.fail(told.get("error") or event | {"type": None})
 
 
@@ -3572,7 +3582,7 @@ class Chat(OpenAI):
             yield {"role": message.role, "content": content or None} | filled(tool_calls=calls)
 
     def decode(self, event: dict[str, Any]) -> Iterator[Event]:
-        self.count(event.get("usage"))
+        self.count(event)
         match event:
             case {"error": error} if error:
                 yield self.fail(error)
@@ -3837,12 +3847,25 @@ class Prices:
     def __init__(self, configured: Map[str, Price]) -> None:
         self.configured = sorted(configured.items(), key=lambda item: -len(item[0]))
 
-    def of(self, provider: str, model: str) -> Price | None:
+    def of(self, provider: str, name: str, tool: bool = False) -> Price | None:
+        """The price of a model, or of a tool that runs at the vendor."""
         for pattern, price in self.configured:  # the longest, that is the most exact, first
-            if matches(model, [pattern]) or matches(f"{provider}/{model}", [pattern]):
+            known = matches(name, [pattern]) or matches(f"{provider}/{name}", [pattern])
+            if known and tool == (price.per_use is not None):
                 return price
-        known = built_in_prices()
-        return known.get(model) or known.get(DATED.sub("", model))
+        built_in = {} if tool else built_in_prices()
+        return built_in.get(name) or built_in.get(DATED.sub("", name))
+
+    def fee(self, provider: str, request: Request, searches: int | None = None) -> Decimal | None:
+        """USD for the tools of a request that run at the vendor, None where one has no price: for
+        as many `searches` as the vendor has counted, and else for all that were allowed."""
+        total = Decimal(0)
+        for tool, uses in request.hosted:
+            if (price := self.of(provider, tool, tool=True)) is None:
+                return None
+            counted = tool.startswith("web_search") and searches is not None
+            total += (price.per_use or 0) * ((searches or 0) if counted else uses)
+        return total
 
 
 def cost(usage: Usage, price: Price | None) -> Decimal | None:
@@ -3883,8 +3906,12 @@ def input_bound(request: Request, model: str = "") -> int:
     size = len(msgspec.json.encode(request)) - sum(map(len, images))
     tools = TOOL_TOKENS if request.tools or native.get("tools") else 0
     size += image * len(images) + tools
-    # a page of a document may be a few bytes; but no model reads more than its context holds
-    return max(size, context_size(model) or 2_000_000) if request.documents else size
+    # a page of a document may be a few bytes, as may be what a search is for; but no model reads
+    # more than its context holds, after each use of a tool anew
+    if not (request.documents or request.hosted):
+        return size
+    turns = 1 + sum(uses for _, uses in request.hosted)
+    return max(size, context_size(model) or 2_000_000) * turns
 
 
 def output_bound(tokens: int, n: int) -> int:
@@ -4617,13 +4644,19 @@ class Proxy:
             call.caps = []
             return
         request = call.request
-        if request.hosted:
-            wrong = "has a price that no budget here can hold for"
-            raise BadRequest(f"tools: {request.hosted!r} runs at the vendor and {wrong}")
+        for tool, uses in request.hosted:
+            if not uses:
+                wanted = "max_uses (or the request max_tool_calls) above 0: a budget holds for them"
+                raise BadRequest(f"tools: {tool} runs at the vendor, and needs {wanted}")
         for provider, model in targets:
             if (price := self.prices.of(provider, model)) is None:
                 raise BadRequest(f"model: {unpriced(model)}")
-            call.bounds.append(cost_bound(price, input_bound(request, model)))
+            for tool, _ in request.hosted:
+                if self.prices.of(provider, tool, tool=True) is None:
+                    raise BadRequest(f"tools: {unpriced(tool, 'per_use, in USD for each time')}")
+            fee = self.prices.fee(provider, request) or Decimal(0)
+            fixed, each = cost_bound(price, input_bound(request, model))
+            call.bounds.append((fixed + fee, each))
         call.most = call.cost_of(request.max_tokens)
 
     async def admit(
@@ -4960,11 +4993,15 @@ class Proxy:
         """Add what an attempt that never answered may be billed, all the same."""
         account, request = call.account, call.request
         account.billed = False
-        if error.sent and (price := self.prices.of(account.provider, model)):
+        price, fee = (
+            self.prices.of(account.provider, model),
+            self.prices.fee(account.provider, request),
+        )
+        if error.sent and price and fee is not None:
             fixed, each = cost_bound(price, account.bound)
             whole = error.status == 504 or account.hidden
             tokens = output_bound(request.max_tokens, request.n) if whole else 0
-            account.lost += fixed + each * tokens
+            account.lost += fixed + fee + each * tokens
 
     async def settle(self, call: Call) -> None:
         """Account for a request, once, and then end its reply."""
@@ -5020,7 +5057,12 @@ class Proxy:
         if entry.estimated:  # some vendors write all of it to a cache, at another price
             usage = replace(usage, cache_read_tokens=0, cache_write_tokens=usage.input_tokens)
         usd = cost(usage, self.prices.of(account.provider, account.model))
-        entry.cost = None if usd is None else f"{(usd + account.lost).normalize():f}"
+        searches = None if entry.estimated else usage.web_searches
+        fee = self.prices.fee(account.provider, call.request, searches)
+        if usd is None or fee is None:
+            entry.cost = None
+        else:
+            entry.cost = f"{(usd + fee + account.lost).normalize():f}"
 
     def log(self, call: Call) -> None:
         fields = asdict(call.entry) | {"dropped": call.all_dropped(), "time": None}
@@ -5067,11 +5109,12 @@ def refusal(given: Admission, limits: Limits) -> ProxyError:
     return ProxyError(429, "rate_limited", message, after=given.wait)
 
 
-def unpriced(model: str) -> str:
-    return (
-        f"{model} has no price, so no budget can hold for it; the server's owner can add "
-        f'[prices."{model}"] with input and output in USD per million tokens, or free = true'
-    )
+MODEL_PRICE = "input and output in USD per million tokens, or free = true"
+
+
+def unpriced(name: str, price: str = MODEL_PRICE) -> str:
+    missing = f"{name} has no price, so no budget can hold for it"
+    return f'{missing}; the server\'s owner can add [prices."{name}"] with {price}'
 
 
 def check_media_type(headers: Headers) -> None:

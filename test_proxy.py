@@ -2473,14 +2473,123 @@ def test_a_whole_reply_that_is_left_is_charged_all_its_tokens(
     assert (row["outcome"], row["output_tokens"], row["estimated"]) == ("cancelled", 400, 1)
 
 
+SEARCH = {"type": "web_search_20250305", "name": "web_search"}
+
+
+@pytest.mark.parametrize(
+    ("tool", "wanted"),
+    [
+        pytest.param(SEARCH | {"max_uses": 3}, '[prices."web_search_20250305"]', id="no price"),
+        pytest.param(SEARCH, "max_uses", id="no end"),
+        pytest.param(SEARCH | {"max_uses": -1}, "max_uses", id="less than none"),
+        pytest.param(SEARCH | {"max_uses": "3"}, "max_uses", id="no number"),
+    ],
+)
 def test_what_runs_at_the_vendor_is_held_back_by_a_budget(
-    natives: Server, upstream: Upstream, key: dict[str, str]
+    natives: Server, upstream: Upstream, key: dict[str, str], tool: dict[str, Any], wanted: str
 ) -> None:
     """Allowed, but nobody knows what it will cost."""
-    search = {"type": "web_search_20250305", "name": "web_search"}
-    refused = ask_native(natives, "messages", key, tools=[search])
+    refused = ask_native(natives, "messages", key, tools=[tool])
     assert (refused.status_code, upstream.requests) == (400, [])
-    assert "no budget here can hold for" in refused.json()["error"]["message"]
+    assert wanted in refused.json()["error"]["message"]
+
+
+@pytest.fixture(scope="module")
+def searching(serve_module: Serve) -> Server:
+    """A server whose owner has priced what it allows to run at the vendors."""
+    config = """
+    [providers.anthropic]
+    allow = ["web_search_20250305", "code_execution_20250825"]
+    [providers.openai]
+    allow = ["web_search"]
+    [prices."web_search*"]
+    per_use = 0.01
+    [prices."anthropic/code_execution_*"]
+    per_use = 0.05
+    [budget]
+    client_per_day = 8.0
+    """
+    return serve_module(config + NO_LIMITS, environ={"ALLOWED_CLIENT_KEYS": ALL_KEYS})
+
+
+# what 10 tokens in and 5 out cost with haiku and with gpt-5-mini
+HAIKU, MINI = Decimal("0.000035"), Decimal("0.0000125")
+CODE = {"type": "code_execution_20250825", "name": "code", "max_uses": 2}
+SEARCHED = {"server_tool_use": {"web_search_requests": 2}}
+CALLED = [{"type": "web_search_call"}, {"type": "message"}, {"type": "web_search_call"}]
+
+
+@pytest.mark.parametrize(
+    ("dialect", "fields", "events", "usd"),
+    [
+        pytest.param(
+            "messages",
+            {"tools": [SEARCH | {"max_uses": 3}]},
+            messages_events(usage=SEARCHED),
+            HAIKU + Decimal("0.02"),
+            id="searches are counted",
+        ),
+        pytest.param(
+            "messages",
+            {"tools": [CODE]},
+            messages_events(),
+            HAIKU + Decimal("0.1"),
+            id="what is not counted costs all that was allowed",
+        ),
+        pytest.param(
+            "responses",
+            {"tools": [{"type": "web_search"}], "max_tool_calls": 4},
+            sse(
+                {"type": "response.completed", "response": {"output": CALLED, "usage": {
+                    "input_tokens": 10, "output_tokens": 5}}}
+            ),
+            MINI + Decimal("0.02"),
+            id="OpenAI lists them",
+        ),
+        pytest.param(
+            "responses",
+            {"tools": [{"type": "web_search"}], "max_tool_calls": 4},
+            responses_events(),
+            MINI,
+            id="none was made",
+        ),
+    ],
+)  # fmt: skip
+def test_what_runs_at_the_vendor_is_charged_where_it_is_priced(
+    searching: Server,
+    upstream: Upstream,
+    key: dict[str, str],
+    dialect: str,
+    fields: dict[str, Any],
+    events: list[bytes],
+    usd: Decimal,
+) -> None:
+    upstream.play(stream(*events))
+    number = next(IDS)
+    headers = {**key, "X-Request-ID": number}
+    fields |= {"max_tokens" if dialect == "messages" else "max_output_tokens": 16}
+    served = ask_native(searching, dialect, headers, stream=True, **fields)
+    assert served.status_code == 200, served.text
+    row = last_row(searching, number)
+    assert Decimal(row["cost"]) == usd
+    [daily] = searching.get("/usage", headers=key).json()["budget"]
+    assert Decimal(str(daily["leftUsd"])) == 8 - usd
+
+
+def test_what_may_run_at_the_vendor_is_held_for(
+    searching: Server, upstream: Upstream, key: dict[str, str]
+) -> None:
+    """After each use the model may read all that it can: 0.40 USD of haiku's at 2 a million."""
+    upstream.play([HANG])
+    body = native("messages", tools=[SEARCH | {"max_uses": 3}], max_tokens=16)
+    with searching.connect("/v1/messages", body, key):
+        wait_for(lambda: upstream.requests)
+        [daily] = searching.get("/usage", headers=key).json()["budget"]
+        held = 4 * Decimal("0.4") + 3 * Decimal("0.01") + 16 * Decimal("0.000005")
+        assert Decimal(str(daily["leftUsd"])) == 8 - held
+    upstream.clear()
+    poor = ask_native(searching, "messages", key, tools=[SEARCH | {"max_uses": 50}])
+    assert (poor.status_code, upstream.requests) == (402, [])
 
 
 def test_a_document_is_held_for_as_all_that_the_model_reads() -> None:
