@@ -836,9 +836,10 @@ class Request(Sampling, kw_only=True, omit_defaults=True):
     thinking: bool | None = None
 
     def said(self) -> Any:
-        """All of it as JSON, the tools as one text: the names in them are read, too."""
-        tools = {"tools": msgspec.json.encode(self.tools).decode()}
-        return self.native or msgspec.to_builtins(self) | tools
+        """What a model reads of it, as JSON; the tools as one text, for the names in them."""
+        tools = msgspec.json.encode(self.tools).decode()
+        said = {"system": self.system, "tools": tools, "messages": self.messages}
+        return self.native or msgspec.to_builtins(said)
 
     def characters(self) -> int:
         """Of text and tools, not of images."""
@@ -3034,7 +3035,7 @@ class SSE:
 def event_data(event: bytes) -> bytes:
     lines = event.removeprefix(b"\xef\xbb\xbf").splitlines()
     data = [line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:")]
-    return b"\n".join(data) if any(data) else b""
+    return b"\n".join(data).strip()
 
 
 # ---- Adapters ----------------------------------------------------------------------------------
@@ -3130,6 +3131,7 @@ def image_url(image: Image) -> str:
 
 
 # What both are in the chunk of a Chat stream that only the proxy asked for.
+read_json = msgspec.json.Decoder().decode  # built once: this is the way of every token
 SOME_USAGE, NO_CHOICES = re.compile(rb'"usage":\s*\{'), re.compile(rb'"choices":\s*\[\s*\]')
 
 
@@ -3214,26 +3216,19 @@ class Adapter:
         for event in map(self.hide_key, self.sse.feed(chunk)):
             if self.complete:
                 break
-            said = self.hear(event)
-            batch += said
-            if self.passing and not (said and isinstance(said[0], Failure)):
+            try:
+                if data := event_data(event):
+                    told = {"type": "[DONE]"} if data == b"[DONE]" else read_json(data)
+                    self.heard = self.heard or told.get("type") != "ping"
+                    batch += self.decode(told)
+            except NO_JSON:
+                batch.append(self.fail("the vendor's stream holds something that is not JSON"))
+            except (AttributeError, LookupError, TypeError):
+                pass  # of a shape nobody expects: skipped
+            if self.passing and not (batch and isinstance(batch[-1], Failure)):
                 hidden = self.usage_hidden and SOME_USAGE.search(event) and NO_CHOICES.search(event)
                 passed += b"" if hidden else event
         return [Raw(passed), *batch] if passed else batch
-
-    def hear(self, event: bytes) -> Batch:
-        batch: Batch = []
-        try:
-            if data := event_data(event):
-                done = data.strip() == b"[DONE]"
-                told = {"type": "[DONE]"} if done else msgspec.json.decode(data)
-                self.heard = self.heard or told.get("type") != "ping"
-                batch += self.decode(told)
-        except NO_JSON:
-            batch.append(self.fail("the vendor's stream holds something that is not JSON"))
-        except (AttributeError, LookupError, TypeError):
-            pass  # of a shape nobody expects: skipped
-        return batch
 
     def read(self, body: bytes) -> Batch:
         """The same for an answer in one piece."""

@@ -4182,8 +4182,8 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
 @pytest.mark.parametrize(
     ("name", "body", "status", "said"),
     [
-        pytest.param("short", ask("x" * 101), 400, "messages: 103", id="characters"),
-        pytest.param("short", ask(system="x" * 100), 400, "messages: 104", id="and of the system"),
+        pytest.param("short", ask("x" * 101), 400, "messages: 111", id="characters"),
+        pytest.param("short", ask(system="x" * 100), 400, "messages: 112", id="and of the system"),
         pytest.param("plain", ask(tools=[TOOL]), 400, "tools", id="tools"),
         pytest.param("plain", ask(system="Be brief"), 400, "system", id="system"),
         pytest.param("small", ask(max_tokens=600), 400, "max_tokens", id="tokens"),
@@ -6035,7 +6035,7 @@ def ending(serve_module: Serve, upstream_module: Upstream) -> Server:
 
 
 def input_usd(body: dict[str, Any]) -> Decimal:
-    return proxy.cost_bound(FLAT_PRICE, proxy.input_bound(parse(body).request))[0]
+    return proxy.cost_bound(FLAT_PRICE, proxy.input_bound(parse(body)[0]))[0]
 
 
 CHAT_HALF = chat_events(["Hel", "lo"])[:3]
@@ -6240,7 +6240,7 @@ def test_an_estimate_is_no_less_than_the_vendor_may_bill(
     upstream.play([*stream(*MAKE_EVENTS[dialect](["Hel", "lo"])[:3], end=False), RESET])
     number, body = next(IDS), ask(model=model, **{"max_tokens": 64, **more})
     plain_server.post(path, body, headers={"x-request-id": number})
-    row, inputs = last_row(plain_server, number), proxy.input_bound(parse(body).request)
+    row, inputs = last_row(plain_server, number), proxy.input_bound(parse(body)[0])
     assert (row["outcome"], row["estimated"]) == ("error", 1)
     assert Decimal(row["cost"]) == (millionths[0] * inputs + millionths[1]) / MILLION
 
@@ -6253,7 +6253,7 @@ def test_the_least_a_vendor_takes_is_what_may_be_billed(
     number, body = next(IDS), ask(model="gpt-4o", max_tokens=1)
     plain_server.post("/api/openai", body, headers={"x-request-id": number})
     assert upstream.requests[0].json["max_output_tokens"] == 16
-    row, inputs = last_row(plain_server, number), proxy.input_bound(parse(body).request)
+    row, inputs = last_row(plain_server, number), proxy.input_bound(parse(body)[0])
     assert Decimal(row["cost"]) == (inputs * Decimal("2.5") + 16 * 10) / MILLION
 
 
@@ -10495,7 +10495,7 @@ IMAGES = [{"role": "user", "content": [SMALL_IMAGE] * 3}]
     ],
 )  # fmt: skip
 def test_the_input_is_bounded_by_its_bytes(body: dict[str, Any], least: int) -> None:
-    request = parse(body).request
+    request = parse(body)[0]
     assert least < proxy.input_bound(request, request.model) < least + 500
 
 
