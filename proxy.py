@@ -101,20 +101,58 @@ class ConfigError(Exception):
 class Duration(float):
     """Seconds, written as "250ms", "25s", "10m", "1h" or "90d"."""
 
-    units: ClassVar = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
-
 
 class Size(int):
     """Bytes, written as "64KiB", "8MiB" or "1GiB"."""
-
-    units: ClassVar = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 class Usd(Decimal):
     """US dollars, written as a number; "unlimited" is infinity."""
 
 
+class BaseUrl(str):
+    """What the paths of an API are put behind."""
+
+
+class Url(str):
+    """Of an endpoint, or "" for none."""
+
+
+class Origin(str):
+    """A web origin, or "*" for any."""
+
+
+class Digest(str):
+    """The SHA-256 of a key."""
+
+
+class Phrase(str):
+    """Text that is not blank."""
+
+
 UNLIMITED = Usd("Infinity")
+UNITS = {
+    "ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400,
+    "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30,
+}  # fmt: skip
+AMOUNT = r"(?=.*[1-9])(\d+(?:\.\d+)?) ?"
+URL = r"https?://(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[^?#\s]*)?"
+NO_KEY = hashlib.sha256(b"").hexdigest()  # whoever sends no key would have it
+
+# What a value of each kind is written like, and what is wrong with one that is not.
+KINDS: dict[type, tuple[str, str]] = {
+    Duration: (AMOUNT + "(ms|s|m|h|d)", '{!r} is not a duration like "25s" or "10m"'),
+    Size: (AMOUNT + "(B|KiB|MiB|GiB)", '{!r} is not a size like "64KiB" or "8MiB"'),
+    Usd: (r"\d+(\.\d+)?(e[+-]?\d+)?|unlimited",
+          '{!r} is not an amount of USD like 0.5, nor "unlimited"'),
+    BaseUrl: (URL, 'must look like "https://api.example.com/v1", not {!r}'),
+    Url: (rf"({URL}(\?.*)?)?", "{!r} is not an http(s) URL"),
+    Origin: (r"[a-z][a-z0-9+.-]*://[^/\s*]+|\*",
+             '{!r} must look like "https://app.example.com", without a path or a final slash'),
+    Digest: (f"(?!{NO_KEY})[0-9a-f]{{64}}", "must be the 64 hex digits that `printf %s KEY | "
+             "sha256sum` prints for a key that is not empty; `proxy.py key NAME` makes one"),
+    Phrase: (r"(?s).*\S.*", "must not be blank: write something, or take it out of the list"),
+}  # fmt: skip
 
 
 Count = Annotated[int, Meta(ge=1)]
@@ -128,7 +166,7 @@ class Server(Table, frozen=True):
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=1, le=65535)] = 8000
     workers: Count = 1
-    cors_origins: tuple[str, ...] = ()
+    cors_origins: tuple[Origin, ...] = ()
     trusted_proxies: Annotated[int, Meta(ge=0)] | None = None
     drain: Duration = Duration(25)
     ping: Duration = Duration(15)
@@ -144,7 +182,7 @@ class Provider(Table, frozen=True):
     for it in each process."""
 
     adapter: Literal["messages", "responses", "chat"]
-    base_url: str
+    base_url: BaseUrl
     key_env: str | tuple[str, ...] = ""
     models: tuple[str, ...] = ("*",)
     default_model: str = ""
@@ -183,7 +221,7 @@ class Limits(Table, frozen=True):
     allow_tools: bool = True
     templates_only: bool = False
     system_prompt: str = ""
-    denied: tuple[str, ...] = ()
+    denied: tuple[Phrase, ...] = ()
 
 
 class BudgetTable(Table, frozen=True):
@@ -196,7 +234,7 @@ class BudgetTable(Table, frozen=True):
     client_per_month: Usd = UNLIMITED
     group_per_day: Usd = UNLIMITED
     group_per_month: Usd = UNLIMITED
-    webhook: str = ""
+    webhook: Url = Url()
     webhook_secret: str = ""
 
 
@@ -251,12 +289,12 @@ class KeyBudget(Table, frozen=True):
 
 
 class Key(Table, frozen=True):
-    """A static client key, known only by its SHA-256. `limits` holds what differs from [limits]."""
+    """A static client key, known only by its SHA-256. `limits` are [limits] with what it says."""
 
-    key_sha256: str
+    key_sha256: Digest
     group: str = ""
     models: tuple[str, ...] = ("*",)
-    limits: dict[str, Any] = {}
+    limits: Limits = Limits()
     budget: KeyBudget = KeyBudget()
 
 
@@ -265,7 +303,7 @@ class Jwt(Table, frozen=True):
     publishes (RS256, ES256, EdDSA)."""
 
     secret: str = ""
-    jwks_url: str = ""
+    jwks_url: Url = Url()
     issuer: str = ""
     audience: str = ""
     leeway: Duration = Duration(30)
@@ -283,7 +321,7 @@ class Session(Table, frozen=True):
     models: tuple[str, ...] = ("*",)
     per_minute: Count = 6
     turnstile_secret: str = ""
-    siteverify_url: str = "https://challenges.cloudflare.com/turnstile/v0/siteverify"
+    siteverify_url: Url = Url("https://challenges.cloudflare.com/turnstile/v0/siteverify")
 
 
 class Variable(Table, frozen=True):
@@ -298,7 +336,7 @@ class Template(Table, frozen=True):
     """A request whose owner is the server. `{name}` in `prompt` and `system` is a variable."""
 
     model: str
-    prompt: str
+    prompt: Phrase
     system: str = ""
     max_tokens: Count = 1024
     tools: tuple[dict[str, Any], ...] = ()
@@ -344,6 +382,7 @@ ENVIRONMENT = {
     "redis.replicas": "PROXY_REPLICAS",
     "providers.anthropic.max_concurrent": "MAX_CONCURRENT_REQUESTS",
     "providers.openai.max_concurrent": "MAX_CONCURRENT_REQUESTS",
+    "upstream.total": "API_TIMEOUT", "limits.burst": "RATE_LIMIT_MAX",
     "budget.webhook_secret": "BUDGET_WEBHOOK_SECRET", "jwt.secret": "JWT_SECRET",
     "session.secret": "SESSION_SECRET", "session.turnstile_secret": "TURNSTILE_SECRET_KEY",
 }  # fmt: skip
@@ -352,25 +391,24 @@ ENVIRONMENT = {
 PLATFORMS = {"DYNO": 1, "RENDER": 1, "RAILWAY_ENVIRONMENT": 1, "FLY_APP_NAME": 2}
 
 
-def convert_unit(kind: Any, value: Any) -> Any:
+def convert_text(kind: Any, value: Any) -> Any:
+    """A value of one of our kinds from what is written in the file or the environment."""
     if isinstance(value, kind):
         return value
-    if kind is Usd:
-        return convert_usd(value)
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", str(value))
-    amount = kind(float(match[1]) * kind.units.get(match[2], 0) if match else 0)
-    if not amount:
-        example = '"25s" or "10m"' if kind is Duration else '"64KiB" or "8MiB"'
-        raise ValueError(f"{value!r} is not a {kind.__name__.lower()} like {example}")
-    return amount
+    pattern, wrong = KINDS[kind]
+    match = re.fullmatch(pattern, str(value))
+    if not match:
+        raise ValueError(wrong.format(value))
+    if kind in (Duration, Size):
+        return kind(float(match[1]) * UNITS[match[2]])
+    return UNLIMITED if kind is Usd and value == "unlimited" else kind(str(value))
 
 
-def convert_usd(value: Any) -> Usd:
-    with contextlib.suppress(ArithmeticError):
-        amount = UNLIMITED if value == "unlimited" else Usd(str(value))
-        if amount >= 0 and (amount.is_finite() or value == "unlimited"):
-            return amount
-    raise ValueError(f'{value!r} is not an amount of USD like 0.5, nor "unlimited"')
+def merge(below: Any, above: Any) -> Any:
+    """`above`, its tables completed by those of `below`."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return below | {name: merge(below.get(name), value) for name, value in above.items()}
 
 
 def load_config(
@@ -390,23 +428,21 @@ def load_config(
         LOG.warning("%s has none of our tables and is ignored", file)
         tables = {}
     tables = {name: convert(table, dict[str, Any], name) for name, table in tables.items()}
-    providers = tables.setdefault("providers", {})
-    for name, preset in BUILT_IN_PROVIDERS.items():
-        given = convert(providers.get(name, {}), dict[str, Any], f"providers.{name}")
-        providers[name] = preset | given
+    tables = merge({"providers": BUILT_IN_PROVIDERS}, tables)
     for key, value in (read_environment(environ) | overrides).items():
-        *parents, last = key.split(".")
-        if parents[:1] in (["jwt"], ["session"]) and parents[0] not in tables:
+        if key.partition(".")[0] in {"jwt", "session"} - tables.keys():
             continue  # a secret by itself asks for nothing
-        table = tables
-        for name in parents:
-            table = table.setdefault(name, {})
-        table[last] = value
+        for name in reversed(key.split(".")):
+            value = {name: value}
+        tables = merge(tables, value)
     named = {
         "providers": Provider, "models": Model, "prices": Price, "clients": Key,
         "templates": Template,
     }  # fmt: skip
     try:
+        limits = asdict(convert(tables.get("limits", {}), Limits, "limits"))
+        for name, given in tables.get("clients", {}).items():
+            tables["clients"][name] = merge({"limits": limits}, given)
         for section, kind in named.items():  # one by one: so an error can tell which
             entries = tables.get(section, {}).items()
             tables[section] = {n: convert(entry, kind, f"{section}.{n}") for n, entry in entries}
@@ -422,10 +458,11 @@ def load_config(
 
 def convert(value: Any, kind: Any, path: str) -> Any:
     try:
-        return msgspec.convert(value, kind, strict=False, dec_hook=convert_unit)
+        return msgspec.convert(value, kind, strict=False, dec_hook=convert_text)
     except msgspec.ValidationError as error:
         message, _, where = str(error).replace(">= 1", "above 0").partition(" - at `$")
-        key = f"{path}{where.rstrip('`').replace('[...]', '')}".strip(".") or "top level"
+        where = re.sub(r"\[.*?\]|`", "", where)  # of an entry
+        key = f"{path}{where}".strip(".") or "top level"
         raise ConfigError(f"{key}: {message}; the README lists every setting") from None
 
 
@@ -434,16 +471,15 @@ def read_environment(environ: Map[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {k: environ.get(name, "").strip() for k, name in ENVIRONMENT.items()}
     found["server.log_level"] = found["server.log_level"].lower()
     found["server.cors_origins"] = split_list(found["server.cors_origins"])
+    if found["upstream.total"].isdecimal():
+        found["upstream.total"] += "ms"
     try:
-        if timeout := environ.get("API_TIMEOUT"):
-            found["upstream.total"] = f"{int(timeout)}ms"
-        if maximum := environ.get("RATE_LIMIT_MAX"):
-            minutes = int(environ.get("RATE_LIMIT_WINDOW_MS") or 60_000) / 60_000
-            found["limits.requests_per_minute"] = int(maximum) / minutes
-            found["limits.burst"] = int(maximum)
+        if maximum := found["limits.burst"]:
+            window = int(environ.get("RATE_LIMIT_WINDOW_MS") or 60_000)
+            found["limits.requests_per_minute"] = int(maximum) * 60_000 / window
     except (ValueError, ZeroDivisionError):
-        names = "API_TIMEOUT, RATE_LIMIT_MAX, RATE_LIMIT_WINDOW_MS"
-        raise ConfigError(f"{names}: each must be a whole number above 0") from None
+        wanted = "each must be a whole number above 0"
+        raise ConfigError(f"RATE_LIMIT_MAX, RATE_LIMIT_WINDOW_MS: {wanted}") from None
     listed = environ.get("PROXY_AUTH_TOKEN", ""), environ.get("ALLOWED_CLIENT_KEYS", "")
     for number, key in enumerate(split_list(",".join(listed)), start=1):
         found[f"clients.env-{number}.key_sha256"] = sha256(key)
@@ -454,16 +490,12 @@ def split_list(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-BASE_URL = re.compile(r"https?://(\[[0-9a-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[^?#\s]*)?")
+SLOT = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 
 def check_values(config: Config) -> None:
-    """What types alone cannot say. Raises ConfigError with the key path and the fix."""
-    check_denied("limits.denied", config.limits)
-    for name, provider in config.providers.items():
-        if not BASE_URL.fullmatch(provider.base_url):
-            wanted = f'must look like "https://api.example.com/v1", not {provider.base_url!r}'
-            raise ConfigError(f"providers.{name}.base_url: {wanted}")
+    """What concerns more than one value. Raises ConfigError with the key path and the fix."""
+    for name in config.providers:
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
             raise ConfigError(f"providers.{name}: use lower-case letters, digits, - and _")
     for name, model in config.models.items():
@@ -471,18 +503,11 @@ def check_values(config: Config) -> None:
             if target.partition("/")[0] not in config.providers or not target.partition("/")[2]:
                 wanted = f"provider/model with one of the providers {', '.join(config.providers)}"
                 raise ConfigError(f"models.{name}: {target!r} must be {wanted}")
-    for name, client in config.clients.items():
-        if not re.fullmatch(r"[0-9a-f]{64}", client.key_sha256):
-            wanted = "must be the 64 hex digits that `printf %s KEY | sha256sum` prints"
-            raise ConfigError(f"clients.{name}.key_sha256: {wanted}")
-        if hmac.compare_digest(client.key_sha256, sha256("")):  # whoever sends no key would have it
-            wanted = "is the sum of an empty key; `proxy.py key NAME` makes one"
-            raise ConfigError(f"clients.{name}.key_sha256: {wanted}")
-        check_denied(f"clients.{name}.limits.denied", client_limits(config, name))
-    for origin in config.server.cors_origins:
-        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*]+", origin):
-            wanted = 'must look like "https://app.example.com", without a path or a final slash'
-            raise ConfigError(f"server.cors_origins: {origin!r} {wanted}")
+    for name, key in config.clients.items():
+        for setting in ("concurrent_total", "body_timeout"):
+            if getattr(key.limits, setting) != getattr(config.limits, setting):
+                wanted = "is the same for all; set it in [limits]"
+                raise ConfigError(f"clients.{name}.limits.{setting}: {wanted}")
     for pattern, price in config.prices.items():
         if not price.free and not price.input and not price.output:
             raise ConfigError(f'prices."{pattern}": set input and output, or free = true')
@@ -491,22 +516,45 @@ def check_values(config: Config) -> None:
             if sold and any(fnmatch.fnmatchcase(model, pattern) for model in provider.models):
                 wanted = f'would make those of {name} free, too; write "PROVIDER/{pattern}"'
                 raise ConfigError(f'prices."{pattern}": {wanted}')
-
-    monthly = [cap for name, cap in asdict(config.budget).items() if name.endswith("_per_month")]
-    monthly += [key.budget.per_month or UNLIMITED for key in config.clients.values()]
-    if min(monthly) < UNLIMITED and config.ledger.keep < 31 * 86400:
-        raise ConfigError('ledger.keep: must be at least "31d" where a month has a budget')
-    if config.ledger.keep < 86400:
-        raise ConfigError('ledger.keep: must be at least "1d"; a day\'s budget is read from it')
-    check_secrets(config)
-    if not re.fullmatch(r"[\w.:-]+", config.redis.namespace):
-        raise ConfigError("redis.namespace: use letters, digits, and . : _ -")
-    if config.redis.lease < 1:
-        raise ConfigError('redis.lease: must be at least "1s"')
-    if config.limits.templates_only and not config.templates:
-        raise ConfigError("limits.templates_only: needs a [templates.NAME] block to be asked for")
     for name, template in config.templates.items():
-        check_template(f"templates.{name}", template)
+        places = {"user": template.prompt, "system": template.system}
+        used = {(slot, place) for place, text in places.items() for slot in SLOT.findall(text)}
+        for slot, place in used ^ {(slot, v.place) for slot, v in template.variables.items()}:
+            where = "prompt" if place == "user" else "system"
+            wanted = f'{{{slot}}} must stand in {where} and be declared with in = "{place}"'
+            raise ConfigError(f"templates.{name}.variables.{slot}: {wanted}")
+
+    jwt, session, budget, keep = config.jwt, config.session, config.budget, config.ledger.keep
+    monthly = [cap for name, cap in asdict(budget).items() if name.endswith("_per_month")]
+    monthly += [key.budget.per_month or UNLIMITED for key in config.clients.values()]
+    secret = "must hold at least 32 bytes, as from `openssl rand -hex 32`"
+    rules = (
+        (keep < 86400, "ledger.keep", 'must be at least "1d"; a day\'s budget is read from it'),
+        (keep < 31 * 86400 and min(monthly) < UNLIMITED, "ledger.keep",
+         'must be at least "31d" where a month has a budget'),
+        (config.redis.lease < 1, "redis.lease", 'must be at least "1s"'),
+        (not re.fullmatch(r"[\w.:-]+", config.redis.namespace), "redis.namespace",
+         "use letters, digits, and . : _ -"),
+        (config.limits.templates_only and not config.templates, "limits.templates_only",
+         "needs a [templates.NAME] block to be asked for"),
+        (jwt and bool(jwt.secret) == bool(jwt.jwks_url), "jwt.jwks_url",
+         "set it, or else jwt.secret (JWT_SECRET), and not both"),
+        (jwt and jwt.jwks_url and not jwt.issuer, "jwt.issuer",
+         "is needed with jwks_url; it is the `iss` of your tokens"),
+        (jwt and jwt.secret and is_short(jwt.secret), "jwt.secret", secret),
+        (session and is_short(session.secret), "session.secret", secret),
+        (session and session.ttl > 600, "session.ttl", 'at most "10m"'),
+        (session and not (session.turnstile_secret or jwt), "session.turnstile_secret",
+         "set it (TURNSTILE_SECRET_KEY) or a [jwt] block: a session needs a proof"),
+        (budget.webhook and is_short(budget.webhook_secret), "budget.webhook_secret", secret),
+    )  # fmt: skip
+    for wrong, path, fix in rules:
+        if wrong:
+            raise ConfigError(f"{path}: {fix}")
+
+
+def is_short(secret: str) -> bool:
+    return len(secret.encode()) < 32
 
 
 def is_shared(config: Config) -> bool:
@@ -514,67 +562,9 @@ def is_shared(config: Config) -> bool:
     return bool(config.redis.url) and not config.demo
 
 
-def check_denied(path: str, limits: Limits) -> None:
-    if not all(text.strip() for text in limits.denied):
-        raise ConfigError(f"{path}: an empty text is in every message; take it out of the list")
-
-
 def signing_secrets(config: Config) -> list[str]:
-    secrets = [config.jwt.secret] if config.jwt else []
-    secrets += [config.session.secret, config.session.turnstile_secret] if config.session else []
-    return [*secrets, config.budget.webhook_secret]
-
-
-def check_secrets(config: Config) -> None:
-    table, session = config.jwt, config.session
-    if table and bool(table.secret) == bool(table.jwks_url):
-        raise ConfigError("jwt.jwks_url: set it, or else jwt.secret (JWT_SECRET), and not both")
-    if table and table.jwks_url and not table.issuer:
-        raise ConfigError("jwt.issuer: is needed with jwks_url; it is the `iss` of your tokens")
-    if session and session.ttl > 600:
-        raise ConfigError('session.ttl: at most "10m"')
-    if session and not (session.turnstile_secret or table):
-        wanted = "set it (TURNSTILE_SECRET_KEY) or a [jwt] block: a session needs a proof"
-        raise ConfigError(f"session.turnstile_secret: {wanted}")
-    signing = {
-        "jwt.secret": table.secret if table and not table.jwks_url else None,
-        "session.secret": session.secret if session else None,
-        "budget.webhook_secret": config.budget.webhook_secret if config.budget.webhook else None,
-    }
-    for key, secret in signing.items():
-        if secret is not None and len(secret.encode()) < 32:
-            raise ConfigError(f"{key}: must hold at least 32 bytes, as from `openssl rand -hex 32`")
-    urls = {
-        "jwt.jwks_url": table and table.jwks_url, "budget.webhook": config.budget.webhook,
-        "session.siteverify_url": session and session.siteverify_url,
-    }  # fmt: skip
-    for key, url in urls.items():
-        if url and not BASE_URL.fullmatch(url.partition("?")[0]):
-            raise ConfigError(f"{key}: {url!r} is not an http(s) URL")
-
-
-SLOT = re.compile(r"\{([A-Za-z_]\w*)\}")
-
-
-def check_template(path: str, template: Template) -> None:
-    if not template.prompt.strip():
-        raise ConfigError(f"{path}.prompt: must ask something")
-    for place, text in (("user", template.prompt), ("system", template.system)):
-        declared = {name for name, v in template.variables.items() if v.place == place}
-        used = set(SLOT.findall(text))
-        for name in sorted(used ^ declared):
-            key = "prompt" if place == "user" else "system"
-            wanted = f'{{{name}}} must stand in {key} and be declared with in = "{place}"'
-            raise ConfigError(f"{path}.variables.{name}: {wanted}")
-
-
-def client_limits(config: Config, name: str) -> Limits:
-    """[limits] with what the key has of its own. Raises ConfigError."""
-    given, path = config.clients[name].limits, f"clients.{name}.limits"
-    for key in given.keys() & {"concurrent_total", "body_timeout"}:
-        raise ConfigError(f"{path}.{key}: is the same for all; set it in [limits]")
-    limits: Limits = convert(asdict(config.limits) | given, Limits, path)
-    return limits
+    tables = (config.jwt or Jwt(), config.session or Session(), config.budget)
+    return [text for t in tables for name, text in asdict(t).items() if name.endswith("secret")]
 
 
 def sha256(text: str) -> str:
@@ -1587,7 +1577,6 @@ class Clients:
         added = [count for name, count in PLATFORMS.items() if environ.get(name) and public]
         given = config.server.trusted_proxies
         self.proxies = given if given is not None else next(iter(added), 0)
-        self.limits = {name: client_limits(config, name) for name in config.clients}
         # derived, so that a token of ours is never one of the app's, whatever secret it has
         secret = f"session {config.session.secret}" if config.session else ""
         self.session_key = hashlib.sha256(secret.encode()).digest()
@@ -1645,9 +1634,9 @@ class Clients:
         found = [n for n, key in self.keys.items() if hmac.compare_digest(digest, key.key_sha256)]
         if not found:
             return None
-        key, limits = self.keys[found[-1]], self.limits[found[-1]]
+        key = self.keys[found[-1]]
         caps = {name: usd for name, usd in asdict(key.budget).items() if usd is not None}
-        more = {"limits": limits, "models": key.models, "group": key.group}
+        more = {"limits": key.limits, "models": key.models, "group": key.group}
         return self.client(f"key:{found[-1]}", **more, **caps)
 
     async def by_jwt(self, token: str) -> Client | None:
@@ -5887,7 +5876,7 @@ async def fetch_rows(table: RedisTable, since: float) -> list[Entry]:
 
 def show_usage(config: Config, options: argparse.Namespace) -> str:
     try:
-        since = time.time() - convert_unit(Duration, options.since)
+        since = time.time() - convert_text(Duration, options.since)
     except ValueError as error:
         raise ConfigError(f"--since: {error}") from None
     path = Path(__file__).parent / config.ledger.path
