@@ -62,7 +62,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
 
 import aiohttp
 import cachetools
@@ -436,17 +436,14 @@ def load_config(
         for name in reversed(key.split(".")):
             value = {name: value}
         tables = merge(tables, value)
-    named = {
-        "providers": Provider, "models": Model, "prices": Price, "clients": Key,
-        "templates": Template,
-    }  # fmt: skip
     try:
         limits = asdict(convert(tables.get("limits", {}), Limits, "limits"))
         for name, given in tables.get("clients", {}).items():
             tables["clients"][name] = merge({"limits": limits}, given)
-        for section, kind in named.items():  # one by one: so an error can tell which
-            entries = tables.get(section, {}).items()
-            tables[section] = {n: convert(entry, kind, f"{section}.{n}") for n, entry in entries}
+        for section, kind in get_type_hints(Config).items():
+            if get_origin(kind) is dict:  # one by one: so an error can tell which
+                each, entries = get_args(kind)[1], tables.get(section, {}).items()
+                tables[section] = {n: convert(e, each, f"{section}.{n}") for n, e in entries}
         config: Config = convert(tables, Config, "")
         check_values(config)
     except ConfigError as error:
@@ -713,7 +710,7 @@ UPSTREAM_CODES = {
 # What vendors call an error inside a stream, where no status comes with it.
 UPSTREAM_TYPES = {
     **{name: status for status, name in ERROR_TYPES.items()}, "invalid_request_error": 400,
-    "billing_error": 402, "rate_limit_exceeded": 429, "insufficient_quota": 429,
+    "rate_limit_exceeded": 429, "insufficient_quota": 429,
     "enforced_spend_limit_reached": 429, "server_overloaded": 529,
 }  # fmt: skip
 EXHAUSTED = {"insufficient_quota", "enforced_spend_limit_reached", "billing_hard_limit_reached"}
@@ -5402,11 +5399,11 @@ class App(litestar.Litestar):
         given = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else ""
         number, origin = secrets.token_hex(12), headers.get("origin")
         allowed = origin is None or proxy.clients.origin_allowed(origin, headers.get("host", ""))
-        granted = origin if origin and allowed else ""
         added = {"x-request-id": given or number, "x-content-type-options": "nosniff"}
         added |= {"x-demo": "true" if proxy.config.demo else "", "vary": "Origin"}
-        added |= {"access-control-allow-origin": granted}
-        added |= {"access-control-expose-headers": EXPOSED if granted else ""}
+        if origin and allowed:
+            added["access-control-allow-origin"] = origin
+            added["access-control-expose-headers"] = EXPOSED
         entry = Entry(proxy.now(), number, given)
         call = Call(entry, proxy.clients.client(""), headers, added, send)
         if "/v1/" in scope["path"]:  # the shape of errors, whoever finds them
@@ -5574,6 +5571,7 @@ def describe(providers: Iterable[str]) -> dict[str, Any]:
     bodies = (Body, SessionRequest, ErrorBody)
     shapes, components = msgspec.json.schema_components(bodies, ref_template=place)
     ask, proof, error = ({"content": {json: {"schema": shape}}} for shape in shapes)
+    ask, proof = (body | {"required": True} for body in (ask, proof))
 
     def operation(summary: str, *media: str, **more: Any) -> dict[str, Any]:
         good = {"description": "OK", "content": {kind: {} for kind in media or (json,)}}
@@ -5581,23 +5579,20 @@ def describe(providers: Iterable[str]) -> dict[str, Any]:
         return {"summary": summary, "responses": replies} | more
 
     one_of = {"name": "provider", "in": "path", "required": True, "schema": {"enum": [*providers]}}
-    ready = operation("Ready for requests?")
+    bearer, ready = {"type": "http", "scheme": "bearer"}, operation("Ready for requests?")
     ready["responses"]["503"] = {"description": "Not ready", "content": {json: {}}}
     return {
         "openapi": "3.1.0", "info": {"title": "proxy.py", "version": __version__},
         "paths": {
             "/api/{provider}": {"post": operation(
-                "Ask a model", "text/event-stream", json, parameters=[one_of],
-                requestBody=ask | {"required": True})},
-            "/session": {"post": operation(
-                "A proof for a short-lived token", requestBody=proof | {"required": True})},
+                "Ask a model", "text/event-stream", json, parameters=[one_of], requestBody=ask)},
+            "/session": {"post": operation("A proof for a short-lived token", requestBody=proof)},
             "/usage": {"get": operation("What the caller has used and has left")},
             "/health": {"get": operation("Alive?")},
             "/ready": {"get": ready},
             "/metrics": {"get": operation("Prometheus metrics", "text/plain")},
         },
-        "components": {"schemas": components,
-                       "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}},
+        "components": {"schemas": components, "securitySchemes": {"bearer": bearer}},
         "security": [{"bearer": []}, {}],
     }  # fmt: skip
 
