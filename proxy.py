@@ -5570,8 +5570,9 @@ def describe(providers: Iterable[str]) -> dict[str, Any]:
     json, place = "application/json", "#/components/schemas/{name}"
     bodies = (Body, SessionRequest, ErrorBody)
     shapes, components = msgspec.json.schema_components(bodies, ref_template=place)
-    ask, proof, error = ({"content": {json: {"schema": shape}}} for shape in shapes)
-    ask, proof = (body | {"required": True} for body in (ask, proof))
+    content: list[dict[str, Any]] = [{"content": {json: {"schema": shape}}} for shape in shapes]
+    ask, proof, error = content
+    ask["required"] = proof["required"] = True
 
     def operation(summary: str, *media: str, **more: Any) -> dict[str, Any]:
         good = {"description": "OK", "content": {kind: {} for kind in media or (json,)}}
