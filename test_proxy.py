@@ -11624,7 +11624,7 @@ def vendor_routes() -> list[Any]:
     bodies["/api/{provider:str}"] = ask()
     own = {"/session"}  # reaches no vendor, and has its tests
     routes = [route for route in app.routes if "POST" in getattr(route, "methods", ())]
-    paths = [route.path for route in routes if route.path not in own]
+    paths = sorted(route.path for route in routes if route.path not in own)
     assert len(paths) == len(proxy.NATIVE_PATHS) + 1
     return [
         pytest.param(path.replace("{provider:str}", "anthropic"), bodies[path], id=path)
