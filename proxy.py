@@ -62,7 +62,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
 
 import aiohttp
 import cachetools
@@ -101,20 +101,58 @@ class ConfigError(Exception):
 class Duration(float):
     """Seconds, written as "250ms", "25s", "10m", "1h" or "90d"."""
 
-    units: ClassVar = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
-
 
 class Size(int):
     """Bytes, written as "64KiB", "8MiB" or "1GiB"."""
-
-    units: ClassVar = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 class Usd(Decimal):
     """US dollars, written as a number; "unlimited" is infinity."""
 
 
+class BaseUrl(str):
+    """What the paths of an API are put behind."""
+
+
+class Url(str):
+    """Of an endpoint, or "" for none."""
+
+
+class Origin(str):
+    """A web origin, or "*" for any."""
+
+
+class Digest(str):
+    """The SHA-256 of a key."""
+
+
+class Phrase(str):
+    """Text that is not blank."""
+
+
 UNLIMITED = Usd("Infinity")
+UNITS = {
+    "ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400,
+    "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30,
+}  # fmt: skip
+AMOUNT = r"(?=.*[1-9])(\d+(?:\.\d+)?) ?"
+URL = r"https?://(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[^?#\s]*)?"
+NO_KEY = hashlib.sha256(b"").hexdigest()  # whoever sends no key would have it
+
+# What a value of each kind is written like, and what is wrong with one that is not.
+KINDS: dict[type, tuple[str, str]] = {
+    Duration: (AMOUNT + "(ms|s|m|h|d)", '{!r} is not a duration like "25s" or "10m"'),
+    Size: (AMOUNT + "(B|KiB|MiB|GiB)", '{!r} is not a size like "64KiB" or "8MiB"'),
+    Usd: (r"\d+(\.\d+)?(e[+-]?\d+)?|unlimited",
+          '{!r} is not an amount of USD like 0.5, nor "unlimited"'),
+    BaseUrl: (URL, 'must look like "https://api.example.com/v1", not {!r}'),
+    Url: (rf"({URL}(\?.*)?)?", "{!r} is not an http(s) URL"),
+    Origin: (r"[a-z][a-z0-9+.-]*://[^/\s*]+|\*",
+             '{!r} must look like "https://app.example.com", without a path or a final slash'),
+    Digest: (f"(?!{NO_KEY})[0-9a-f]{{64}}", "must be the 64 hex digits that `printf %s KEY | "
+             "sha256sum` prints for a key that is not empty; `proxy.py key NAME` makes one"),
+    Phrase: (r"(?s).*\S.*", "must not be blank: write something, or take it out of the list"),
+}  # fmt: skip
 
 
 Count = Annotated[int, Meta(ge=1)]
@@ -128,7 +166,7 @@ class Server(Table, frozen=True):
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=1, le=65535)] = 8000
     workers: Count = 1
-    cors_origins: tuple[str, ...] = ()
+    cors_origins: tuple[Origin, ...] = ()
     trusted_proxies: Annotated[int, Meta(ge=0)] | None = None
     drain: Duration = Duration(25)
     ping: Duration = Duration(15)
@@ -144,7 +182,7 @@ class Provider(Table, frozen=True):
     for it in each process."""
 
     adapter: Literal["messages", "responses", "chat"]
-    base_url: str
+    base_url: BaseUrl
     key_env: str | tuple[str, ...] = ""
     models: tuple[str, ...] = ("*",)
     default_model: str = ""
@@ -183,7 +221,7 @@ class Limits(Table, frozen=True):
     allow_tools: bool = True
     templates_only: bool = False
     system_prompt: str = ""
-    denied: tuple[str, ...] = ()
+    denied: tuple[Phrase, ...] = ()
 
 
 class BudgetTable(Table, frozen=True):
@@ -196,7 +234,7 @@ class BudgetTable(Table, frozen=True):
     client_per_month: Usd = UNLIMITED
     group_per_day: Usd = UNLIMITED
     group_per_month: Usd = UNLIMITED
-    webhook: str = ""
+    webhook: Url = Url()
     webhook_secret: str = ""
 
 
@@ -253,12 +291,12 @@ class KeyBudget(Table, frozen=True):
 
 
 class Key(Table, frozen=True):
-    """A static client key, known only by its SHA-256. `limits` holds what differs from [limits]."""
+    """A static client key, known only by its SHA-256. `limits` are [limits] with what it says."""
 
-    key_sha256: str
+    key_sha256: Digest
     group: str = ""
     models: tuple[str, ...] = ("*",)
-    limits: dict[str, Any] = {}
+    limits: Limits = Limits()
     budget: KeyBudget = KeyBudget()
 
 
@@ -267,7 +305,7 @@ class Jwt(Table, frozen=True):
     publishes (RS256, ES256, EdDSA)."""
 
     secret: str = ""
-    jwks_url: str = ""
+    jwks_url: Url = Url()
     issuer: str = ""
     audience: str = ""
     leeway: Duration = Duration(30)
@@ -285,7 +323,7 @@ class Session(Table, frozen=True):
     models: tuple[str, ...] = ("*",)
     per_minute: Count = 6
     turnstile_secret: str = ""
-    siteverify_url: str = "https://challenges.cloudflare.com/turnstile/v0/siteverify"
+    siteverify_url: Url = Url("https://challenges.cloudflare.com/turnstile/v0/siteverify")
 
 
 class Variable(Table, frozen=True):
@@ -300,7 +338,7 @@ class Template(Table, frozen=True):
     """A request whose owner is the server. `{name}` in `prompt` and `system` is a variable."""
 
     model: str
-    prompt: str
+    prompt: Phrase
     system: str = ""
     max_tokens: Count = 1024
     tools: tuple[dict[str, Any], ...] = ()
@@ -337,7 +375,8 @@ BUILT_IN_PROVIDERS: dict[str, dict[str, Any]] = {
 ENVIRONMENT = {
     "server.port": "PORT", "server.cors_origins": "CORS_ORIGIN", "server.log_level": "LOG_LEVEL",
     "server.admin_token": "ADMIN_TOKEN", "server.paused": "PROXY_PAUSED",
-    "server.trusted_proxies": "TRUSTED_PROXIES", "ledger.path": "LEDGER_PATH",
+    "server.workers": "WEB_CONCURRENCY", "server.trusted_proxies": "TRUSTED_PROXIES",
+    "ledger.path": "LEDGER_PATH",
     "providers.anthropic.base_url": "ANTHROPIC_BASE_URL",
     "providers.anthropic.default_model": "DEFAULT_ANTHROPIC_MODEL",
     "providers.openai.base_url": "OPENAI_BASE_URL",
@@ -346,6 +385,7 @@ ENVIRONMENT = {
     "redis.replicas": "PROXY_REPLICAS",
     "providers.anthropic.max_concurrent": "MAX_CONCURRENT_REQUESTS",
     "providers.openai.max_concurrent": "MAX_CONCURRENT_REQUESTS",
+    "upstream.total": "API_TIMEOUT", "limits.burst": "RATE_LIMIT_MAX",
     "budget.webhook_secret": "BUDGET_WEBHOOK_SECRET", "jwt.secret": "JWT_SECRET",
     "session.secret": "SESSION_SECRET", "session.turnstile_secret": "TURNSTILE_SECRET_KEY",
 }  # fmt: skip
@@ -354,25 +394,24 @@ ENVIRONMENT = {
 PLATFORMS = {"DYNO": 1, "RENDER": 1, "RAILWAY_ENVIRONMENT": 1, "FLY_APP_NAME": 2}
 
 
-def convert_unit(kind: Any, value: Any) -> Any:
+def convert_text(kind: Any, value: Any) -> Any:
+    """A value of one of our kinds from what is written in the file or the environment."""
     if isinstance(value, kind):
         return value
-    if kind is Usd:
-        return convert_usd(value)
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", str(value))
-    amount = kind(float(match[1]) * kind.units.get(match[2], 0) if match else 0)
-    if not amount:
-        example = '"25s" or "10m"' if kind is Duration else '"64KiB" or "8MiB"'
-        raise ValueError(f"{value!r} is not a {kind.__name__.lower()} like {example}")
-    return amount
+    pattern, wrong = KINDS[kind]
+    match = re.fullmatch(pattern, str(value))
+    if not match:
+        raise ValueError(wrong.format(value))
+    if kind in (Duration, Size):
+        return kind(float(match[1]) * UNITS[match[2]])
+    return UNLIMITED if kind is Usd and value == "unlimited" else kind(str(value))
 
 
-def convert_usd(value: Any) -> Usd:
-    with contextlib.suppress(ArithmeticError):
-        amount = UNLIMITED if value == "unlimited" else Usd(str(value))
-        if amount >= 0 and (amount.is_finite() or value == "unlimited"):
-            return amount
-    raise ValueError(f'{value!r} is not an amount of USD like 0.5, nor "unlimited"')
+def merge(below: Any, above: Any) -> Any:
+    """`above`, its tables completed by those of `below`."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return below | {name: merge(below.get(name), value) for name, value in above.items()}
 
 
 def load_config(
@@ -392,26 +431,21 @@ def load_config(
         LOG.warning("%s has none of our tables and is ignored", file)
         tables = {}
     tables = {name: convert(table, dict[str, Any], name) for name, table in tables.items()}
-    providers = tables.setdefault("providers", {})
-    for name, preset in BUILT_IN_PROVIDERS.items():
-        given = convert(providers.get(name, {}), dict[str, Any], f"providers.{name}")
-        providers[name] = preset | given
+    tables = merge({"providers": BUILT_IN_PROVIDERS}, tables)
     for key, value in (read_environment(environ) | overrides).items():
-        *parents, last = key.split(".")
-        if parents[:1] in (["jwt"], ["session"]) and parents[0] not in tables:
+        if key.partition(".")[0] in {"jwt", "session"} - tables.keys():
             continue  # a secret by itself asks for nothing
-        table = tables
-        for name in parents:
-            table = table.setdefault(name, {})
-        table[last] = value
-    named = {
-        "providers": Provider, "models": Model, "prices": Price, "clients": Key,
-        "templates": Template,
-    }  # fmt: skip
+        for name in reversed(key.split(".")):
+            value = {name: value}
+        tables = merge(tables, value)
     try:
-        for section, kind in named.items():  # one by one: so an error can tell which
-            entries = tables.get(section, {}).items()
-            tables[section] = {n: convert(entry, kind, f"{section}.{n}") for n, entry in entries}
+        limits = asdict(convert(tables.get("limits", {}), Limits, "limits"))
+        for name, given in tables.get("clients", {}).items():
+            tables["clients"][name] = merge({"limits": limits}, given)
+        for section, kind in get_type_hints(Config).items():
+            if get_origin(kind) is dict:  # one by one: so an error can tell which
+                each, entries = get_args(kind)[1], tables.get(section, {}).items()
+                tables[section] = {n: convert(e, each, f"{section}.{n}") for n, e in entries}
         config: Config = convert(tables, Config, "")
         check_values(config)
     except ConfigError as error:
@@ -424,10 +458,11 @@ def load_config(
 
 def convert(value: Any, kind: Any, path: str) -> Any:
     try:
-        return msgspec.convert(value, kind, strict=False, dec_hook=convert_unit)
+        return msgspec.convert(value, kind, strict=False, dec_hook=convert_text)
     except msgspec.ValidationError as error:
         message, _, where = str(error).replace(">= 1", "above 0").partition(" - at `$")
-        key = f"{path}{where.rstrip('`').replace('[...]', '')}".strip(".") or "top level"
+        where = re.sub(r"\[.*?\]|`", "", where)  # of an entry
+        key = f"{path}{where}".strip(".") or "top level"
         raise ConfigError(f"{key}: {message}; the README lists every setting") from None
 
 
@@ -436,16 +471,15 @@ def read_environment(environ: Map[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {k: environ.get(name, "").strip() for k, name in ENVIRONMENT.items()}
     found["server.log_level"] = found["server.log_level"].lower()
     found["server.cors_origins"] = split_list(found["server.cors_origins"])
+    if found["upstream.total"].isdecimal():
+        found["upstream.total"] += "ms"
     try:
-        if timeout := environ.get("API_TIMEOUT"):
-            found["upstream.total"] = f"{int(timeout)}ms"
-        if maximum := environ.get("RATE_LIMIT_MAX"):
-            minutes = int(environ.get("RATE_LIMIT_WINDOW_MS") or 60_000) / 60_000
-            found["limits.requests_per_minute"] = int(maximum) / minutes
-            found["limits.burst"] = int(maximum)
+        if maximum := found["limits.burst"]:
+            window = int(environ.get("RATE_LIMIT_WINDOW_MS") or 60_000)
+            found["limits.requests_per_minute"] = int(maximum) * 60_000 / window
     except (ValueError, ZeroDivisionError):
-        names = "API_TIMEOUT, RATE_LIMIT_MAX, RATE_LIMIT_WINDOW_MS"
-        raise ConfigError(f"{names}: each must be a whole number above 0") from None
+        wanted = "each must be a whole number above 0"
+        raise ConfigError(f"RATE_LIMIT_MAX, RATE_LIMIT_WINDOW_MS: {wanted}") from None
     listed = environ.get("PROXY_AUTH_TOKEN", ""), environ.get("ALLOWED_CLIENT_KEYS", "")
     for number, key in enumerate(split_list(",".join(listed)), start=1):
         found[f"clients.env-{number}.key_sha256"] = sha256(key)
@@ -456,16 +490,12 @@ def split_list(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-BASE_URL = re.compile(r"https?://(\[[0-9a-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[^?#\s]*)?")
+SLOT = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 
 def check_values(config: Config) -> None:
-    """What types alone cannot say. Raises ConfigError with the key path and the fix."""
-    check_denied("limits.denied", config.limits)
-    for name, provider in config.providers.items():
-        if not BASE_URL.fullmatch(provider.base_url):
-            wanted = f'must look like "https://api.example.com/v1", not {provider.base_url!r}'
-            raise ConfigError(f"providers.{name}.base_url: {wanted}")
+    """What concerns more than one value. Raises ConfigError with the key path and the fix."""
+    for name in config.providers:
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
             raise ConfigError(f"providers.{name}: use lower-case letters, digits, - and _")
     for name, model in config.models.items():
@@ -473,18 +503,11 @@ def check_values(config: Config) -> None:
             if target.partition("/")[0] not in config.providers or not target.partition("/")[2]:
                 wanted = f"provider/model with one of the providers {', '.join(config.providers)}"
                 raise ConfigError(f"models.{name}: {target!r} must be {wanted}")
-    for name, client in config.clients.items():
-        if not re.fullmatch(r"[0-9a-f]{64}", client.key_sha256):
-            wanted = "must be the 64 hex digits that `printf %s KEY | sha256sum` prints"
-            raise ConfigError(f"clients.{name}.key_sha256: {wanted}")
-        if hmac.compare_digest(client.key_sha256, sha256("")):  # whoever sends no key would have it
-            wanted = "is the sum of an empty key; `proxy.py key NAME` makes one"
-            raise ConfigError(f"clients.{name}.key_sha256: {wanted}")
-        check_denied(f"clients.{name}.limits.denied", client_limits(config, name))
-    for origin in config.server.cors_origins:
-        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*]+", origin):
-            wanted = 'must look like "https://app.example.com", without a path or a final slash'
-            raise ConfigError(f"server.cors_origins: {origin!r} {wanted}")
+    for name, key in config.clients.items():
+        for setting in ("concurrent_total", "body_timeout"):
+            if getattr(key.limits, setting) != getattr(config.limits, setting):
+                wanted = "is the same for all; set it in [limits]"
+                raise ConfigError(f"clients.{name}.limits.{setting}: {wanted}")
     for pattern, price in config.prices.items():
         kinds = (price.input or price.output, price.free, price.per_use is not None)
         if sum(map(bool, kinds)) != 1:
@@ -495,22 +518,45 @@ def check_values(config: Config) -> None:
             if sold and any(fnmatch.fnmatchcase(model, pattern) for model in provider.models):
                 wanted = f'would make those of {name} free, too; write "PROVIDER/{pattern}"'
                 raise ConfigError(f'prices."{pattern}": {wanted}')
-
-    monthly = [cap for name, cap in asdict(config.budget).items() if name.endswith("_per_month")]
-    monthly += [key.budget.per_month or UNLIMITED for key in config.clients.values()]
-    if min(monthly) < UNLIMITED and config.ledger.keep < 31 * 86400:
-        raise ConfigError('ledger.keep: must be at least "31d" where a month has a budget')
-    if config.ledger.keep < 86400:
-        raise ConfigError('ledger.keep: must be at least "1d"; a day\'s budget is read from it')
-    check_secrets(config)
-    if not re.fullmatch(r"[\w.:-]+", config.redis.namespace):
-        raise ConfigError("redis.namespace: use letters, digits, and . : _ -")
-    if config.redis.lease < 1:
-        raise ConfigError('redis.lease: must be at least "1s"')
-    if config.limits.templates_only and not config.templates:
-        raise ConfigError("limits.templates_only: needs a [templates.NAME] block to be asked for")
     for name, template in config.templates.items():
-        check_template(f"templates.{name}", template)
+        places = {"user": template.prompt, "system": template.system}
+        used = {(slot, place) for place, text in places.items() for slot in SLOT.findall(text)}
+        for slot, place in used ^ {(slot, v.place) for slot, v in template.variables.items()}:
+            where = "prompt" if place == "user" else "system"
+            wanted = f'{{{slot}}} must stand in {where} and be declared with in = "{place}"'
+            raise ConfigError(f"templates.{name}.variables.{slot}: {wanted}")
+
+    jwt, session, budget, keep = config.jwt, config.session, config.budget, config.ledger.keep
+    monthly = [cap for name, cap in asdict(budget).items() if name.endswith("_per_month")]
+    monthly += [key.budget.per_month or UNLIMITED for key in config.clients.values()]
+    secret = "must hold at least 32 bytes, as from `openssl rand -hex 32`"
+    rules = (
+        (keep < 86400, "ledger.keep", 'must be at least "1d"; a day\'s budget is read from it'),
+        (keep < 31 * 86400 and min(monthly) < UNLIMITED, "ledger.keep",
+         'must be at least "31d" where a month has a budget'),
+        (config.redis.lease < 1, "redis.lease", 'must be at least "1s"'),
+        (not re.fullmatch(r"[\w.:-]+", config.redis.namespace), "redis.namespace",
+         "use letters, digits, and . : _ -"),
+        (config.limits.templates_only and not config.templates, "limits.templates_only",
+         "needs a [templates.NAME] block to be asked for"),
+        (jwt and bool(jwt.secret) == bool(jwt.jwks_url), "jwt.jwks_url",
+         "set it, or else jwt.secret (JWT_SECRET), and not both"),
+        (jwt and jwt.jwks_url and not jwt.issuer, "jwt.issuer",
+         "is needed with jwks_url; it is the `iss` of your tokens"),
+        (jwt and jwt.secret and is_short(jwt.secret), "jwt.secret", secret),
+        (session and is_short(session.secret), "session.secret", secret),
+        (session and session.ttl > 600, "session.ttl", 'at most "10m"'),
+        (session and not (session.turnstile_secret or jwt), "session.turnstile_secret",
+         "set it (TURNSTILE_SECRET_KEY) or a [jwt] block: a session needs a proof"),
+        (budget.webhook and is_short(budget.webhook_secret), "budget.webhook_secret", secret),
+    )  # fmt: skip
+    for wrong, path, fix in rules:
+        if wrong:
+            raise ConfigError(f"{path}: {fix}")
+
+
+def is_short(secret: str) -> bool:
+    return len(secret.encode()) < 32
 
 
 def is_shared(config: Config) -> bool:
@@ -518,71 +564,23 @@ def is_shared(config: Config) -> bool:
     return bool(config.redis.url) and not config.demo
 
 
-def check_denied(path: str, limits: Limits) -> None:
-    if not all(text.strip() for text in limits.denied):
-        raise ConfigError(f"{path}: an empty text is in every message; take it out of the list")
-
-
 def signing_secrets(config: Config) -> list[str]:
-    secrets = [config.jwt.secret] if config.jwt else []
-    secrets += [config.session.secret, config.session.turnstile_secret] if config.session else []
-    return [*secrets, config.budget.webhook_secret]
-
-
-def check_secrets(config: Config) -> None:
-    table, session = config.jwt, config.session
-    if table and bool(table.secret) == bool(table.jwks_url):
-        raise ConfigError("jwt.jwks_url: set it, or else jwt.secret (JWT_SECRET), and not both")
-    if table and table.jwks_url and not table.issuer:
-        raise ConfigError("jwt.issuer: is needed with jwks_url; it is the `iss` of your tokens")
-    if session and session.ttl > 600:
-        raise ConfigError('session.ttl: at most "10m"')
-    if session and not (session.turnstile_secret or table):
-        wanted = "set it (TURNSTILE_SECRET_KEY) or a [jwt] block: a session needs a proof"
-        raise ConfigError(f"session.turnstile_secret: {wanted}")
-    signing = {
-        "jwt.secret": table.secret if table and not table.jwks_url else None,
-        "session.secret": session.secret if session else None,
-        "budget.webhook_secret": config.budget.webhook_secret if config.budget.webhook else None,
-    }
-    for key, secret in signing.items():
-        if secret is not None and len(secret.encode()) < 32:
-            raise ConfigError(f"{key}: must hold at least 32 bytes, as from `openssl rand -hex 32`")
-    urls = {
-        "jwt.jwks_url": table and table.jwks_url, "budget.webhook": config.budget.webhook,
-        "session.siteverify_url": session and session.siteverify_url,
-    }  # fmt: skip
-    for key, url in urls.items():
-        if url and not BASE_URL.fullmatch(url.partition("?")[0]):
-            raise ConfigError(f"{key}: {url!r} is not an http(s) URL")
-
-
-SLOT = re.compile(r"\{([A-Za-z_]\w*)\}")
-
-
-def check_template(path: str, template: Template) -> None:
-    if not template.prompt.strip():
-        raise ConfigError(f"{path}.prompt: must ask something")
-    for place, text in (("user", template.prompt), ("system", template.system)):
-        declared = {name for name, v in template.variables.items() if v.place == place}
-        used = set(SLOT.findall(text))
-        for name in sorted(used ^ declared):
-            key = "prompt" if place == "user" else "system"
-            wanted = f'{{{name}}} must stand in {key} and be declared with in = "{place}"'
-            raise ConfigError(f"{path}.variables.{name}: {wanted}")
-
-
-def client_limits(config: Config, name: str) -> Limits:
-    """[limits] with what the key has of its own. Raises ConfigError."""
-    given, path = config.clients[name].limits, f"clients.{name}.limits"
-    for key in given.keys() & {"concurrent_total", "body_timeout"}:
-        raise ConfigError(f"{path}.{key}: is the same for all; set it in [limits]")
-    limits: Limits = convert(asdict(config.limits) | given, Limits, path)
-    return limits
+    tables = (config.jwt or Jwt(), config.session or Session(), config.budget)
+    return [text for t in tables for name, text in asdict(t).items() if name.endswith("secret")]
 
 
 def sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def load_optional(key: str, package: str, *modules: str) -> Any:
+    """The first of the modules that a setting needs. Raises ConfigError."""
+    try:
+        first, *_ = map(importlib.import_module, modules)
+        return first
+    except ImportError:
+        fix = f"pip install {package}, or uv run --with {package} proxy.py"
+        raise ConfigError(f"{key}: needs a package more: {fix}") from None
 
 
 def is_loopback(host: str) -> bool:
@@ -716,7 +714,7 @@ UPSTREAM_CODES = {
 # What vendors call an error inside a stream, where no status comes with it.
 UPSTREAM_TYPES = {
     **{name: status for status, name in ERROR_TYPES.items()}, "invalid_request_error": 400,
-    "billing_error": 402, "rate_limit_exceeded": 429, "insufficient_quota": 429,
+    "rate_limit_exceeded": 429, "insufficient_quota": 429,
     "enforced_spend_limit_reached": 429, "server_overloaded": 529,
 }  # fmt: skip
 EXHAUSTED = {"insufficient_quota", "enforced_spend_limit_reached", "billing_hard_limit_reached"}
@@ -1470,26 +1468,25 @@ def read_headers(scope: Scope) -> Headers:
 
 
 class KeySet:
-    """The public keys of an issuer, by their ids. They are fetched when they are ten minutes old or
-    a token names another, but not twice in 30 s, whatever tokens name; while the issuer is away the
-    old ones serve on."""
+    """The public keys of an issuer, by their ids. They are fetched when the last try is ten minutes
+    old, or 30 s where a token names a key that is not among them, whatever tokens name; while the
+    issuer is away the old ones serve on."""
 
     fresh, pause, patience = 600.0, 30.0, 5.0  # seconds
 
     def __init__(self, url: str) -> None:
-        self.url, self.lock = url, asyncio.Lock()
+        self.url, self.lock, self.tried = url, asyncio.Lock(), -math.inf
         self.keys: dict[str | None, Any] = {}
-        self.fetched = self.tried = -math.inf
+
+    def due(self, key_id: str | None) -> bool:
+        return time.monotonic() - self.tried > (self.fresh if key_id in self.keys else self.pause)
 
     async def find(self, key_id: str | None, http: httpx.AsyncClient) -> Any:
-        if self.lock.locked() and key_id in self.keys:  # no need to wait for another's fetch
-            return self.keys[key_id]
-        async with self.lock:
-            now = time.monotonic()
-            stale = now - self.fetched > self.fresh or key_id not in self.keys
-            if stale and now - self.tried > self.pause:
-                self.tried = now
-                await self.fetch(http)
+        if key_id not in self.keys or self.due(key_id):
+            async with self.lock:  # whoever started before us may bring it
+                if self.due(key_id):
+                    self.tried = time.monotonic()
+                    await self.fetch(http)
         if not self.keys:
             message = "the keys that sign the app's logins cannot be fetched"
             raise ProxyError(503, "identity_unavailable", message, after=30)
@@ -1502,7 +1499,6 @@ class KeySet:
             async with asyncio.timeout(self.patience):
                 reply = (await http.get(self.url)).raise_for_status()
             self.keys = {key.key_id: key for key in jwt.PyJWKSet.from_json(reply.text).keys}
-            self.fetched = self.tried
         except Exception as error:  # whatever the issuer sends
             LOG.error("jwt.jwks_url: %s gave no keys (%s)", self.url, redact(repr(error)))
 
@@ -1525,23 +1521,18 @@ class Clients:
     http: httpx.AsyncClient  # for an issuer's keys; the app's lifespan opens it
 
     def __init__(self, config: Config, environ: Map[str, str], public: bool) -> None:
-        self.config, self.keys, self.server = config, config.clients, config.server
-        self.public, self.key_set = public, KeySet(config.jwt.jwks_url if config.jwt else "")
+        self.config, self.server, self.public = config, config.server, public
+        self.key_set = KeySet(config.jwt.jwks_url if config.jwt else "")
         self.closed = bool(config.clients or config.jwt or config.session)
         added = [count for name, count in PLATFORMS.items() if environ.get(name) and public]
         given = config.server.trusted_proxies
         self.proxies = given if given is not None else next(iter(added), 0)
-        self.limits = {name: client_limits(config, name) for name in config.clients}
+        self.keys = [(key.key_sha256, self.of_key(n, key)) for n, key in config.clients.items()]
         # derived, so that a token of ours is never one of the app's, whatever secret it has
         secret = f"session {config.session.secret}" if config.session else ""
         self.session_key = hashlib.sha256(secret.encode()).digest()
         if config.jwt or config.session:
-            try:
-                importlib.import_module("jwt")
-                importlib.import_module("cryptography")
-            except ImportError:
-                fix = "pip install 'pyjwt[crypto]', or uv run --with 'pyjwt[crypto]' proxy.py"
-                raise ConfigError(f"jwt, session: need a package more: {fix}") from None
+            load_optional("jwt, session", "'pyjwt[crypto]'", "jwt", "cryptography")
 
     def trusted(self, scope: Scope, headers: Headers) -> bool:
         """Is it this machine's own user, on a bind nobody else reaches? A tunnel, or a page that
@@ -1584,15 +1575,15 @@ class Clients:
     def by_address(self, scope: Scope, headers: Headers) -> Client:
         return self.client(f"ip:{network(self.address(scope, headers))}")
 
+    def of_key(self, name: str, key: Key) -> Client:
+        caps = {cap: usd for cap, usd in asdict(key.budget).items() if usd is not None}
+        more = {"limits": key.limits, "models": key.models, "group": key.group}
+        return self.client(f"key:{name}", **more, **caps)
+
     def by_key(self, token: str) -> Client | None:
         digest = sha256(token)  # compared with every key: no timing to learn from
-        found = [n for n, key in self.keys.items() if hmac.compare_digest(digest, key.key_sha256)]
-        if not found:
-            return None
-        key, limits = self.keys[found[-1]], self.limits[found[-1]]
-        caps = {name: usd for name, usd in asdict(key.budget).items() if usd is not None}
-        more = {"limits": limits, "models": key.models, "group": key.group}
-        return self.client(f"key:{found[-1]}", **more, **caps)
+        found = [client for known, client in self.keys if hmac.compare_digest(digest, known)]
+        return found[-1] if found else None
 
     async def by_jwt(self, token: str) -> Client | None:
         """The app's user whose token it is."""
@@ -1600,39 +1591,30 @@ class Clients:
             return None
         import jwt
 
-        algorithms = ["RS256", "ES256", "EdDSA"] if table.jwks_url else ["HS256"]
-        options: Any = {"require": ["exp"], "verify_aud": bool(table.audience)}
-        expected: Any = {"issuer": table.issuer or None, "audience": table.audience or None}
-        try:
-            key: Any = table.secret
-            if table.jwks_url:  # a key is asked for only by a token that could be good
+        key: Any = table.secret
+        algorithms = ["HS256"]
+        if table.jwks_url:
+            algorithms = ["RS256", "ES256", "EdDSA"]
+            try:
                 header = jwt.get_unverified_header(token)
-                if header["alg"] not in algorithms:
-                    return None
-                key = await self.key_set.find(header.get("kid"), self.http)
-            claims = jwt.decode(token, key, algorithms, options, leeway=table.leeway, **expected)
-        except (jwt.PyJWTError, LookupError, TypeError, ValueError):
-            return None
+            except jwt.PyJWTError:
+                return None
+            key = await self.key_set.find(header.get("kid"), self.http)
+        expected = {"issuer": table.issuer or None, "audience": table.audience or None}
+        claims = read_claims(token, key, algorithms, leeway=table.leeway, **expected)
         user, group = (read_claim(claims, c) for c in (table.client_claim, table.group_claim))
-        more = {"models": table.models, "group": group}
-        return self.client(f"jwt:{user}", **more) if user and group is not None else None
+        if not user or group is None:
+            return None
+        return self.client(f"jwt:{user}", models=table.models, group=group)
 
     def by_session(self, token: str, origin: str) -> Client | None:
         if self.config.session is None:
             return None
-        import jwt
-
-        options: Any = {"require": ["exp"]}
-        try:
-            claims = jwt.decode(
-                token, self.session_key, ["HS256"], issuer=SESSION_ISSUER, options=options
-            )
-        except jwt.PyJWTError:
+        claims = read_claims(token, self.session_key, ["HS256"], issuer=SESSION_ISSUER)
+        if claims.get("origin") != origin:
             return None
-        session = {"session": claims["jti"], "per_session": self.config.session.budget}
-        session |= {"parent_models": tuple(claims["parent_models"])}
-        more = {"models": tuple(claims["models"]), "group": claims["group"]} | session
-        return self.client(claims["sub"], **more) if claims["origin"] == origin else None
+        budget = self.config.session.budget
+        return self.client(claims["sub"], per_session=budget, **claims["client"])
 
     def new_session(self, parent: Client, origin: str) -> dict[str, Any]:
         """A token for what `parent` may do, from `origin` alone and for a few minutes."""
@@ -1642,9 +1624,10 @@ class Clients:
         assert table
         now, seconds = int(time.time()), int(table.ttl)
         models = table.models if table.models != ("*",) else parent.models
-        claims: dict[str, Any] = {"iss": SESSION_ISSUER, "sub": parent.id, "group": parent.group}
-        claims |= {"jti": secrets.token_hex(12), "origin": origin, "models": models}
-        claims |= {"iat": now, "exp": now + seconds, "parent_models": parent.models}
+        client: dict[str, Any] = {"session": secrets.token_hex(12), "group": parent.group}
+        client |= {"models": models, "parent_models": parent.models}
+        claims = {"iss": SESSION_ISSUER, "sub": parent.id, "iat": now, "exp": now + seconds}
+        claims |= {"origin": origin, "client": client}
         token = jwt.encode(claims, self.session_key, "HS256")
         return {"token": token, "expiresIn": seconds, "models": models}
 
@@ -1668,6 +1651,16 @@ def network(address: str) -> str:
     if ":" not in address:
         return address
     return str(ipaddress.ip_network((address.partition("%")[0], 64), strict=False))
+
+
+def read_claims(token: str, key: Any, algorithms: list[str], **expected: Any) -> dict[str, Any]:
+    """What a token says that is good now, and nothing for any other."""
+    import jwt
+
+    options: Any = {"require": ["exp"], "verify_aud": bool(expected.get("audience"))}
+    with contextlib.suppress(jwt.PyJWTError, LookupError, TypeError, ValueError):
+        return dict(jwt.decode(token, key, algorithms, options, **expected))
+    return {}
 
 
 def read_claim(claims: dict[str, Any], name: str) -> str | None:
@@ -2561,11 +2554,7 @@ class Link:
 
 def connect_redis(url: str) -> Any:
     """A client that asks once: whoever waits would rather know. Raises ConfigError."""
-    try:
-        redis = importlib.import_module("redis.asyncio")
-    except ImportError:
-        fix = "pip install redis, or uv run --with redis proxy.py"
-        raise ConfigError(f"redis.url: needs a package more: {fix}") from None
+    redis = load_optional("redis.url", "redis", "redis.asyncio")
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
 
@@ -5179,20 +5168,22 @@ and nothing was spent. Everything else is real, from the request your page sent 
 are reading. """
 DEMO_THOUGHT = "The person wants to see thinking. I think a little, then I answer. "
 
-# What a vendor sends, by dialect and by the kind of thing said: one event a line.
+# What a vendor sends, by dialect and by the kind of thing said: one event a line. `whole` is the
+# answer in one piece, which only official SDKs ask for.
 DEMO_EVENTS = {
     "messages": """
 start {"type":"message_start","message":{"id":"msg_demo","type":"message","role":"assistant",\
 "content":[],"model":"demo","usage":{"input_tokens":25,"output_tokens":0}}}
 start {"type":"content_block_start","index":0,"content_block":{"type":"text","text":""}}
-start {"type":"ping"}
 text {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":%s}}
 think {"type":"content_block_delta","index":0,"delta":{"type":"thinking_delta","thinking":%s}}
 tool {"type":"content_block_start","index":1,"content_block":{"type":"tool_use","id":"1","name":%s}}
 args {"type":"content_block_delta","index":1,"delta":{"type":"input_json_delta","partial_json":%s}}
 args {"type":"message_delta","delta":{"stop_reason":"tool_use"}}
 end {"type":"message_delta","delta":{},"usage":{"output_tokens":%s}}
-end {"type":"message_stop"}""",
+end {"type":"message_stop"}
+whole {"id":"msg_demo","type":"message","role":"assistant","model":"demo","stop_reason":"end_turn",\
+"content":[{"type":"text","text":%s}],"usage":{"input_tokens":25,"output_tokens":32}}""",
     "responses": """
 start {"type":"response.created","response":{}}
 text {"type":"response.output_text.delta","delta":%s}
@@ -5200,7 +5191,10 @@ think {"type":"response.reasoning_summary_text.delta","delta":%s}
 tool {"type":"response.output_item.added",\
 "item":{"type":"function_call","id":"fc_1","call_id":"call_1","name":%s}}
 args {"type":"response.function_call_arguments.done","item_id":"fc_1","arguments":%s}
-end {"type":"response.completed","response":{"usage":{"input_tokens":25,"output_tokens":%s}}}""",
+end {"type":"response.completed","response":{"usage":{"input_tokens":25,"output_tokens":%s}}}
+whole {"id":"resp_demo","object":"response","status":"completed","model":"demo","output":[\
+{"type":"message","id":"msg_demo","role":"assistant","status":"completed","content":[\
+{"type":"output_text","text":%s,"annotations":[]}]}],"usage":{"input_tokens":25,"output_tokens":32}}""",
     "chat": """
 start {"choices":[{"delta":{"role":"assistant"}}]}
 text {"choices":[{"delta":{"content":%s}}]}
@@ -5208,40 +5202,31 @@ think {"choices":[{"delta":{"reasoning_content":%s}}]}
 tool {"choices":[{"delta":{"tool_calls":[{"index":0,"id":"1","function":{"name":%s}}]}}]}
 args {"choices":[{"delta":{"tool_calls":[{"index":0,"function":{"arguments":%s}}]}}]}
 end {"choices":[],"usage":{"prompt_tokens":25,"completion_tokens":%s}}
-end [DONE]""",
-}
-
-
-# The same in one piece, which only official SDKs ask for.
-DEMO_REPLIES = {
-    "messages": """{"id":"msg_demo","type":"message","role":"assistant","model":"demo",\
-"content":[{"type":"text","text":%s}],"stop_reason":"end_turn",\
-"usage":{"input_tokens":25,"output_tokens":32}}""",
-    "responses": """{"id":"resp_demo","object":"response","status":"completed","model":"demo",\
-"output":[{"type":"message","id":"msg_demo","role":"assistant","status":"completed",\
-"content":[{"type":"output_text","text":%s,"annotations":[]}]}],\
-"usage":{"input_tokens":25,"output_tokens":32,"total_tokens":57}}""",
-    "chat": """{"id":"chat_demo","object":"chat.completion","model":"demo",\
-"choices":[{"index":0,"message":{"role":"assistant","content":%s},"finish_reason":"stop"}],\
+end [DONE]
+whole {"id":"chat_demo","object":"chat.completion","model":"demo","choices":[{"index":0,\
+"finish_reason":"stop","message":{"role":"assistant","content":%s}}],\
 "usage":{"prompt_tokens":25,"completion_tokens":32,"total_tokens":57}}""",
 }
 
 
+def demo_events(dialect: str, kind: str, value: Any) -> list[str]:
+    lines = (line.partition(" ") for line in DEMO_EVENTS[dialect].splitlines())
+    said = msgspec.json.encode(value).decode()
+    return [event.replace("%s", said) for name, _, event in lines if name == kind]
+
+
 class DemoTransport(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        body = msgspec.json.decode(request.content)
+        body, path = msgspec.json.decode(request.content), request.url.path
         *_, prompt = "", *strings(body.get("messages") or body.get("input"))
-        if prompt.startswith("/error"):
-            error = {"type": "overloaded_error", "message": "The demo model is overloaded"}
-            return httpx.Response(529, json={"type": "error", "error": error})
-        path = request.url.path
         dialect = next((name for name, a in ADAPTERS.items() if path.endswith(a.path)), "")
-        if not dialect:
-            error = {"type": "not_found_error", "message": "The demo only answers prompts"}
-            return httpx.Response(404, json={"type": "error", "error": error})
+        if prompt.startswith("/error") or not dialect:
+            status, kind = (529, "overloaded_error") if dialect else (404, "not_found_error")
+            words = "The demo model is overloaded" if dialect else "The demo only answers prompts"
+            error = {"type": kind, "message": words}
+            return httpx.Response(status, json={"type": "error", "error": error})
         if not body.get("stream"):
-            text = msgspec.json.encode(DEMO_TEXT).decode()
-            return httpx.Response(200, content=DEMO_REPLIES[dialect].replace("%s", text).encode())
+            return httpx.Response(200, text=demo_events(dialect, "whole", DEMO_TEXT)[0])
         tool = (body.get("tools") or [{"name": "get_weather"}])[0]
         name = tool.get("name") or tool["function"]["name"]
         return httpx.Response(200, content=demo_answer(dialect, prompt, name))
@@ -5258,13 +5243,10 @@ async def demo_answer(dialect: str, prompt: str, tool: str) -> AsyncIterator[byt
             said = [("text", "Let me see. "), ("tool", tool), ("args", '{"city":"Paris"}')]
     said = [("start", ""), *said, ("end", len(said))]
     for kind, value in said[:12] if prompt.startswith("/cut") else said:
-        for line in DEMO_EVENTS[dialect].splitlines():
-            name, _, event = line.partition(" ")
-            if name == kind:
-                event = event.replace("%s", msgspec.json.encode(value).decode())
-                named = re.match(r'{"type":"([\w.]+)"', event)
-                yield (f"event: {named[1]}\n" if named else "").encode()
-                yield b"data: %b\n\n" % event.encode()
+        for event in demo_events(dialect, kind, value):
+            named = re.match(r'{"type":"([\w.]+)"', event)
+            yield (f"event: {named[1]}\n" if named else "").encode()
+            yield b"data: %b\n\n" % event.encode()
         await asyncio.sleep(0.03)
 
 
@@ -5275,43 +5257,39 @@ PAGE_SCRIPT = """
 const $ = id => document.getElementById(id), provider = $("provider");
 let controller;
 $("stop").onclick = () => controller?.abort();
-provider.onchange = () => $("model").value = provider.selectedOptions[0].dataset.model;
-provider.onchange();
+(provider.onchange = () => $("model").value = provider.selectedOptions[0].dataset.model)();
 $("form").onsubmit = async event => {
   event.preventDefault();
   controller?.abort();
   controller = new AbortController();
-  $("answer").textContent = $("facts").textContent = "";
-  const started = performance.now(), headers = {"Content-Type": "application/json"};
+  const answer = $("answer"), facts = $("facts"), started = performance.now();
+  answer.textContent = facts.textContent = "";
+  const headers = {"Content-Type": "application/json"};
   if ($("key").value) headers.Authorization = "Bearer " + $("key").value;
   const body = JSON.stringify({model: $("model").value, enable_thinking: $("think").checked,
     messages: [{role: "user", content: $("prompt").value}]});
-  let first, rest = "";
-  const show = chunk => {
-    first ??= Math.round(performance.now() - started);
-    $("answer").textContent += chunk.token;
-    if (!chunk.isLast) return;
-    for (const {function: tool} of chunk.toolCalls ?? [])
-      $("answer").textContent += `\\n→ ${tool.name}(${tool.arguments})`;
-    const cost = chunk.costUsd === null ? "unknown" : "$" + chunk.costUsd;
-    $("facts").textContent = [`first token ${first} ms`, `${chunk.usage.totalTokens} tokens`,
-      `cost ${cost}`, chunk.finishReason].join(" · ");
-  };
   try {
     const reply = await fetch("api/" + provider.value,
       {method: "POST", headers, body, signal: controller.signal});
     if (!reply.ok) throw new Error((await reply.json()).error);
     const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
-    for (let part; !(part = await reader.read()).done;) {
+    for (let part, first, rest = ""; !(part = await reader.read()).done;) {
       const lines = (rest + part.value).split("\\n");
       rest = lines.pop();
       for (const line of lines) {
         if (line.startsWith("error: ")) throw new Error(JSON.parse(line.slice(7)).message);
-        if (line.startsWith("data: {")) show(JSON.parse(line.slice(6)));
+        if (!line.startsWith("data: {")) continue;
+        const {token, toolCalls, costUsd, usage, finishReason} = JSON.parse(line.slice(6));
+        first ??= `first token ${Math.round(performance.now() - started)} ms`;
+        answer.textContent += token;
+        for (const {function: tool} of toolCalls ?? [])
+          answer.textContent += `\\n→ ${tool.name}(${tool.arguments})`;
+        if (usage) facts.textContent = [first, `${usage.totalTokens} tokens`,
+          `cost ${costUsd === null ? "unknown" : "$" + costUsd}`, finishReason].join(" · ");
       }
     }
   } catch (error) {
-    $("facts").textContent = error.name === "AbortError" ? "stopped" : "Error: " + error.message;
+    facts.textContent = error.name === "AbortError" ? "stopped" : "Error: " + error.message;
   }
 };
 """
@@ -5380,11 +5358,11 @@ class App(litestar.Litestar):
         given = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else ""
         number, origin = secrets.token_hex(12), headers.get("origin")
         allowed = origin is None or proxy.clients.origin_allowed(origin, headers.get("host", ""))
-        granted = origin if origin and allowed else ""
         added = {"x-request-id": given or number, "x-content-type-options": "nosniff"}
         added |= {"x-demo": "true" if proxy.config.demo else "", "vary": "Origin"}
-        added |= {"access-control-allow-origin": granted}
-        added |= {"access-control-expose-headers": EXPOSED if granted else ""}
+        if origin and allowed:
+            added["access-control-allow-origin"] = origin
+            added["access-control-expose-headers"] = EXPOSED
         entry = Entry(proxy.now(), number, given)
         call = Call(entry, proxy.clients.client(""), headers, added, send)
         if "/v1/" in scope["path"]:  # the shape of errors, whoever finds them
@@ -5458,12 +5436,9 @@ def create_app(
     async def api(provider: FromPath[str]) -> ASGIApp:
         return functools.partial(proxy.serve, provider, "")
 
-    def native(path: str, kind: str) -> Any:
-        @litestar.post(path)
-        async def handler() -> ASGIApp:
-            return functools.partial(proxy.serve, "", kind)
-
-        return handler
+    @litestar.post([*NATIVE_PATHS])
+    async def native(scope: Scope) -> ASGIApp:
+        return functools.partial(proxy.serve, "", NATIVE_PATHS[scope["path_template"]])
 
     @litestar.get("/v1/models")
     async def models(scope: Scope) -> dict[str, Any]:
@@ -5500,19 +5475,20 @@ def create_app(
         call.client = client = await proxy.clients.identify(scope, call.headers)
         taken = await proxy.take(call)
         spent, limits = await proxy.used_today(client.id), client.limits
-        today = {"requests": spent.requests, "costUsd": float(spent.cost)}
-        today |= {"inputTokens": spent.input_tokens, "outputTokens": spent.output_tokens}
-        left = {"requests": int(taken.requests), "tokens": int(taken.tokens)}
-        rates = {"requestsPerMinute": limits.requests_per_minute}
-        rates |= {"tokensPerMinute": limits.tokens_per_minute}
         caps = [c for c in client_caps(client, config.budget, proxy.now()) if c.scope != "all"]
         used = await proxy.store.spent(caps)
-        budget = [
-            {"scope": cap.scope, "window": cap.window, "limitUsd": float(cap.limit),
-             "leftUsd": float(max(cap.limit - usd, Decimal(0))), "resetsAt": cap.resets()}
-            for cap, usd in zip(caps, used, strict=True)
-        ]  # fmt: skip
-        return {"client": client.id, "today": today, "left": left | rates, "budget": budget}
+        return {
+            "client": client.id,
+            "today": {"requests": spent.requests, "costUsd": float(spent.cost),
+                      "inputTokens": spent.input_tokens, "outputTokens": spent.output_tokens},
+            "left": {"requests": int(taken.requests), "tokens": int(taken.tokens),
+                     "requestsPerMinute": limits.requests_per_minute,
+                     "tokensPerMinute": limits.tokens_per_minute},
+            "budget": [
+                {"scope": cap.scope, "window": cap.window, "limitUsd": float(cap.limit),
+                 "leftUsd": float(max(cap.limit - usd, Decimal(0))), "resetsAt": cap.resets()}
+                for cap, usd in zip(caps, used, strict=True)],
+        }  # fmt: skip
 
     @litestar.get("/openapi.json")
     async def document() -> dict[str, Any]:
@@ -5540,8 +5516,7 @@ def create_app(
             yield
 
     app = App(
-        [api, *itertools.starmap(native, NATIVE_PATHS.items()), models, session, health, ready,
-         metrics, usage, document, page],
+        [api, native, models, session, health, ready, metrics, usage, document, page],
         exception_handlers={Exception: error_response}, openapi_config=None, logging_config=None,
         lifespan=[lifespan],
     )  # fmt: skip
@@ -5551,35 +5526,33 @@ def create_app(
 
 def describe(providers: Iterable[str]) -> dict[str, Any]:
     """The app as an OpenAPI document."""
-    ref = "#/components/schemas/{name}"
-    shapes, components = msgspec.json.schema_components(
-        (Body, SessionRequest, ErrorBody), ref_template=ref
-    )
-    body, proof, error = ({"application/json": {"schema": shape}} for shape in shapes)
+    json, place = "application/json", "#/components/schemas/{name}"
+    bodies = (Body, SessionRequest, ErrorBody)
+    shapes, components = msgspec.json.schema_components(bodies, ref_template=place)
+    content: list[dict[str, Any]] = [{"content": {json: {"schema": shape}}} for shape in shapes]
+    ask, proof, error = content
+    ask["required"] = proof["required"] = True
 
-    def operation(summary: str, *media: str, given: Any = None) -> dict[str, Any]:
-        good = {"description": "OK", "content": {kind: {} for kind in media}}
-        request = {"requestBody": {"required": True, "content": given}} if given else {}
-        failed = {"description": "An error", "content": error}
-        return {"summary": summary, "responses": {"200": good, "default": failed}} | request
+    def operation(summary: str, *media: str, **more: Any) -> dict[str, Any]:
+        good = {"description": "OK", "content": {kind: {} for kind in media or (json,)}}
+        replies = {"200": good, "default": {"description": "An error"} | error}
+        return {"summary": summary, "responses": replies} | more
 
     one_of = {"name": "provider", "in": "path", "required": True, "schema": {"enum": [*providers]}}
-    sse, json = "text/event-stream", "application/json"
-    ask = operation("Ask a model", sse, json, given=body) | {"parameters": [one_of]}
-    not_ready = {"503": {"description": "Not ready", "content": {json: {}}}}
-    ready = operation("Ready for requests?", json)
-    paths = {
-        "/api/{provider}": {"post": ask},
-        "/session": {"post": operation("A proof for a short-lived token", json, given=proof)},
-        "/usage": {"get": operation("What the caller has used and has left", json)},
-        "/health": {"get": operation("Alive?", json)},
-        "/ready": {"get": ready | {"responses": ready["responses"] | not_ready}},
-        "/metrics": {"get": operation("Prometheus metrics", "text/plain")},
-    }
-    keys = {"bearer": {"type": "http", "scheme": "bearer"}}
+    bearer, ready = {"type": "http", "scheme": "bearer"}, operation("Ready for requests?")
+    ready["responses"]["503"] = {"description": "Not ready", "content": {json: {}}}
     return {
-        "openapi": "3.1.0", "info": {"title": "proxy.py", "version": __version__}, "paths": paths,
-        "components": {"schemas": components, "securitySchemes": keys},
+        "openapi": "3.1.0", "info": {"title": "proxy.py", "version": __version__},
+        "paths": {
+            "/api/{provider}": {"post": operation(
+                "Ask a model", "text/event-stream", json, parameters=[one_of], requestBody=ask)},
+            "/session": {"post": operation("A proof for a short-lived token", requestBody=proof)},
+            "/usage": {"get": operation("What the caller has used and has left")},
+            "/health": {"get": operation("Alive?")},
+            "/ready": {"get": ready},
+            "/metrics": {"get": operation("Prometheus metrics", "text/plain")},
+        },
+        "components": {"schemas": components, "securitySchemes": {"bearer": bearer}},
         "security": [{"bearer": []}, {}],
     }  # fmt: skip
 
@@ -5710,22 +5683,21 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def configure(options: argparse.Namespace, environ: Map[str, str]) -> Config:
-    names = ("host", "port", "workers")
-    given = {f"server.{n}": v for n in names if (v := getattr(options, n)) is not None}
+    given: dict[str, Any] = {}
     if options.demo:
-        given = {"demo": True, "server.host": "127.0.0.1"} | given
+        given = {"demo": True, "server.host": "127.0.0.1"}
     elif environ.get("PORT"):
-        given = {"server.host": "0.0.0.0"} | given  # a PaaS says so
+        given = {"server.host": "0.0.0.0"}  # a PaaS says so
+    named = {name: getattr(options, name) for name in ("host", "port", "workers")}
+    given |= {f"server.{name}": value for name, value in named.items() if value is not None}
     config = load_config(options.config, environ, **given)
-    wanted, reason = environ.get("WEB_CONCURRENCY", ""), "limits are in one process's memory"
-    if is_shared(config):
-        if options.workers is None and wanted.isdecimal() and int(wanted):
-            return replace(config, server=replace(config.server, workers=int(wanted)))
-    elif config.server.workers != 1:
+    if config.server.workers == 1 or is_shared(config):
+        return config
+    reason = "limits are in one process's memory"
+    if options.workers is not None or not environ.get("WEB_CONCURRENCY"):
         raise ConfigError(f"server.workers: {reason}; set REDIS_URL for more than 1")
-    elif wanted not in ("", "1"):
-        LOG.warning("WEB_CONCURRENCY is ignored: %s; with REDIS_URL it counts", reason)
-    return config
+    LOG.warning("WEB_CONCURRENCY is ignored: %s; with REDIS_URL it counts", reason)
+    return replace(config, server=replace(config.server, workers=1))
 
 
 def check_port(host: str, port: int) -> str:
@@ -5777,49 +5749,49 @@ def serve(config: Config, public: bool) -> None:
 
 
 def print_check(config: Config, environ: Map[str, str], public: bool) -> int:
-    """What is configured, what is open and what is missing; 2 where it would not start."""
-    server, limits = config.server, config.limits
-    public = public or bool(server.trusted_proxies)  # as create_app has it
-    lines = [("bind", f"{server.host}:{server.port}, {'public' if public else 'this machine'}")]
-    for name, provider in config.providers.items():
-        missing = [v for v in provider.variables if not environ.get(v)] if not config.demo else []
-        state = f"off: {', '.join(missing)} is not set" if missing else "ready"
-        lines.append(("provider", f"{name}: {provider.adapter} at {provider.base_url}, {state}"))
-    for name, model in config.models.items():
-        lines.append(("model", f"{name}: {', then '.join((model.target, *model.fallback))}"))
-    origins = [*server.cors_origins, *(() if public else ("this machine's",))]
-    rates = f"{limits.requests_per_minute:g} requests and {limits.tokens_per_minute:,} tokens"
-    lines.append(("origins", ", ".join(origins) or "none"))
-    known = [*config.clients, *(["the app's JWTs"] if config.jwt else [])]
-    known += ["sessions"] if config.session else []
-    lines.append(("clients", ", ".join(known) or "no check: each address is a client"))
-    lines.append(("limits", f"{rates} a minute, {limits.concurrent} at a time, per client"))
-    lines += [
-        ("template", f"{name}: {template.model}") for name, template in config.templates.items()
-    ]
-    budget = asdict(config.budget)
-    if config.budget.client_per_day is None:
-        budget["client_per_day"] = "0.5 by address"
-    caps = (
-        f"{n.replace('_', ' ')} {usd}"
-        for n, usd in budget.items()
-        if "_per_" in n and usd != UNLIMITED
-    )
-    lines.append(("budget", f"USD: {', '.join(caps) or 'unlimited'}"))
-    kept = "kept over restarts" if config.ledger.persistent else "begins anew if it is lost"
-    lines.append(("ledger", f"{config.ledger.path}, {kept}" if config.ledger.path else "none"))
-    lines.append(("cache", "on" if config.cache.enabled else "off"))
-    if is_shared(config):
-        url, table = httpx.URL(config.redis.url), config.redis
-        away = f"limits {table.limits_when_away} and budgets {table.budget_when_away}"
-        lines.append(("redis", f"{url.host}:{url.port or 6379}; while it is away, {away}"))
-    try:
-        app = create_app(config, environ, public=public)
-        lines += [("warning", warning) for warning in app.proxy.warnings]
-    except ConfigError as error:
-        lines.append(("missing", str(error)))
+    """Print the lines of --check; 2 where it would not start."""
+    lines = list(check_lines(config, environ, public or bool(config.server.trusted_proxies)))
     print("\n".join(f"{name:9} {text}" for name, text in lines))
     return 2 if lines[-1][0] == "missing" else 0
+
+
+def check_lines(config: Config, environ: Map[str, str], public: bool) -> Iterator[tuple[str, str]]:
+    """What is configured, what is open and what is missing."""
+    server, limits, redis = config.server, config.limits, config.redis
+    yield "bind", f"{server.host}:{server.port}, {'public' if public else 'this machine'}"
+    for name, provider in config.providers.items():
+        missing = [v for v in provider.variables if not (environ.get(v) or config.demo)]
+        state = f"off: {', '.join(missing)} is not set" if missing else "ready"
+        yield "provider", f"{name}: {provider.adapter} at {provider.base_url}, {state}"
+    for name, model in config.models.items():
+        yield "model", f"{name}: {', then '.join((model.target, *model.fallback))}"
+    for name, template in config.templates.items():
+        yield "template", f"{name}: {template.model}"
+    origins = [*server.cors_origins, *(() if public else ("this machine's",))]
+    yield "origins", ", ".join(origins) or "none"
+    tokens = {"the app's JWTs": config.jwt, "sessions": config.session}
+    known = [*config.clients, *(name for name, table in tokens.items() if table)]
+    yield "clients", ", ".join(known) or "no check: each address is a client"
+    rates = f"{limits.requests_per_minute:g} requests and {limits.tokens_per_minute:,} tokens"
+    yield "limits", f"{rates} a minute, {limits.concurrent} at a time, per client"
+    caps = [
+        f"{name.replace('_', ' ')} {'0.5 by address' if usd is None else usd}"
+        for name, usd in asdict(config.budget).items()
+        if "_per_" in name and usd != UNLIMITED
+    ]
+    yield "budget", f"USD: {', '.join(caps) or 'unlimited'}"
+    kept = "kept over restarts" if config.ledger.persistent else "begins anew if it is lost"
+    yield "ledger", f"{config.ledger.path}, {kept}" if config.ledger.path else "none"
+    yield "cache", "on" if config.cache.enabled else "off"
+    if is_shared(config):
+        url = httpx.URL(redis.url)
+        away = f"limits {redis.limits_when_away} and budgets {redis.budget_when_away}"
+        yield "redis", f"{url.host}:{url.port or 6379}; while it is away, {away}"
+    try:
+        for warning in create_app(config, environ, public=public).proxy.warnings:
+            yield "warning", warning
+    except ConfigError as error:
+        yield "missing", str(error)
 
 
 def read_replicas(table: RedisTable, since: float, by: str) -> list[Totals]:
@@ -5845,10 +5817,7 @@ async def fetch_rows(table: RedisTable, since: float) -> list[Entry]:
 
 
 def show_usage(config: Config, options: argparse.Namespace) -> str:
-    try:
-        since = time.time() - convert_unit(Duration, options.since)
-    except ValueError as error:
-        raise ConfigError(f"--since: {error}") from None
+    since = time.time() - convert(options.since, Duration, "--since")
     path = Path(__file__).parent / config.ledger.path
     if is_shared(config):
         rows = read_replicas(config.redis, since, options.by)
