@@ -1767,8 +1767,9 @@ def read_spending(database: sqlite3.Connection, now: float) -> dict[tuple[str, s
     today = time.strftime("%Y-%m-%d", time.gmtime(now))
     query = """
         SELECT strftime('%Y-%m-%d', time, 'unixepoch') AS day, client, "group", session,
-               sum(CAST(round(cost * 1e9) AS INTEGER))
+               sum(CAST(round(cost * 1e9) AS INTEGER)) AS billionths
         FROM entries WHERE time >= unixepoch(?) GROUP BY day, client, "group", session
+        HAVING billionths > 0
     """
     with database:
         end = "outcome = 'error', code = 'proxy_died', estimated = 1"
@@ -1777,10 +1778,9 @@ def read_spending(database: sqlite3.Connection, now: float) -> dict[tuple[str, s
     spending: dict[tuple[str, str], Decimal] = defaultdict(Decimal)
     for day, client, group, session, billionths in rows:
         scopes = ("all", f"client {client}", f"group {group}", f"session {session}")
-        for window in (day, day[:7]) if day == today else (day[:7],):
-            for scope in scopes:
-                spending[scope, window] += Decimal(billionths or 0).scaleb(-9)
-    return {key: usd for key, usd in spending.items() if usd}
+        for scope, window in itertools.product(scopes, {day, day[:7]} & {today, today[:7]}):
+            spending[scope, window] += Decimal(billionths).scaleb(-9)
+    return spending
 
 
 def lock_ledger(path: Path) -> Any:
@@ -1842,18 +1842,16 @@ class Ledger:
 
     async def due(self) -> list[tuple[str, bytes, bytes]]:
         """Some of what was put off."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self.thread, lambda: self.database.execute("SELECT * FROM put_off LIMIT 200").fetchall()
-        )
+        query = "SELECT * FROM put_off LIMIT 200"
+        read = self.thread.submit(lambda: self.database.execute(query).fetchall())
+        return await asyncio.wrap_future(read)
 
     async def delivered(self, ids: Iterable[str]) -> None:
         await self.run(("DELETE FROM put_off WHERE id = ?", [(id,) for id in ids]))
 
     async def run(self, *statements: tuple[str, list[tuple[Any, ...]]]) -> None:
         with contextlib.suppress(RuntimeError):  # after close(), which writes what is left
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self.thread, self.commit, *statements)
+            await asyncio.wrap_future(self.thread.submit(self.commit, *statements))
 
     def commit(self, *statements: tuple[str, list[tuple[Any, ...]]]) -> None:
         try:
@@ -1979,6 +1977,7 @@ class Settlement(Struct):
 
 class Store(Protocol):
     offset: float  # seconds that the store's clock is ahead of this machine's
+    pause: float  # seconds from one look for a free place to the next
 
     async def admit(self, ask: Ask) -> Admission:
         """Give a request all that it asks for, or say what it lacks."""
@@ -2003,9 +2002,6 @@ class Store(Protocol):
 
     async def leave(self, id: str, provider: str) -> None:
         """Give it back before the end, if the request has it."""
-
-    async def freed(self, provider: str) -> None:
-        """Wait until a place may be free: for a second at most, as whoever had it may have died."""
 
     def rest(self, name: str, seconds: float) -> None:
         """Let all who ask know that a vendor, or a key of ours, is not to be used for a while."""
@@ -2041,7 +2037,7 @@ class MemoryStore:
     window. `tell` hears of each cap once when 80 % of it are spent, and once when it is at its end.
     Of clients it remembers those seen last; one it has forgotten has full buckets again."""
 
-    offset = 0.0
+    offset, pause = 0.0, 0.005
 
     def __init__(
         self,
@@ -2059,8 +2055,7 @@ class MemoryStore:
         self.answers: cachetools.TTLCache[str, bytes] = cachetools.TTLCache(
             cache.size, cache.ttl, timer=clock, getsizeof=lambda answer: len(answer) + 200
         )
-        self.taken: dict[str, set[str]] = defaultdict(set)  # the requests at each provider
-        self.news = asyncio.Event()
+        self.taken: dict[str, str] = {}  # the provider where a request has a place
         self.shown: cachetools.TTLCache[str, bool] = cachetools.TTLCache(100_000, 600, timer=clock)
 
     def rates(self, client: str, limits: Limits) -> tuple[Bucket, Bucket]:
@@ -2079,11 +2074,9 @@ class MemoryStore:
 
     async def admit(self, ask: Ask) -> Admission:
         requests, tokens = self.rates(ask.client, ask.limits)
-        lacking = ask.requests - requests.level, ask.tokens - tokens.level
-        for kind, bucket, lack in zip(
-            ("requests", "tokens"), (requests, tokens), lacking, strict=True
-        ):
-            if lack > 0:
+        kinds = ("requests", requests, ask.requests), ("tokens", tokens, ask.tokens)
+        for kind, bucket, wanted in kinds:
+            if (lack := wanted - bucket.level) > 0:
                 wait = lack * 60 / bucket.rate
                 return Admission(requests.level, tokens.level, kind, wait)  # type: ignore[arg-type]
         requests.level -= ask.requests
@@ -2135,8 +2128,7 @@ class MemoryStore:
                     self.tell(cap, percent)
             if not (spending.settled or spending.held):  # what costs nothing is not remembered
                 self.windows.get(cap.window, {}).pop(cap.scope, None)
-        for provider in self.taken:
-            await self.leave(end.id, provider)
+        self.taken.pop(end.id, None)
 
     async def spent(self, caps: list[Cap]) -> list[Decimal]:
         return [self.of(cap).settled + self.of(cap).held for cap in caps]
@@ -2146,320 +2138,248 @@ class MemoryStore:
             self.answers[key] = answer
 
     async def enter(self, id: str, provider: str, places: int, waiting: bool) -> bool:
-        if free := len(self.taken[provider]) < places:
-            self.taken[provider].add(id)
+        if free := list(self.taken.values()).count(provider) < places:
+            self.taken[id] = provider
         return free
 
     async def leave(self, id: str, provider: str) -> None:
-        if id in self.taken[provider]:
-            self.taken[provider].remove(id)
-            self.news.set()
-            self.news = asyncio.Event()
-
-    async def freed(self, provider: str) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1):
-                await self.news.wait()
+        if self.taken.get(id) == provider:
+            del self.taken[id]
 
     def rest(self, name: str, seconds: float) -> None:
         """Nobody else needs to know."""
 
     async def once(self, token: str, seconds: float) -> bool:
-        first = token not in self.shown
+        first = not self.shown.pop(token, False)
         if seconds:
             self.shown[token] = True
-        else:
-            self.shown.pop(token, None)
         return first
 
 
-# Each runs as one step in Redis, by Redis's clock. All keys begin with KEYS[1], whose hash tag puts
-# them in one slot of a Cluster. What a process has (places, holds, locks) is worth something only
-# while the process shows signs of life, so that nothing is left of one that was killed. Money is in
-# billionths of a USD: whole numbers, which stay exact.
-SCRIPTS = {
-    "": """
-local p, time = KEYS[1], redis.call('TIME')
-local now = time[1] + time[2] / 1000000
-local clock = string.format('%.6f', now)
+# All that is done in Redis, each step at once and by Redis's clock. Every key begins with KEYS[1],
+# whose hash tag puts them in one slot of a Cluster. What a request has (places, what it holds, the
+# lock of an answer) it has while it is in `open`, where its score is the end of its lease; its
+# process renews that. Money is in billionths of a USD: whole numbers, which stay exact.
+SCRIPT = """
+local time = redis.call('TIME')
+local now, day, run = time[1] + time[2] / 1000000, 86400, {}
 local function num(value) return tonumber(value) or 0 end
-local function alive(process)
-  return now < num(redis.call('ZSCORE', p .. 'processes', process))
+local function call(command, key, ...) return redis.call(command, KEYS[1] .. key, ...) end
+local function write(seconds, command, key, ...) -- nothing is kept for good
+  local result = call(command, key, ...)
+  call('EXPIRE', key, math.ceil(seconds))
+  return result
 end
-local function count(key)
-  local sum, fields = 0, redis.call('HGETALL', key)
-  for i = 1, #fields, 2 do
-    if alive(fields[i]) then sum = sum + fields[i + 1]
-    else redis.call('HDEL', key, fields[i]) end
-  end
-  return sum
-end
-local function take(key, process)
-  redis.call('HINCRBY', key, process, 1)
-  redis.call('EXPIRE', key, 86400)
-end
-local function leave(key, process)
-  local has = num(redis.call('HGET', key, process))
-  if has > 1 then redis.call('HINCRBY', key, process, -1)
-  elseif has == 1 then redis.call('HDEL', key, process) end
+local function give(id, ...)
+  write(40 * day, 'HSET', 'open:' .. id, ...)
+  write(40 * day, 'ZADD', 'open', now + LEASE, id)
 end
 local function free(id)
-  local open = p .. 'open:' .. id
-  local process, provider = unpack(redis.call('HMGET', open, 'process', 'place'))
+  local provider = call('HGET', 'open:' .. id, 'place')
   if not provider then return end
-  redis.call('HDEL', open, 'place')
-  leave(p .. 'places:' .. provider, process)
-  if redis.call('EXISTS', p .. 'wanted:' .. provider) == 1 then
-    redis.call('LPUSH', p .. 'freed:' .. provider, 1)
-    redis.call('LTRIM', p .. 'freed:' .. provider, 0, 999)
-    redis.call('PEXPIRE', p .. 'freed:' .. provider, 2000)
-  end
-end
-local function enter(id, provider, places, process, waiting)
-  local wanted, open = p .. 'wanted:' .. provider, p .. 'open:' .. id
-  if count(p .. 'places:' .. provider) < places and
-     (waiting or redis.call('EXISTS', wanted) == 0) then
-    free(id) -- where it is known only later that it has left another
-    take(p .. 'places:' .. provider, process)
-    redis.call('HSET', open, 'process', process, 'place', provider)
-    redis.call('EXPIRE', open, 86400)
-    return 1
-  end
-  if waiting then redis.call('SET', wanted, 1, 'PX', 1500) end
-  return 0
-end
-local function unlock(key, process, id)
-  local lock = p .. 'lock:' .. key
-  if redis.call('GET', lock) == process .. ' ' .. id then redis.call('DEL', lock) end
+  call('SREM', 'places:' .. provider, id)
+  call('HDEL', 'open:' .. id, 'place')
 end
 local function charge(cap, settled, held)
-  local key = p .. 'money:' .. cap.name
-  local sum = redis.call('HINCRBY', key, 'settled', settled)
-  redis.call('HINCRBY', key, 'held', held)
-  redis.call('EXPIRE', key, cap.ttl)
-  return sum
+  call('HINCRBY', 'money:' .. cap.name, 'held', held)
+  return write(cap.ttl, 'HINCRBY', 'money:' .. cap.name, 'settled', settled)
 end
 local function hold(ask)
-  local granted, least, tightest = ask.most, nil, 0
-  for i, cap in ipairs(ask.caps) do
-    local spent = redis.call('HMGET', p .. 'money:' .. cap.name, 'settled', 'held')
+  local least, tightest, settled = math.huge
+  for _, cap in ipairs(ask.caps) do
+    local spent = call('HMGET', 'money:' .. cap.name, 'settled', 'held')
     local left = cap.limit - num(spent[1]) - num(spent[2])
-    if not least or left < least then least, tightest = left, i end
-    granted = math.min(granted, math.max(left, 0))
+    if left < least then least, tightest, settled = left, cap, num(spent[1]) end
   end
-  if granted < ask.least then
-    local cap = ask.caps[tightest]
-    local key = p .. 'money:' .. cap.name
-    local tell = cap.limit > 0 and num(redis.call('HGET', key, 'settled')) >= cap.limit * 0.8 and
-      redis.call('HSETNX', key, 'told', 1) == 1
-    return {exceeded = tightest, left = granted, tell = tell}
+  local granted = math.max(0, math.min(ask.most, least))
+  if granted < ask.least then -- what is left is too little for what is asked
+    local nearly = tightest.limit > 0 and settled >= tightest.limit * 0.8
+    local tell = nearly and call('HSETNX', 'money:' .. tightest.name, 'told', 1) == 1
+    return {usd = granted, exceeded = tightest, tell = tell}
   end
-  local open = p .. 'open:' .. ask.id
   for _, cap in ipairs(ask.caps) do charge(cap, 0, granted) end
-  redis.call('HINCRBY', open, 'held', granted)
-  redis.call('HSET', open, 'caps', cjson.encode(ask.caps))
-  redis.call('EXPIRE', open, 86400)
-  return {held = granted}
+  local held = num(call('HGET', 'open:' .. ask.id, 'held')) + granted
+  give(ask.id, 'held', held, 'caps', cjson.encode(ask.caps))
+  return {usd = granted}
 end
-local function append(row, seconds)
-  redis.call('XADD', p .. 'rows', 'MAXLEN', '~', ROWS, '*', 'row', row)
-  redis.call('EXPIRE', p .. 'rows', seconds)
-end
-""",
-    "admit": """
-local ask, given = cjson.decode(ARGV[1]), {rests = {}}
-local rate, live = p .. 'rate:' .. ask.client, p .. 'live:' .. ask.client
-local level = redis.call('HMGET', rate, 'requests', 'tokens', 'time')
-local minutes = math.max(0, now - (tonumber(level[3]) or now)) / 60
-local requests = math.min(ask.burst, (tonumber(level[1]) or ask.burst) + minutes * ask.rate)
-local tokens = math.min(ask.tpm, (tonumber(level[2]) or ask.tpm) + minutes * ask.tpm)
-given.requests, given.tokens = requests, tokens
-if not ask.again then
-  local ended = ask.id ~= '' and redis.call('HGET', p .. 'open:' .. ask.id, 'state') == 'settled'
-  if ended or count(p .. 'live') >= ask.total then given.refused = 'busy'
-  elseif count(live) >= ask.concurrent then given.refused = 'concurrent'
-  elseif requests < ask.requests then
-    given.refused, given.wait = 'requests', (ask.requests - requests) * 60 / ask.rate
-  elseif tokens < ask.tokens then
-    given.refused, given.wait = 'tokens', (ask.tokens - tokens) * 60 / ask.tpm
+
+-- The end of a request. What it cost comes in the place of what it held, or of what it was charged
+-- when it seemed dead; where nobody knows it may have cost all that it held.
+local function close(id, cost, caps, told)
+  local has = call('HMGET', 'open:' .. id, 'client', 'caps', 'held', 'charged')
+  local held, charged = num(has[3]), num(has[4])
+  local change = (cost or held + charged) - charged
+  for _, cap in ipairs(has[2] and cjson.decode(has[2]) or caps) do
+    if held == 0 and change == 0 then break end -- what costs nothing is not remembered
+    -- minus nothing would be "-0", which is no whole number to Redis
+    local sum, key = charge(cap, change, 0 - held), 'money:' .. cap.name
+    for _, percent in ipairs({80, 100}) do
+      local mark = cap.limit * percent / 100
+      if sum - change < mark and mark <= sum and call('HEXISTS', key, 'told') == 0 then
+        if percent == 100 then call('HSET', key, 'told', 1) end
+        table.insert(told, {cap, percent})
+      end
+    end
   end
-  if given.refused then return {cjson.encode(given)} end
-  requests = requests - ask.requests
+  free(id)
+  call('ZREM', 'open', id)
+  call('SREM', 'live:' .. (has[1] or ''), id)
+  return charged + change
 end
-local function save()
+
+function run.hold(ask) return cjson.encode(hold(cjson.decode(ask))) end
+
+function run.enter(id, provider, places, waiting)
+  local wanted, places_of = 'wanted:' .. provider, 'places:' .. provider
+  if call('EXISTS', 'ended:' .. id) == 1 then return 0 end
+  if call('SCARD', places_of) < tonumber(places) and
+     (waiting == '1' or call('EXISTS', wanted) == 0) then
+    free(id) -- where it is known only later that it has left another
+    write(40 * day, 'SADD', places_of, id)
+    give(id, 'place', provider)
+    return 1
+  end
+  if waiting == '1' then call('SET', wanted, 1, 'PX', 1500) end
+  return 0
+end
+
+function run.leave(id, provider)
+  if call('HGET', 'open:' .. id, 'place') == provider then free(id) end
+end
+
+function run.admit(text, row)
+  local ask, given, answer, held = cjson.decode(text), {rests = {}}, false, ''
+  local rate, live = 'rate:' .. ask.client, 'live:' .. ask.client
+  local level = call('HMGET', rate, 'requests', 'tokens', 'time')
+  local minutes = math.max(0, now - (tonumber(level[3]) or now)) / 60
+  local requests = math.min(ask.burst, (tonumber(level[1]) or ask.burst) + minutes * ask.rate)
+  local tokens = math.min(ask.tpm, (tonumber(level[2]) or ask.tpm) + minutes * ask.tpm)
   given.requests, given.tokens = requests, tokens
-  redis.call('HSET', rate, 'requests', requests, 'tokens', tokens, 'time', clock)
-  local full = math.max((ask.burst - requests) / ask.rate, (ask.tpm - tokens) / ask.tpm)
-  redis.call('EXPIRE', rate, math.ceil(full * 60) + 60)
-end
-local open, lock, answer = p .. 'open:' .. ask.id, p .. 'lock:' .. ask.key, false
-if ask.key ~= '' then
-  answer = redis.call('GET', p .. 'answer:' .. ask.key)
-  local leader = redis.call('GET', lock)
-  given.pending = not answer and leader and alive(string.match(leader, '%S+')) or false
-end
-if not answer and not given.pending then
-  local held = #ask.caps > 0 and hold(ask) or {}
-  for name, value in pairs(held) do given[name] = value end
-  if given.exceeded then
-    if not ask.again then save() end
-    return {cjson.encode(given)}
+  if not ask.again then
+    if call('EXISTS', 'ended:' .. ask.id) == 1 or call('ZCARD', 'open') >= ask.total then
+      given.refused = 'busy'
+    elseif call('SCARD', live) >= ask.concurrent then given.refused = 'concurrent'
+    elseif requests < ask.requests then
+      given.refused, given.wait = 'requests', (ask.requests - requests) * 60 / ask.rate
+    elseif tokens < ask.tokens then
+      given.refused, given.wait = 'tokens', (ask.tokens - tokens) * 60 / ask.tpm
+    end
+    if given.refused then return {cjson.encode(given), '', false} end
+    given.requests, given.tokens = requests - ask.requests, tokens - ask.tokens
   end
   if ask.key ~= '' then
-    redis.call('SET', lock, ask.process .. ' ' .. ask.id, 'EX', 3600)
-  end
-  if ask.places > 0 then
-    given.placed = enter(ask.id, ask.provider, ask.places, ask.process, false) == 1
-  end
-end
-if not ask.again then
-  tokens = tokens - ask.tokens
-  save()
-end
-if ask.id == '' then return {cjson.encode(given)} end
-if not ask.again then
-  take(p .. 'live', ask.process)
-  take(live, ask.process)
-end
-redis.call('HSET', open, 'state', 'open', 'process', ask.process, 'row', ARGV[2],
-  'client', ask.client, 'key', ask.key)
-redis.call('EXPIRE', open, 86400)
-redis.call('SADD', p .. 'opens:' .. ask.process, ask.id)
-redis.call('EXPIRE', p .. 'opens:' .. ask.process, 86400)
-for _, name in ipairs(ask.rests) do
-  local left = redis.call('PTTL', p .. 'rest:' .. name)
-  if left > 0 then given.rests[name] = left / 1000 end
-end
-return {cjson.encode(given), answer}
-""",
-    "hold": """
-return cjson.encode(hold(cjson.decode(ARGV[1])))
-""",
-    # A request that began while Redis was away has no state; what it cost counts all the same. One
-    # whose process seemed dead was charged all that it held, and is corrected.
-    "settle": """
-local done, told = cjson.decode(ARGV[1]), {}
-local open = p .. 'open:' .. done.id
-local saved = redis.call('HMGET', open, 'state', 'held', 'caps', 'process')
-local state, held, caps = saved[1], num(saved[2]), saved[3] and cjson.decode(saved[3]) or done.caps
-if state == 'settled' then return '[]' end
-if not state and held == 0 and done.usd == 0 and ARGV[2] == '' then return '[]' end  -- was refused
-if held == 0 and done.usd == 0 then caps = {} end
-for i, cap in ipairs(caps) do
-  local change, off = done.usd, -held
-  if state == 'swept' then change, off = done.usd - held, 0 end
-  local sum = charge(cap, change, off)
-  for _, percent in ipairs({80, 100}) do
-    local mark, key = cap.limit * percent / 100, p .. 'money:' .. cap.name
-    if sum - change < mark and mark <= sum and redis.call('HEXISTS', key, 'told') == 0 then
-      if percent == 100 then redis.call('HSET', key, 'told', 1) end
-      told[#told + 1] = {i, percent}
+    if num(call('ZSCORE', 'answers:time', ask.key)) > now - TTL then
+      answer = call('HGET', 'answers', ask.key)
     end
+    local leader = not answer and call('GET', 'lock:' .. ask.key)
+    given.pending = leader and call('ZSCORE', 'open', leader) and true or false
   end
-end
-free(done.id)
-if state == 'open' then
-  leave(p .. 'live', saved[4])
-  leave(p .. 'live:' .. done.client, saved[4])
-  unlock(done.key, saved[4], done.id)
-  redis.call('SREM', p .. 'opens:' .. saved[4], done.id)
-end
-local rate = p .. 'rate:' .. done.client
-if state and done.unused ~= 0 then
-  if redis.call('HEXISTS', rate, 'tokens') == 1 then
-    redis.call('HINCRBYFLOAT', rate, 'tokens', done.unused)
-  elseif done.unused < 0 then
-    redis.call('HSET', rate, 'tokens', done.tpm + done.unused, 'time', clock)
-    redis.call('EXPIRE', rate, 3600)
-  end
-end
-if ARGV[2] ~= '' then
-  append(ARGV[2], done.keep)
-  local used = p .. 'used:' .. done.day .. ':' .. done.client
-  for name, value in pairs(done.used) do redis.call('HINCRBY', used, name, value) end
-  redis.call('EXPIRE', used, 2 * 86400)
-end
-redis.call('DEL', open)
-redis.call('HSET', open, 'state', 'settled')
-redis.call('EXPIRE', open, 3600)
-return cjson.encode(told)
-""",
-    "spent": """
-local sums = {}
-for i, name in ipairs(cjson.decode(ARGV[1])) do
-  local spent = redis.call('HMGET', p .. 'money:' .. name, 'settled', 'held')
-  sums[i] = string.format('%.0f', num(spent[1]) + num(spent[2]))
-end
-return sums
-""",
-    # The cache is bounded here, because what Redis would evict by itself could be money.
-    "put": """
-local key, ttl, size = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
-local index, bytes = p .. 'answers', p .. 'answers:bytes'
-local function drop(member)
-  redis.call('ZREM', index, member)
-  redis.call('DEL', p .. 'answer:' .. string.match(member, ' (.+)'))
-  redis.call('DECRBY', bytes, string.match(member, '%d+'))
-end
-redis.call('DEL', p .. 'lock:' .. key)
-if #ARGV[4] + 200 > size then return 0 end
-for _, member in ipairs(redis.call('ZRANGEBYSCORE', index, '-inf', now - ttl)) do drop(member) end
-local old = redis.call('STRLEN', p .. 'answer:' .. key)
-if old > 0 then drop((old + 200) .. ' ' .. key) end
-redis.call('SET', p .. 'answer:' .. key, ARGV[4], 'PX', math.ceil(ttl * 1000))
-redis.call('ZADD', index, now, (#ARGV[4] + 200) .. ' ' .. key)
-while redis.call('INCRBY', bytes, 0) + #ARGV[4] + 200 > size do
-  drop(redis.call('ZRANGE', index, 0, 0)[1])
-end
-redis.call('INCRBY', bytes, #ARGV[4] + 200)
-redis.call('EXPIRE', index, math.ceil(ttl))
-redis.call('EXPIRE', bytes, math.ceil(ttl))
-return 1
-""",
-    "enter": "return enter(ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5] == '1')",
-    "leave": """
-if redis.call('HGET', p .. 'open:' .. ARGV[1], 'place') == ARGV[2] then free(ARGV[1]) end
-""",
-    "rest": """
-local key = p .. 'rest:' .. ARGV[1]
-if redis.call('PTTL', key) < tonumber(ARGV[2]) then redis.call('SET', key, 1, 'PX', ARGV[2]) end
-""",
-    "once": """
-local key = p .. 'shown:' .. ARGV[1]
-if ARGV[2] == '0' then return redis.call('DEL', key) end
-return redis.call('SET', key, 1, 'NX', 'PX', ARGV[2]) and 1 or 0
-""",
-    "used": "return redis.call('HGETALL', p .. 'used:' .. ARGV[1])",
-    # A sign of life; and the requests of a process that gave none may have cost all that they held.
-    "beat": """
-local known = alive(ARGV[1]) and 1 or 0
-redis.call('ZADD', p .. 'processes', now + ARGV[2], ARGV[1])
-redis.call('EXPIRE', p .. 'processes', 86400)
-for _, process in ipairs(redis.call('ZRANGEBYSCORE', p .. 'processes', '-inf', now)) do
-  for _, id in ipairs(redis.call('SMEMBERS', p .. 'opens:' .. process)) do
-    local open = p .. 'open:' .. id
-    local saved = redis.call('HMGET', open, 'held', 'caps', 'row', 'state', 'client', 'key')
-    if saved[4] == 'open' then
-      local held, caps = num(saved[1]), saved[2] and cjson.decode(saved[2]) or {}
-      for _, cap in ipairs(caps) do charge(cap, held, -held) end
-      if saved[3] ~= '' then
-        local row = cjson.decode(saved[3])
-        row.cost = string.format('%.9f', held / 1000000000)
-        append(cjson.encode(row), ARGV[3])
+  local exceeded = false
+  if not answer and not given.pending then
+    if #ask.caps > 0 then
+      local granted = hold(ask)
+      held, exceeded = cjson.encode(granted), granted.exceeded
+    end
+    if exceeded then given.tokens = tokens
+    else
+      if ask.key ~= '' then call('SET', 'lock:' .. ask.key, ask.id, 'EX', 3600) end
+      if ask.places > 0 then
+        given.placed = run.enter(ask.id, ask.provider, ask.places, '0') == 1
       end
-      redis.call('HSET', open, 'state', 'swept')
-      free(id)
-      unlock(saved[6], process, id)
-      redis.call('HDEL', p .. 'live:' .. saved[5], process)
     end
   end
-  redis.call('DEL', p .. 'opens:' .. process)
-  redis.call('HDEL', p .. 'live', process)
-  redis.call('ZREM', p .. 'processes', process)
+  call('HSET', rate, 'requests', given.requests, 'tokens', given.tokens, 'time', now)
+  local full = math.max((ask.burst - given.requests) / ask.rate, 1 - given.tokens / ask.tpm)
+  call('EXPIRE', rate, math.ceil(full * 60) + 60)
+  if ask.id ~= '' and not exceeded then
+    write(40 * day, 'SADD', live, ask.id)
+    give(ask.id, 'client', ask.client, 'row', row)
+  end
+  for _, name in ipairs(ask.rests) do
+    local left = call('PTTL', 'rest:' .. name)
+    if left > 0 then given.rests[name] = left / 1000 end
+  end
+  return {cjson.encode(given), held, answer}
 end
-return {time[1], time[2], known}
-""",
-}
+
+function run.settle(text, row)
+  local done, told = cjson.decode(text), {}
+  local open, rate = 'open:' .. done.id, 'rate:' .. done.client
+  -- without a row it cost nothing, and only what is still on its way must not come after it
+  local seconds = row == '' and 60 or 3600
+  if not call('SET', 'ended:' .. done.id, 1, 'NX', 'EX', seconds) then return '{}' end
+  if call('HEXISTS', open, 'client') == 1 and done.unused ~= 0 then
+    if call('HSETNX', rate, 'tokens', done.tpm) == 1 then -- it was full, and so forgotten
+      write(3600, 'HSET', rate, 'time', now)
+    end
+    call('HINCRBYFLOAT', rate, 'tokens', done.unused)
+  end
+  close(done.id, done.usd, done.caps, told)
+  call('DEL', open)
+  if row ~= '' then
+    write(KEEP, 'XADD', 'rows', 'MAXLEN', '~', ROWS, '*', 'row', row)
+    local used = 'used:' .. done.day .. ':' .. done.client
+    for name, value in pairs(done.used) do write(2 * day, 'HINCRBY', used, name, value) end
+  end
+  return cjson.encode(told)
+end
+
+-- A sign of life of a process, with what it serves. What has none is closed; its end may come yet.
+function run.beat(ids, lease)
+  for _, id in ipairs(cjson.decode(ids)) do call('ZADD', 'open', 'XX', now + lease, id) end
+  local told = {}
+  for _, id in ipairs(call('ZRANGEBYSCORE', 'open', '-inf', now, 'LIMIT', 0, 500)) do
+    local cost, row = close(id, nil, {}, told), call('HGET', 'open:' .. id, 'row')
+    write(day, 'HSET', 'open:' .. id, 'held', 0, 'charged', cost)
+    if row and row ~= '' then
+      row = cjson.decode(row)
+      row.cost = string.format('%.9f', cost / 1000000000)
+      write(KEEP, 'XADD', 'rows', 'MAXLEN', '~', ROWS, '*', 'row', cjson.encode(row))
+    end
+  end
+  return {time[1], time[2], cjson.encode(told)}
+end
+
+function run.spent(names)
+  local sums = {}
+  for i, name in ipairs(cjson.decode(names)) do
+    local spent = call('HMGET', 'money:' .. name, 'settled', 'held')
+    sums[i] = string.format('%.0f', num(spent[1]) + num(spent[2]))
+  end
+  return sums
+end
+
+-- The cache is bounded here, because what Redis would evict by itself could be money.
+function run.put(key, answer)
+  local function drop(old)
+    call('DECRBY', 'answers:size', call('HSTRLEN', 'answers', old) + 200)
+    call('HDEL', 'answers', old)
+    call('ZREM', 'answers:time', old)
+  end
+  if #answer + 200 > SIZE then return end
+  if call('HEXISTS', 'answers', key) == 1 then drop(key) end
+  write(TTL, 'HSET', 'answers', key, answer)
+  write(TTL, 'ZADD', 'answers:time', now, key)
+  local size = write(TTL, 'INCRBY', 'answers:size', #answer + 200)
+  while size > SIZE do
+    drop(call('ZRANGE', 'answers:time', 0, 0)[1])
+    size = num(call('GET', 'answers:size'))
+  end
+end
+
+function run.rest(name, ms)
+  if call('PTTL', 'rest:' .. name) < tonumber(ms) then call('SET', 'rest:' .. name, 1, 'PX', ms) end
+end
+
+function run.once(token, ms)
+  if ms == '0' then return call('DEL', 'shown:' .. token) end
+  return call('SET', 'shown:' .. token, 1, 'NX', 'PX', ms) and 1 or 0
+end
+
+function run.used(whose) return call('HGETALL', 'used:' .. whose) end
+
+return run[ARGV[1]](unpack(ARGV, 2))
+"""
 
 
 class StoreAway(ProxyError):
@@ -2470,97 +2390,92 @@ class StoreAway(ProxyError):
 
 
 class Link:
-    """This process's way to Redis. Scripts that are asked for in the same moment go in one pipeline
-    and come back in one round trip. While Redis is away nobody waits for it: `up` is False until a
+    """This process's way to Redis. What is asked for in the same moment goes in one pipeline and
+    comes back in one round trip. While Redis is away nobody waits for it: `up` is False until a
     sign of life has got through."""
 
-    patience, step = 10, 0.02  # ticks for an answer, and seconds from one to the next
-    ticks, up = 0, False
+    patience, step = 10, 0.02  # steps that an answer may take, and seconds of each
+    up = False
     sender: asyncio.Task[None] | None = None
-    ticker: asyncio.TimerHandle | None = None
 
-    def __init__(self, table: RedisTable) -> None:
+    def __init__(self, config: Config) -> None:
+        table, cache = config.redis, config.cache
         self.redis, self.prefix = connect_redis(table.url), f"{{{table.namespace}}}:"
-        head = SCRIPTS[""].replace("ROWS", str(table.rows))
-        self.scripts = {name: head + body for name, body in SCRIPTS.items() if name}
-        self.shas = {n: hashlib.sha1(text.encode()).hexdigest() for n, text in self.scripts.items()}
-        self.queue: list[tuple[str, tuple[Any, ...], asyncio.Future[Any]]] = []
-        self.unanswered: dict[asyncio.Future[Any], int] = {}  # and the tick when it was asked
+        numbers = f"{table.lease:g}, {table.rows}, {config.ledger.keep:.0f}"
+        numbers += f", {cache.ttl:g}, {cache.size:d}"
+        self.script = f"local LEASE, ROWS, KEEP, TTL, SIZE = {numbers}\n{SCRIPT}"
+        self.sha = hashlib.sha1(self.script.encode()).hexdigest()
+        self.queue: list[tuple[tuple[Any, ...], asyncio.Future[Any]]] = []
+        self.batch = self.queue
 
-    async def run(self, script: str, *args: Any) -> Any:
-        """What the script returns. Raises StoreAway, after `patience` at the latest."""
+    async def run(self, *args: Any) -> Any:
+        """What a step of the script returns. Raises StoreAway, after `patience` at the latest."""
         if not self.up:
             raise StoreAway
-        loop = asyncio.get_running_loop()
-        answer = loop.create_future()
-        self.queue.append((script, args, answer))
-        self.unanswered[answer] = self.ticks
+        answer = asyncio.get_running_loop().create_future()
+        self.queue.append((args, answer))
         if self.sender is None:
             self.sender = asyncio.create_task(self.send())
-        if self.ticker is None:
-            self.ticker = loop.call_later(self.step, self.tick)
-        try:
-            return await answer
-        finally:
-            del self.unanswered[answer]
+        if isinstance(reply := await answer, StoreAway):
+            raise reply
+        if isinstance(reply, Exception):
+            LOG.error("redis: %s failed (%s)", args[0], redact(str(reply)))
+            raise StoreAway("what all replicas share cannot be changed")
+        return reply
 
     async def send(self) -> None:
-        from redis.exceptions import NoScriptError
-
+        steps = 0
         try:
             while self.queue:
-                batch, self.queue = self.queue, []
-                pipeline = self.redis.pipeline(transaction=False)
-                for script, args, _ in batch:
-                    pipeline.evalsha(self.shas[script], 1, self.prefix, *args)
-                replies = await pipeline.execute(raise_on_error=False)
-                for (script, args, answer), reply in zip(batch, replies, strict=True):
-                    if isinstance(reply, NoScriptError):  # it was restarted, or flushed
-                        text = self.scripts[script]
-                        reply = await self.redis.eval(text, 1, self.prefix, *args)
-                    if isinstance(reply, Exception):
-                        LOG.error("redis: %s failed (%s)", script, redact(str(reply)))
-                        reply = StoreAway("what all replicas share cannot be changed")
-                    if not answer.done():  # else whoever asked has left
-                        fail = isinstance(reply, StoreAway)
-                        (answer.set_exception if fail else answer.set_result)(reply)
+                self.batch, self.queue = self.queue, []
+                earlier, steps = steps, 0  # they may have waited as long for those before them
+                work = asyncio.create_task(self.execute())
+                try:  # a process that is too busy to read the answer counts fewer steps
+                    while not (await asyncio.wait((work,), timeout=self.step))[0]:
+                        steps += 1
+                        if earlier + steps >= self.patience:
+                            raise TimeoutError(f"no answer within {self.patience * self.step:g} s")
+                    work.result()
+                finally:
+                    work.cancel()
+            self.sender = None
         except Exception as error:
             self.fall(redact(repr(error)))
-        finally:
-            if self.sender is asyncio.current_task():
-                self.sender = None
 
-    def tick(self) -> None:
-        """Time is counted in ticks, so that a process too busy to read an answer in time does not
-        take Redis for away: while it is busy, it does not tick."""
-        self.ticks, self.ticker = self.ticks + 1, None
-        if self.unanswered:
-            self.ticker = asyncio.get_running_loop().call_later(self.step, self.tick)
-            if self.ticks - next(iter(self.unanswered.values())) > self.patience:
-                self.fall(f"no answer within {self.patience * self.step:g} s")
+    async def execute(self) -> None:
+        from redis.exceptions import NoScriptError
+
+        batch, pipeline = self.batch, self.redis.pipeline(transaction=False)
+        for args, _ in batch:
+            pipeline.evalsha(self.sha, 1, self.prefix, *args)
+        replies = await pipeline.execute(raise_on_error=False)
+        for (args, answer), reply in zip(batch, replies, strict=True):
+            if isinstance(reply, NoScriptError):  # it was restarted, or flushed
+                reply = await self.redis.eval(self.script, 1, self.prefix, *args)
+            if not answer.done():  # else whoever asked has left
+                answer.set_result(reply)
 
     def fall(self, reason: str) -> None:
         """Nobody waits any longer, and nobody new until Redis is back."""
         if self.up:
             LOG.error("redis is away: %s", reason)
-        self.up, self.queue = False, []
-        if self.sender and self.sender is not asyncio.current_task():
-            self.sender.cancel()
-            self.sender = None  # it may take its time to leave
-        for answer in self.unanswered:
+        for _, answer in self.batch + self.queue:
             if not answer.done():
-                answer.set_exception(StoreAway())
+                answer.set_result(StoreAway())
+        if self.sender:
+            self.sender.cancel()
+        self.up, self.queue, self.sender = False, [], None
 
 
-def connect_redis(url: str) -> Any:
+def connect_redis(url: str, package: str = "redis.asyncio") -> Any:
     """A client that asks once: whoever waits would rather know. Raises ConfigError."""
-    redis = load_optional("redis.url", "redis", "redis.asyncio")
-    from redis.asyncio.retry import Retry
-    from redis.backoff import NoBackoff
-
+    redis = load_optional("redis.url", "redis", package)
+    retry = importlib.import_module(f"{package}.retry")
+    backoff = importlib.import_module("redis.backoff")
+    once = retry.Retry(backoff.NoBackoff(), 0)
+    times = {"socket_connect_timeout": 2, "socket_timeout": 5}
     try:
-        times = {"socket_connect_timeout": 2, "socket_timeout": 5}
-        return redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), protocol=2, **times)
+        return redis.Redis.from_url(url, retry=once, protocol=2, **times)
     except ValueError:  # which may show the password
         wanted = "must look like redis://:PASSWORD@HOST:6379/0, or rediss:// for TLS"
         raise ConfigError(f"redis.url: {wanted}; write a / in the password as %2F") from None
@@ -2571,23 +2486,21 @@ EVICTS = (
 )
 
 
+def may_evict(memory: Any) -> bool:
+    """By what INFO says, which not every Redis allows."""
+    told = memory if isinstance(memory, dict) else {}
+    return bool(told.get("maxmemory_policy", "noeviction") != "noeviction")
+
+
 def check_redis(table: RedisTable, capped: bool) -> None:
     """Say at the start what every request would suffer from. Raises ConfigError."""
-
-    async def memory() -> dict[str, Any]:
-        redis = connect_redis(table.url)
+    with connect_redis(table.url, "redis") as redis:
         try:
-            async with asyncio.timeout(3):
-                return dict(await redis.info("memory"))
-        finally:
-            await redis.aclose()
-
-    try:
-        policy = asyncio.run(memory()).get("maxmemory_policy", "noeviction")
-    except Exception as error:
-        LOG.warning("redis.url: cannot be reached now (%s)", redact(repr(error)))
-        return
-    if capped and policy != "noeviction":
+            memory = redis.info("memory")
+        except Exception as error:
+            LOG.warning("redis.url: cannot be reached now (%s)", redact(repr(error)))
+            return
+    if capped and may_evict(memory):
         raise ConfigError(f"redis.url: {EVICTS}")
 
 
@@ -2595,26 +2508,36 @@ def billionths(usd: Decimal) -> int:
     return int((usd * 10**9).to_integral_value(ROUND_CEILING))
 
 
+def to_redis(caps: Iterable[Cap]) -> list[dict[str, Any]]:
+    return [
+        {"name": f"{cap.window}:{sha256(cap.scope)[:32]}", "limit": billionths(cap.limit),
+         "ttl": (3 if len(cap.window) == 10 else 40) * 86400,
+         "scope": cap.scope, "window": cap.window}
+        for cap in caps
+    ]  # fmt: skip
+
+
+def from_redis(cap: dict[str, Any]) -> Cap:
+    return Cap(cap["scope"], cap["window"], Decimal(cap["limit"]).scaleb(-9).normalize())
+
+
 class RedisStore:
     """For any number of processes. While Redis is away, each has its share of the rates by itself
     and, only where the config says so, of the budgets; what was settled meanwhile is put off into
-    the ledger, and told to Redis when it is back."""
+    the ledger, and told to Redis when it is back. Who was admitted alone stays alone."""
 
-    offset = 0.0
+    offset, pause, evicts = 0.0, 0.05, False
 
     def __init__(self, config: Config, tell: Callable[[Cap, int], None], ledger: Ledger) -> None:
-        self.table, self.cache, self.keep = config.redis, config.cache, int(config.ledger.keep)
-        self.tell, self.ledger, self.link = tell, ledger, Link(config.redis)
+        self.table, self.tell, self.ledger = config.redis, tell, ledger
+        self.link, self.tasks = Link(config), set[asyncio.Task[Any]]()
         self.share = config.redis.replicas * config.server.workers
         self.local = MemoryStore(time.monotonic, tell, config.cache)
         self.alone: set[str] = set()  # requests that were admitted without Redis
         self.asked: set[str] = set()  # those that Redis may know of
-        self.process, self.tasks = secrets.token_hex(8), set[asyncio.Task[Any]]()
-        self.seen = False  # by Redis, under the name of `process`
-        self.evicts, self.closed = False, config.redis.budget_when_away == "closed"
 
     async def open(self) -> None:
-        await self.beat()
+        await self.beat(self.table.lease)
         self.post(self.live())
 
     def post(self, work: Awaitable[Any]) -> None:
@@ -2632,172 +2555,165 @@ class RedisStore:
         """Show signs of life, and deliver what was put off, until cancelled."""
         while True:
             await asyncio.sleep(min(1, self.table.lease / 4) if self.link.up else 0.25)
-            await self.beat()
-            try:
+            await self.beat(self.table.lease)
+            with contextlib.suppress(StoreAway, sqlite3.Error):  # a sign of life matters more
                 while self.link.up and (due := await self.ledger.due()):
                     for _, message, row in due:
-                        await self.link.run("settle", message, row)
+                        await self.deliver(message, row)
                     await self.ledger.delivered(id for id, _, _ in due)
-            except (StoreAway, sqlite3.Error):  # a sign of life matters more
-                continue
 
-    async def beat(self) -> None:
+    async def beat(self, lease: float) -> None:
+        """Have Redis wait so many seconds for the end of what runs here."""
         link = self.link
         try:
             async with asyncio.timeout(2):
-                if not link.up:
-                    for text in link.scripts.values():
-                        await link.redis.script_load(text)
                 pipeline = link.redis.pipeline(transaction=False)
-                life = (self.process, self.table.lease, self.keep)
-                pipeline.evalsha(link.shas["beat"], 1, link.prefix, *life)
+                if not link.up:
+                    pipeline.script_load(link.script)
+                ids = msgspec.json.encode(self.asked)
+                pipeline.evalsha(link.sha, 1, link.prefix, "beat", ids, lease)
                 pipeline.info("memory")
-                said, memory = await pipeline.execute(raise_on_error=False)
+                *_, said, memory = await pipeline.execute(raise_on_error=False)
                 if isinstance(said, Exception):
                     raise said
         except Exception as error:
             link.fall(redact(repr(error)))
             return
-        seconds, micros, known = said
-        if self.seen and not known:  # it seemed dead: what it had is in other hands
-            self.process, self.seen = secrets.token_hex(8), False
-            return await self.beat()
-        self.seen = True
+        seconds, micros, told = said
         self.offset = int(seconds) + int(micros) / 1e6 - self.ledger.clock()
-        told = memory if isinstance(memory, dict) else {}  # not every Redis allows INFO
-        evicts = told.get("maxmemory_policy", "noeviction") != "noeviction"
+        evicts = may_evict(memory)
         if evicts and not self.evicts:
             LOG.error("redis: %s", EVICTS)
         if not link.up:
             LOG.info("redis is there")
         link.up, self.evicts = True, evicts
+        self.tell_all(told)
+
+    def tell_all(self, told: bytes) -> None:
+        for cap, percent in msgspec.json.decode(told):
+            self.tell(from_redis(cap), percent)
 
     async def close(self) -> None:
         """Leave nothing for others to wait for."""
-        with contextlib.suppress(Exception):
-            await self.link.run("beat", self.process, 0, self.keep)
+        if self.link.up:
+            await self.beat(0)
         for task in self.tasks:
             task.cancel()
         await self.link.redis.aclose()
 
+    def is_there(self, capped: bool) -> bool:
+        return self.link.up and not (capped and self.evicts)
+
+    def is_needed(self, capped: bool) -> bool:
+        table = self.table
+        return table.limits_when_away == "closed" or (capped and table.budget_when_away == "closed")
+
     def serving(self, capped: bool) -> bool:
         """Is nobody refused for want of Redis? `capped` says whether there are budgets."""
-        if capped and self.closed and self.evicts:
-            return False
-        closed = (capped and self.closed) or self.table.limits_when_away == "closed"
-        return self.link.up or not closed
-
-    def caps(self, caps: Iterable[Cap]) -> list[dict[str, Any]]:
-        return [
-            {"name": f"{cap.window}:{sha256(cap.scope)[:32]}", "limit": billionths(cap.limit),
-             "ttl": (3 if len(cap.window) == 10 else 40) * 86400}
-            for cap in caps
-        ]  # fmt: skip
+        return self.is_there(capped) or not self.is_needed(capped)
 
     async def admit(self, ask: Ask) -> Admission:
-        limits = ask.limits
+        limits, capped = ask.limits, bool(ask.caps)
         wanted = {
-            "id": ask.id, "process": self.process, "client": sha256(ask.client)[:32],
+            "id": ask.id, "client": sha256(ask.client)[:32],
             "requests": ask.requests, "tokens": ask.tokens, "rate": limits.requests_per_minute,
             "burst": limits.burst, "tpm": limits.tokens_per_minute,
             "concurrent": limits.concurrent, "total": limits.concurrent_total,
-            "caps": self.caps(ask.caps), "least": billionths(ask.least),
+            "caps": to_redis(ask.caps), "least": billionths(ask.least),
             "most": billionths(ask.most), "key": ask.key, "provider": ask.provider,
             "places": ask.places, "again": ask.again, "rests": ask.rests,
         }  # fmt: skip
         try:
-            if self.evicts and ask.caps:
+            if not self.is_there(capped):
                 raise StoreAway
-            self.asked |= {ask.id} if ask.id and self.link.up else set()
-            said, *answer = await self.link.run("admit", msgspec.json.encode(wanted), ask.row)
+            self.asked.add(ask.id)
+            said, held, answer = await self.link.run("admit", msgspec.json.encode(wanted), ask.row)
         except StoreAway:
-            if self.table.limits_when_away == "closed" or (ask.caps and self.closed):
+            if self.is_needed(capped):
                 raise
-            self.alone.add(ask.id)
-            few: dict[str, Any] = {"requests_per_minute": limits.requests_per_minute / self.share}
-            few |= {"burst": max(1, limits.burst // self.share)}
-            few |= {"tokens_per_minute": max(1, limits.tokens_per_minute // self.share)}
-            places, caps = self.places(ask.places), self.shares(ask.caps)
-            return await self.local.admit(
-                replace(ask, limits=replace(limits, **few), places=places, caps=caps)
-            )
-        given = msgspec.json.decode(said)
-        return Admission(
-            given["requests"], given["tokens"], given.get("refused", ""), given.get("wait", 0.0),
-            Decimal(given.get("held", 0)).scaleb(-9), answer[0] if answer else None,
-            given.get("pending", False), given.get("placed", False), given["rests"],
-            self.exceeded(given, ask.caps),
-        )  # fmt: skip
+            return await self.admit_alone(ask)
+        given = msgspec.json.decode(said, type=Admission)
+        given.answer = answer
+        try:
+            given.held = self.granted(held) if held else Decimal(0)
+        except BudgetExceeded as exceeded:
+            given.exceeded = exceeded
+        return given
 
-    def exceeded(self, given: dict[str, Any], caps: list[Cap]) -> BudgetExceeded | None:
-        if not (position := given.get("exceeded")):
-            return None
-        if given.get("tell"):
-            self.tell(caps[position - 1], 100)
-        return BudgetExceeded(caps[position - 1], Decimal(given["left"]).scaleb(-9))
+    def granted(self, said: bytes) -> Decimal:
+        hold = msgspec.json.decode(said)
+        usd = Decimal(hold["usd"]).scaleb(-9)
+        if "exceeded" in hold:
+            cap = from_redis(hold["exceeded"])
+            if hold["tell"]:
+                self.tell(cap, 100)
+            raise BudgetExceeded(cap, usd)
+        return usd
+
+    async def admit_alone(self, ask: Ask) -> Admission:
+        limits = ask.limits
+        limits = replace(
+            limits,
+            requests_per_minute=limits.requests_per_minute / self.share,
+            tokens_per_minute=self.part(limits.tokens_per_minute),
+            burst=self.part(limits.burst),
+        )
+        self.alone.add(ask.id)
+        places, caps = self.part(ask.places), self.shares(ask.caps)
+        return await self.local.admit(replace(ask, limits=limits, places=places, caps=caps))
+
+    def part(self, count: int) -> int:
+        return max(1, count // self.share) if count else 0
 
     def shares(self, caps: list[Cap]) -> list[Cap]:
         return [replace(cap, limit=cap.limit / self.share) for cap in caps]
 
-    def places(self, places: int) -> int:
-        return max(1, places // self.share) if places else 0
-
     async def hold(self, id: str, caps: list[Cap], least: Decimal, most: Decimal) -> Decimal:
         if id in self.alone:
             return await self.local.hold(id, self.shares(caps), least, most)
-        wanted: dict[str, Any] = {"id": id, "caps": self.caps(caps)}
+        wanted: dict[str, Any] = {"id": id, "caps": to_redis(caps)}
         wanted |= {"least": billionths(least), "most": billionths(most)}
-        given = msgspec.json.decode(await self.link.run("hold", msgspec.json.encode(wanted)))
-        if exceeded := self.exceeded(given, caps):
-            raise exceeded
-        return Decimal(given["held"]).scaleb(-9)
+        return self.granted(await self.link.run("hold", msgspec.json.encode(wanted)))
 
     async def settle(self, end: Settlement) -> None:
         alone, asked = end.id in self.alone, end.id in self.asked
+        self.alone.discard(end.id)
         self.asked.discard(end.id)
         if alone:
-            self.alone.discard(end.id)
             await self.local.settle(end)
-        for provider in self.local.taken:
-            await self.local.leave(end.id, provider)
+        self.local.taken.pop(end.id, None)
         message = msgspec.json.encode({
             "id": end.id, "client": sha256(end.client)[:32], "tpm": end.limits.tokens_per_minute,
             "unused": 0 if alone else end.unused, "usd": billionths(end.usd),
-            "caps": self.caps(end.caps), "key": end.key, "used": end.used, "day": self.today(),
-            "keep": self.keep,
+            "caps": to_redis(end.caps), "used": end.used, "day": self.today(),
         })  # fmt: skip
         try:
-            told = await self.link.run("settle", message, end.row)
+            await self.deliver(message, end.row)
         except StoreAway:
             if asked or end.usd or end.row:  # a flood of what Redis never heard of fills no disk
                 await self.ledger.put_off(end.id, message, end.row)
-            return
-        for position, percent in msgspec.json.decode(told):
-            self.tell(end.caps[position - 1], percent)
+
+    async def deliver(self, message: bytes, row: bytes) -> None:
+        self.tell_all(await self.link.run("settle", message, row))
 
     async def spent(self, caps: list[Cap]) -> list[Decimal]:
-        names = msgspec.json.encode([cap["name"] for cap in self.caps(caps)])
+        names = msgspec.json.encode([cap["name"] for cap in to_redis(caps)])
         return [Decimal(int(usd)).scaleb(-9) for usd in await self.link.run("spent", names)]
 
     def put(self, key: str, answer: bytes) -> None:
-        self.post(self.link.run("put", key, float(self.cache.ttl), int(self.cache.size), answer))
+        self.post(self.link.run("put", key, answer))
 
     async def enter(self, id: str, provider: str, places: int, waiting: bool) -> bool:
         try:
-            taken = await self.link.run("enter", id, provider, places, self.process, int(waiting))
+            if id in self.alone:
+                raise StoreAway
+            return bool(await self.link.run("enter", id, provider, places, int(waiting)))
         except StoreAway:
-            return await self.local.enter(id, provider, self.places(places), waiting)
-        return bool(taken)
+            return await self.local.enter(id, provider, self.part(places), waiting)
 
     async def leave(self, id: str, provider: str) -> None:
         await self.local.leave(id, provider)
         self.post(self.link.run("leave", id, provider))
-
-    async def freed(self, provider: str) -> None:
-        try:
-            await self.link.redis.blpop(f"{self.link.prefix}freed:{provider}", timeout=1)
-        except Exception:  # whatever it is, the next one who asks hears of it
-            await self.local.freed(provider)
 
     def rest(self, name: str, seconds: float) -> None:
         self.post(self.link.run("rest", name, int(seconds * 1000)))
@@ -2871,7 +2787,7 @@ class Line:
                 if turn.done():  # it leaves
                     self.drop(client, id)
                 elif not await self.store.enter(id, self.name, self.places, True):
-                    await self.store.freed(self.name)
+                    await asyncio.sleep(self.store.pause)
                 elif turn.done():  # it has left meanwhile
                     await self.store.leave(id, self.name)
                 else:
