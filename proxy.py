@@ -509,8 +509,8 @@ def check_values(config: Config) -> None:
                 wanted = "is the same for all; set it in [limits]"
                 raise ConfigError(f"clients.{name}.limits.{setting}: {wanted}")
     for pattern, price in config.prices.items():
-        kinds = (price.input or price.output, price.free, price.per_use is not None)
-        if sum(map(bool, kinds)) != 1:
+        of_model = bool(price.input or price.output or price.free)
+        if of_model == (price.per_use is not None):
             wanted = "set input and output of a model, or free = true, or per_use of a tool"
             raise ConfigError(f'prices."{pattern}": {wanted}')
         for name, provider in config.providers.items():
@@ -1361,9 +1361,8 @@ def parse_native(
     check_lists(raw, limits)
     given = convert_body(raw, Body)
     key = "messages" if "messages" in NATIVE_FIELDS[kind] else "input"
-    for name in ("model", key):
-        if not raw.get(name):
-            raise BadRequest(f"{name}: is missing")
+    if not raw.get(key):
+        raise BadRequest(f"{key}: is missing")
     check_texts(raw, limits)
     known = NATIVE_BLOCKS.get(kind.partition("/")[0], "")
     kinds = check_conversation(raw, key, limits, {*known.split(), *allowed})
@@ -1829,7 +1828,7 @@ class Ledger:
         return asyncio.shield(self.group)
 
     async def write(self) -> None:
-        await asyncio.sleep(0.002)  # so that rows that end together are one commit
+        await asyncio.sleep(0)  # those that end together are one commit, as are those that wait
         async with self.turn:
             rows, self.rows = self.rows, []
             old = self.clock() - self.keep
@@ -4489,11 +4488,8 @@ class Proxy:
     def read_native(self, call: Call, kind: str, body: bytes) -> list[Target]:
         """The same for the body of an official SDK, and for the vendors that speak its dialect. A
         Chat body is translated where the model lives elsewhere."""
-        raw, limits, dialect = (
-            decode_body(body, call.client.limits),
-            call.client.limits,
-            kind.partition("/")[0],
-        )
+        limits, dialect = call.client.limits, kind.partition("/")[0]
+        raw = decode_body(body, limits)
         targets = self.resolve(str(raw.get("model") or ""))
         dialect = dialect if dialect in ADAPTERS else "chat"
         own = [t for t in targets if dialect in SPEAKS[self.config.providers[t[0]].adapter]]
@@ -4616,6 +4612,8 @@ class Proxy:
     def resolve(self, name: str, provider: str = "") -> list[Target]:
         """The targets of a model name or alias, first choice first. Where no `provider` was asked,
         the most exact offer of the name counts. Raises 403."""
+        if not name:
+            raise BadRequest("model: is missing")
         if targets := self.resolve_alias(name):
             return targets
         prefix, _, rest = name.partition("/")

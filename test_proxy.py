@@ -8246,12 +8246,13 @@ def read_by_responses(url: str) -> Read:
     thoughts = [out for out in response.output if out.type == "reasoning"]
     reason = response.incomplete_details and response.incomplete_details.reason
     finish = {"max_output_tokens": "length", "content_filter": "content_filter"}.get(reason or "")
+    searches = [out for out in response.output if out.type == "web_search_call"]
     return Read(
         response.output_text,
         "".join(part.text for thought in thoughts for part in thought.summary),
         calls,
         finish or ("tool_calls" if calls else "stop"),
-        usage_of_openai(response.usage),
+        usage_of_openai(response.usage) | {"web_searches": len(searches)},
     )
 
 
