@@ -431,7 +431,8 @@ def load_config(
         LOG.warning("%s has none of our tables and is ignored", file)
         tables = {}
     tables = {name: convert(table, dict[str, Any], name) for name, table in tables.items()}
-    tables = merge({"providers": BUILT_IN_PROVIDERS}, tables)
+    given = tables.get("providers", {})  # which go first
+    tables["providers"] = merge(given, merge(BUILT_IN_PROVIDERS, given))
     for key, value in (read_environment(environ) | overrides).items():
         if key.partition(".")[0] in {"jwt", "session"} - tables.keys():
             continue  # a secret by itself asks for nothing
@@ -440,8 +441,8 @@ def load_config(
         tables = merge(tables, value)
     try:
         limits = asdict(convert(tables.get("limits", {}), Limits, "limits"))
-        for name, given in tables.get("clients", {}).items():
-            tables["clients"][name] = merge({"limits": limits}, given)
+        clients = tables.get("clients", {}).items()
+        tables["clients"] = {name: merge({"limits": limits}, key) for name, key in clients}
         for section, kind in get_type_hints(Config).items():
             if get_origin(kind) is dict:  # one by one: so an error can tell which
                 each, entries = get_args(kind)[1], tables.get(section, {}).items()

@@ -1453,6 +1453,7 @@ def test_variables_of_the_reference_proxies_and_of_a_paas_work() -> None:
     assert tuple(config.server.cors_origins) == ("https://a.example", "https://b.example")
     assert config.limits.requests_per_minute == 60  # 30 in half a minute
     assert config.upstream.total == 45
+    assert proxy.load_config(None, {"API_TIMEOUT": "45s"}).upstream.total == 45
     assert config.limits.max_tokens == 512
     assert config.server.log_level == "warning"
     assert config.server.admin_token == "admin-token"
