@@ -2252,15 +2252,20 @@ local function charge(cap, settled, held)
   call('HINCRBY', 'money:' .. cap.name, 'held', held)
   return write(cap.ttl, 'HINCRBY', 'money:' .. cap.name, 'settled', settled)
 end
+local function append(row) write(KEEP, 'XADD', 'rows', 'MAXLEN', '~', ROWS, '*', 'row', row) end
+local function spent(cap)
+  local sums = call('HMGET', 'money:' .. cap.name, 'settled', 'held')
+  return num(sums[1]) + num(sums[2]), num(sums[1])
+end
 local function hold(ask)
-  local least, tightest, settled = math.huge
+  local least, tightest = math.huge
   for _, cap in ipairs(ask.caps) do
-    local spent = call('HMGET', 'money:' .. cap.name, 'settled', 'held')
-    local left = cap.limit - num(spent[1]) - num(spent[2])
-    if left < least then least, tightest, settled = left, cap, num(spent[1]) end
+    local left = cap.limit - spent(cap)
+    if left < least then least, tightest = left, cap end
   end
   local granted = math.max(0, math.min(ask.most, least))
   if granted < ask.least then -- what is left is too little for what is asked
+    local _, settled = spent(tightest)
     local nearly = tightest.limit > 0 and settled >= tightest.limit * 0.8
     local tell = nearly and call('HSETNX', 'money:' .. tightest.name, 'told', 1) == 1
     return {usd = granted, exceeded = tightest, tell = tell}
@@ -2313,7 +2318,7 @@ function run.leave(id, provider)
 end
 
 function run.admit(text, row)
-  local ask, given, answer, held = cjson.decode(text), {rests = {}}, false, ''
+  local ask, given, held = cjson.decode(text), {rests = {}}, {}
   local rate, live = 'rate:' .. ask.client, 'live:' .. ask.client
   local level = call('HMGET', rate, 'requests', 'tokens', 'time')
   local minutes = math.max(0, now - (tonumber(level[3]) or now)) / 60
@@ -2329,34 +2334,26 @@ function run.admit(text, row)
     elseif tokens < ask.tokens then
       given.refused, given.wait = 'tokens', (ask.tokens - tokens) * 60 / ask.tpm
     end
-    if given.refused then return {cjson.encode(given), '', false} end
+    if given.refused then return {cjson.encode(given), '{}', false} end
     given.requests, given.tokens = requests - ask.requests, tokens - ask.tokens
   end
-  if ask.key ~= '' then
-    if num(call('ZSCORE', 'answers:time', ask.key)) > now - TTL then
-      answer = call('HGET', 'answers', ask.key)
-    end
-    local leader = not answer and call('GET', 'lock:' .. ask.key)
-    given.pending = leader and call('ZSCORE', 'open', leader) and true or false
-  end
-  local exceeded = false
+  local keeps = ask.key ~= ''
+  local fresh = keeps and num(call('ZSCORE', 'answers:time', ask.key)) > now - TTL
+  local answer = fresh and call('HGET', 'answers', ask.key)
+  local leader = keeps and not answer and call('GET', 'lock:' .. ask.key)
+  given.pending = leader and call('ZSCORE', 'open', leader) and true or false
   if not answer and not given.pending then
-    if #ask.caps > 0 then
-      local granted = hold(ask)
-      held, exceeded = cjson.encode(granted), granted.exceeded
-    end
-    if exceeded then given.tokens = tokens
+    if #ask.caps > 0 then held = hold(ask) end
+    if held.exceeded then given.tokens = tokens
     else
-      if ask.key ~= '' then call('SET', 'lock:' .. ask.key, ask.id, 'EX', 3600) end
-      if ask.places > 0 then
-        given.placed = run.enter(ask.id, ask.provider, ask.places, '0') == 1
-      end
+      if keeps then call('SET', 'lock:' .. ask.key, ask.id, 'EX', 3600) end
+      given.placed = ask.places > 0 and run.enter(ask.id, ask.provider, ask.places) == 1
     end
   end
   call('HSET', rate, 'requests', given.requests, 'tokens', given.tokens, 'time', now)
   local full = math.max((ask.burst - given.requests) / ask.rate, 1 - given.tokens / ask.tpm)
   call('EXPIRE', rate, math.ceil(full * 60) + 60)
-  if ask.id ~= '' and not exceeded then
+  if ask.id ~= '' and not held.exceeded then
     write(40 * day, 'SADD', live, ask.id)
     give(ask.id, 'client', ask.client, 'row', row)
   end
@@ -2364,7 +2361,7 @@ function run.admit(text, row)
     local left = call('PTTL', 'rest:' .. name)
     if left > 0 then given.rests[name] = left / 1000 end
   end
-  return {cjson.encode(given), held, answer}
+  return {cjson.encode(given), cjson.encode(held), answer}
 end
 
 function run.settle(text, row)
@@ -2381,7 +2378,7 @@ function run.settle(text, row)
   close(done.id, done.usd, done.caps, told)
   call('DEL', open)
   if row ~= '' then
-    write(KEEP, 'XADD', 'rows', 'MAXLEN', '~', ROWS, '*', 'row', row)
+    append(row)
     local used = 'used:' .. done.day .. ':' .. done.client
     for name, value in pairs(done.used) do write(2 * day, 'HINCRBY', used, name, value) end
   end
@@ -2397,7 +2394,7 @@ function run.beat(ids, lease)
     if row and row ~= '' then
       row = cjson.decode(row)
       row.cost = string.format('%.9f', cost / 1000000000)
-      write(KEEP, 'XADD', 'rows', 'MAXLEN', '~', ROWS, '*', 'row', cjson.encode(row))
+      append(cjson.encode(row))
     end
   end
   local info = redis.pcall('INFO', 'memory') -- which not every Redis allows
@@ -2405,12 +2402,9 @@ function run.beat(ids, lease)
   return {time[1], time[2], policy or 'noeviction', cjson.encode(told)}
 end
 
-function run.spent(names)
+function run.spent(caps)
   local sums = {}
-  for i, name in ipairs(cjson.decode(names)) do
-    local spent = call('HMGET', 'money:' .. name, 'settled', 'held')
-    sums[i] = string.format('%.0f', num(spent[1]) + num(spent[2]))
-  end
+  for i, cap in ipairs(cjson.decode(caps)) do sums[i] = string.format('%.0f', spent(cap)) end
   return sums
 end
 
@@ -2668,14 +2662,14 @@ class RedisStore:
         given = msgspec.json.decode(said, type=Admission)
         given.answer = answer
         try:
-            given.held = self.granted(held) if held else Decimal(0)
+            given.held = self.granted(held)
         except BudgetExceeded as exceeded:
             given.exceeded = exceeded
         return given
 
     def granted(self, said: bytes) -> Decimal:
         hold = msgspec.json.decode(said)
-        usd = Decimal(hold["usd"]).scaleb(-9)
+        usd = Decimal(hold.get("usd", 0)).scaleb(-9)
         if "exceeded" in hold:
             cap = from_redis(hold["exceeded"])
             if hold["tell"]:
@@ -2730,8 +2724,8 @@ class RedisStore:
         self.tell_all(await self.link.run("settle", message, row))
 
     async def spent(self, caps: list[Cap]) -> list[Decimal]:
-        names = msgspec.json.encode([cap["name"] for cap in to_redis(caps)])
-        return [Decimal(int(usd)).scaleb(-9) for usd in await self.link.run("spent", names)]
+        sums = await self.link.run("spent", msgspec.json.encode(to_redis(caps)))
+        return [Decimal(int(usd)).scaleb(-9) for usd in sums]
 
     def put(self, key: str, answer: bytes) -> None:
         self.post(self.link.run("put", key, answer))
