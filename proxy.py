@@ -2157,9 +2157,14 @@ class MemoryStore:
 
 
 # All that is done in Redis, each step at once and by Redis's clock. Every key begins with KEYS[1],
-# whose hash tag puts them in one slot of a Cluster. What a request has (places, what it holds, the
-# lock of an answer) it has while it is in `open`, where its score is the end of its lease; its
-# process renews that. Money is in billionths of a USD: whole numbers, which stay exact.
+# whose hash tag puts them in one slot of a Cluster, and expires. What a request has (places, what
+# it holds, the lock of an answer) it has while it is in `open`, where its score is the end of its
+# lease; its process renews that with every `beat`. Money is in billionths of a USD: whole numbers,
+# which stay exact (but minus nothing is -0, which Redis takes for none).
+# close: what a request cost comes in the place of what it held, or of what it was charged when it
+# seemed dead. Where nobody knows its cost, that is all it held, until its own end is heard of.
+# settle: what has no row cost nothing; only an admit that is still on its way must not come after.
+# put: the cache is bounded here, because what Redis would evict by itself could be money.
 SCRIPT = """
 local time = redis.call('TIME')
 local now, day, run = time[1] + time[2] / 1000000, 86400, {}
@@ -2184,15 +2189,20 @@ local function charge(cap, settled, held)
   call('HINCRBY', 'money:' .. cap.name, 'held', held)
   return write(cap.ttl, 'HINCRBY', 'money:' .. cap.name, 'settled', settled)
 end
+local function append(row) write(KEEP, 'XADD', 'rows', 'MAXLEN', '~', ROWS, '*', 'row', row) end
+local function spent(cap)
+  local sums = call('HMGET', 'money:' .. cap.name, 'settled', 'held')
+  return num(sums[1]) + num(sums[2]), num(sums[1])
+end
 local function hold(ask)
-  local least, tightest, settled = math.huge
+  local least, tightest = math.huge
   for _, cap in ipairs(ask.caps) do
-    local spent = call('HMGET', 'money:' .. cap.name, 'settled', 'held')
-    local left = cap.limit - num(spent[1]) - num(spent[2])
-    if left < least then least, tightest, settled = left, cap, num(spent[1]) end
+    local left = cap.limit - spent(cap)
+    if left < least then least, tightest = left, cap end
   end
   local granted = math.max(0, math.min(ask.most, least))
   if granted < ask.least then -- what is left is too little for what is asked
+    local _, settled = spent(tightest)
     local nearly = tightest.limit > 0 and settled >= tightest.limit * 0.8
     local tell = nearly and call('HSETNX', 'money:' .. tightest.name, 'told', 1) == 1
     return {usd = granted, exceeded = tightest, tell = tell}
@@ -2203,15 +2213,12 @@ local function hold(ask)
   return {usd = granted}
 end
 
--- The end of a request. What it cost comes in the place of what it held, or of what it was charged
--- when it seemed dead; where nobody knows it may have cost all that it held.
 local function close(id, cost, caps, told)
   local has = call('HMGET', 'open:' .. id, 'client', 'caps', 'held', 'charged')
   local held, charged = num(has[3]), num(has[4])
   local change = (cost or held + charged) - charged
   for _, cap in ipairs(has[2] and cjson.decode(has[2]) or caps) do
     if held == 0 and change == 0 then break end -- what costs nothing is not remembered
-    -- minus nothing would be "-0", which is no whole number to Redis
     local sum, key = charge(cap, change, 0 - held), 'money:' .. cap.name
     for _, percent in ipairs({80, 100}) do
       local mark = cap.limit * percent / 100
@@ -2248,7 +2255,7 @@ function run.leave(id, provider)
 end
 
 function run.admit(text, row)
-  local ask, given, answer, held = cjson.decode(text), {rests = {}}, false, ''
+  local ask, given, held = cjson.decode(text), {rests = {}}, {}
   local rate, live = 'rate:' .. ask.client, 'live:' .. ask.client
   local level = call('HMGET', rate, 'requests', 'tokens', 'time')
   local minutes = math.max(0, now - (tonumber(level[3]) or now)) / 60
@@ -2264,34 +2271,26 @@ function run.admit(text, row)
     elseif tokens < ask.tokens then
       given.refused, given.wait = 'tokens', (ask.tokens - tokens) * 60 / ask.tpm
     end
-    if given.refused then return {cjson.encode(given), '', false} end
+    if given.refused then return {cjson.encode(given), '{}', false} end
     given.requests, given.tokens = requests - ask.requests, tokens - ask.tokens
   end
-  if ask.key ~= '' then
-    if num(call('ZSCORE', 'answers:time', ask.key)) > now - TTL then
-      answer = call('HGET', 'answers', ask.key)
-    end
-    local leader = not answer and call('GET', 'lock:' .. ask.key)
-    given.pending = leader and call('ZSCORE', 'open', leader) and true or false
-  end
-  local exceeded = false
+  local keeps = ask.key ~= ''
+  local fresh = keeps and num(call('ZSCORE', 'answers:time', ask.key)) > now - TTL
+  local answer = fresh and call('HGET', 'answers', ask.key)
+  local leader = keeps and not answer and call('GET', 'lock:' .. ask.key)
+  given.pending = leader and call('ZSCORE', 'open', leader) and true or false
   if not answer and not given.pending then
-    if #ask.caps > 0 then
-      local granted = hold(ask)
-      held, exceeded = cjson.encode(granted), granted.exceeded
-    end
-    if exceeded then given.tokens = tokens
+    if #ask.caps > 0 then held = hold(ask) end
+    if held.exceeded then given.tokens = tokens
     else
-      if ask.key ~= '' then call('SET', 'lock:' .. ask.key, ask.id, 'EX', 3600) end
-      if ask.places > 0 then
-        given.placed = run.enter(ask.id, ask.provider, ask.places, '0') == 1
-      end
+      if keeps then call('SET', 'lock:' .. ask.key, ask.id, 'EX', 3600) end
+      given.placed = ask.places > 0 and run.enter(ask.id, ask.provider, ask.places) == 1
     end
   end
   call('HSET', rate, 'requests', given.requests, 'tokens', given.tokens, 'time', now)
   local full = math.max((ask.burst - given.requests) / ask.rate, 1 - given.tokens / ask.tpm)
   call('EXPIRE', rate, math.ceil(full * 60) + 60)
-  if ask.id ~= '' and not exceeded then
+  if ask.id ~= '' and not held.exceeded then
     write(40 * day, 'SADD', live, ask.id)
     give(ask.id, 'client', ask.client, 'row', row)
   end
@@ -2299,13 +2298,12 @@ function run.admit(text, row)
     local left = call('PTTL', 'rest:' .. name)
     if left > 0 then given.rests[name] = left / 1000 end
   end
-  return {cjson.encode(given), held, answer}
+  return {cjson.encode(given), cjson.encode(held), answer}
 end
 
 function run.settle(text, row)
   local done, told = cjson.decode(text), {}
   local open, rate = 'open:' .. done.id, 'rate:' .. done.client
-  -- without a row it cost nothing, and only what is still on its way must not come after it
   local seconds = row == '' and 60 or 3600
   if not call('SET', 'ended:' .. done.id, 1, 'NX', 'EX', seconds) then return '{}' end
   if call('HEXISTS', open, 'client') == 1 and done.unused ~= 0 then
@@ -2317,14 +2315,13 @@ function run.settle(text, row)
   close(done.id, done.usd, done.caps, told)
   call('DEL', open)
   if row ~= '' then
-    write(KEEP, 'XADD', 'rows', 'MAXLEN', '~', ROWS, '*', 'row', row)
+    append(row)
     local used = 'used:' .. done.day .. ':' .. done.client
     for name, value in pairs(done.used) do write(2 * day, 'HINCRBY', used, name, value) end
   end
   return cjson.encode(told)
 end
 
--- A sign of life of a process, with what it serves. What has none is closed; its end may come yet.
 function run.beat(ids, lease)
   for _, id in ipairs(cjson.decode(ids)) do call('ZADD', 'open', 'XX', now + lease, id) end
   local told = {}
@@ -2334,22 +2331,20 @@ function run.beat(ids, lease)
     if row and row ~= '' then
       row = cjson.decode(row)
       row.cost = string.format('%.9f', cost / 1000000000)
-      write(KEEP, 'XADD', 'rows', 'MAXLEN', '~', ROWS, '*', 'row', cjson.encode(row))
+      append(cjson.encode(row))
     end
   end
-  return {time[1], time[2], cjson.encode(told)}
+  local info = redis.pcall('INFO', 'memory') -- which not every Redis allows
+  local policy = type(info) == 'string' and string.match(info, 'maxmemory_policy:(%S+)')
+  return {time[1], time[2], policy or 'noeviction', cjson.encode(told)}
 end
 
-function run.spent(names)
+function run.spent(caps)
   local sums = {}
-  for i, name in ipairs(cjson.decode(names)) do
-    local spent = call('HMGET', 'money:' .. name, 'settled', 'held')
-    sums[i] = string.format('%.0f', num(spent[1]) + num(spent[2]))
-  end
+  for i, cap in ipairs(cjson.decode(caps)) do sums[i] = string.format('%.0f', spent(cap)) end
   return sums
 end
 
--- The cache is bounded here, because what Redis would evict by itself could be money.
 function run.put(key, answer)
   local function drop(old)
     call('DECRBY', 'answers:size', call('HSTRLEN', 'answers', old) + 200)
@@ -2395,7 +2390,7 @@ class Link:
     sign of life has got through."""
 
     patience, step = 10, 0.02  # steps that an answer may take, and seconds of each
-    up = False
+    up, missed = False, False  # `missed`: the log says that it is away
     sender: asyncio.Task[None] | None = None
 
     def __init__(self, config: Config) -> None:
@@ -2410,7 +2405,7 @@ class Link:
 
     async def run(self, *args: Any) -> Any:
         """What a step of the script returns. Raises StoreAway, after `patience` at the latest."""
-        if not self.up:
+        if not self.up and args[0] != "beat":
             raise StoreAway
         answer = asyncio.get_running_loop().create_future()
         self.queue.append((args, answer))
@@ -2433,8 +2428,8 @@ class Link:
                 try:  # a process that is too busy to read the answer counts fewer steps
                     while not (await asyncio.wait((work,), timeout=self.step))[0]:
                         steps += 1
-                        if earlier + steps >= self.patience:
-                            raise TimeoutError(f"no answer within {self.patience * self.step:g} s")
+                        if earlier + steps >= (self.patience if self.up else 100):
+                            raise TimeoutError(f"no answer in {steps * self.step:g} s")
                     work.result()
                 finally:
                     work.cancel()
@@ -2457,51 +2452,26 @@ class Link:
 
     def fall(self, reason: str) -> None:
         """Nobody waits any longer, and nobody new until Redis is back."""
-        if self.up:
+        if not self.missed:
             LOG.error("redis is away: %s", reason)
         for _, answer in self.batch + self.queue:
             if not answer.done():
                 answer.set_result(StoreAway())
         if self.sender:
             self.sender.cancel()
-        self.up, self.queue, self.sender = False, [], None
+        self.up, self.missed, self.queue, self.sender = False, True, [], None
 
 
-def connect_redis(url: str, package: str = "redis.asyncio") -> Any:
+def connect_redis(url: str) -> Any:
     """A client that asks once: whoever waits would rather know. Raises ConfigError."""
-    redis = load_optional("redis.url", "redis", package)
-    retry = importlib.import_module(f"{package}.retry")
-    backoff = importlib.import_module("redis.backoff")
-    once = retry.Retry(backoff.NoBackoff(), 0)
+    redis = load_optional("redis.url", "redis", "redis.asyncio")
+    once = redis.retry.Retry(importlib.import_module("redis.backoff").NoBackoff(), 0)
     times = {"socket_connect_timeout": 2, "socket_timeout": 5}
     try:
         return redis.Redis.from_url(url, retry=once, protocol=2, **times)
     except ValueError:  # which may show the password
         wanted = "must look like redis://:PASSWORD@HOST:6379/0, or rediss:// for TLS"
         raise ConfigError(f"redis.url: {wanted}; write a / in the password as %2F") from None
-
-
-EVICTS = (
-    "its maxmemory-policy may evict what was spent, so budgets are closed; set it to noeviction"
-)
-
-
-def may_evict(memory: Any) -> bool:
-    """By what INFO says, which not every Redis allows."""
-    told = memory if isinstance(memory, dict) else {}
-    return bool(told.get("maxmemory_policy", "noeviction") != "noeviction")
-
-
-def check_redis(table: RedisTable, capped: bool) -> None:
-    """Say at the start what every request would suffer from. Raises ConfigError."""
-    with connect_redis(table.url, "redis") as redis:
-        try:
-            memory = redis.info("memory")
-        except Exception as error:
-            LOG.warning("redis.url: cannot be reached now (%s)", redact(repr(error)))
-            return
-    if capped and may_evict(memory):
-        raise ConfigError(f"redis.url: {EVICTS}")
 
 
 def billionths(usd: Decimal) -> int:
@@ -2564,29 +2534,19 @@ class RedisStore:
 
     async def beat(self, lease: float) -> None:
         """Have Redis wait so many seconds for the end of what runs here."""
-        link = self.link
+        link, ids = self.link, msgspec.json.encode(self.asked)
         try:
-            async with asyncio.timeout(2):
-                pipeline = link.redis.pipeline(transaction=False)
-                if not link.up:
-                    pipeline.script_load(link.script)
-                ids = msgspec.json.encode(self.asked)
-                pipeline.evalsha(link.sha, 1, link.prefix, "beat", ids, lease)
-                pipeline.info("memory")
-                *_, said, memory = await pipeline.execute(raise_on_error=False)
-                if isinstance(said, Exception):
-                    raise said
-        except Exception as error:
-            link.fall(redact(repr(error)))
+            seconds, micros, policy, told = await link.run("beat", ids, lease)
+        except StoreAway:
             return
-        seconds, micros, told = said
         self.offset = int(seconds) + int(micros) / 1e6 - self.ledger.clock()
-        evicts = may_evict(memory)
+        evicts = policy != b"noeviction"
         if evicts and not self.evicts:
-            LOG.error("redis: %s", EVICTS)
-        if not link.up:
+            fix = "so budgets are closed; set it to noeviction"
+            LOG.error("redis: its maxmemory-policy may evict what was spent, %s", fix)
+        if link.missed:
             LOG.info("redis is there")
-        link.up, self.evicts = True, evicts
+        link.up, link.missed, self.evicts = True, False, evicts
         self.tell_all(told)
 
     def tell_all(self, told: bytes) -> None:
@@ -2635,14 +2595,14 @@ class RedisStore:
         given = msgspec.json.decode(said, type=Admission)
         given.answer = answer
         try:
-            given.held = self.granted(held) if held else Decimal(0)
+            given.held = self.granted(held)
         except BudgetExceeded as exceeded:
             given.exceeded = exceeded
         return given
 
     def granted(self, said: bytes) -> Decimal:
         hold = msgspec.json.decode(said)
-        usd = Decimal(hold["usd"]).scaleb(-9)
+        usd = Decimal(hold.get("usd", 0)).scaleb(-9)
         if "exceeded" in hold:
             cap = from_redis(hold["exceeded"])
             if hold["tell"]:
@@ -2697,8 +2657,8 @@ class RedisStore:
         self.tell_all(await self.link.run("settle", message, row))
 
     async def spent(self, caps: list[Cap]) -> list[Decimal]:
-        names = msgspec.json.encode([cap["name"] for cap in to_redis(caps)])
-        return [Decimal(int(usd)).scaleb(-9) for usd in await self.link.run("spent", names)]
+        sums = await self.link.run("spent", msgspec.json.encode(to_redis(caps)))
+        return [Decimal(int(usd)).scaleb(-9) for usd in sums]
 
     def put(self, key: str, answer: bytes) -> None:
         self.post(self.link.run("put", key, answer))
@@ -5634,15 +5594,13 @@ def serve(config: Config, public: bool) -> None:
     from granian.http import HTTP1Settings
 
     # whatever is wrong is said here: a worker is not heard
-    proxy = create_app(config, public=public).proxy
+    create_app(config, public=public)
     shared = is_shared(config)
     if config.ledger.path and not config.demo:
         path = Path(__file__).parent / config.ledger.path
         open_ledger(path).close()
         if not shared:
             lock_ledger(path).close()
-    if shared:
-        check_redis(config.redis, proxy.capped)
     server, places = config.server, max(1024, 2 * config.limits.concurrent_total)
     address = check_port(server.host, server.port)
     LOG.info("serving http://%s:%s", f"[{address}]" if ":" in address else server.host, server.port)

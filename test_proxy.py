@@ -7781,17 +7781,11 @@ def test_a_replica_whose_clock_is_wrong_goes_by_that_of_redis(
         server.stop()
 
 
-def test_a_redis_that_may_evict_money_is_refused_at_the_start(start_redis: StartRedis) -> None:
-    own = start_redis("--maxmemory-policy", "allkeys-lru")
-    done = run_proxy(environ={"REDIS_URL": own.url})
-    assert done.returncode == 2
-    assert "noeviction" in done.stderr and done.stderr.count("\n") == 1
-
-
+@pytest.mark.parametrize("policy", ["noeviction", "allkeys-lru"], ids=["later", "at the start"])
 def test_budgets_close_while_redis_may_evict_money(
-    serve: Serve, start_redis: StartRedis, upstream: Upstream
+    serve: Serve, start_redis: StartRedis, upstream: Upstream, policy: str
 ) -> None:
-    own = start_redis()
+    own = start_redis("--maxmemory-policy", policy)
     server = serve(sharing_config(upstream), environ={"REDIS_URL": own.url})
     a = as_client("a")
     own.client.config_set("maxmemory-policy", "allkeys-lru")
