@@ -4838,7 +4838,7 @@ def test_an_issuer_that_fails_is_503_at_first_and_later_its_old_keys_serve_on(
     with pytest.raises(proxy.ProxyError) as raised:
         asyncio.run(fetched(keys, "EdDSA-1"))
     assert (raised.value.status, raised.value.code) == (503, "identity_unavailable")
-    keys.pause = 0
+    keys.pause, keys.patience = 0, 20
     issuer.publish("EdDSA-1")
     assert asyncio.run(fetched(keys, "EdDSA-1")) == [True]
     keys.fresh = 0
@@ -10910,7 +10910,7 @@ def read_terminal(terminal: int, wanted: str) -> str:
 def test_metrics_after_every_kind_of_request(serve: Serve, upstream: Upstream) -> None:
     config = """
     [upstream]
-    first_byte = "300ms"
+    first_byte = "1s"
     [cache]
     enabled = true
     [limits]
@@ -11243,10 +11243,10 @@ def test_the_last_event_counts_even_where_the_end_of_http_is_missing(
     wait_for(lambda: all(request.closed.is_set() for request in upstream.requests), 3)
 
 
-def test_a_silent_stream_is_kept_alive(trouble: Server, upstream: Upstream) -> None:
+def test_a_silent_stream_is_kept_alive(heartbeat: Server, upstream: Upstream) -> None:
     events = messages_events()
-    upstream.play(stream(*events[:4], 0.35, b"".join(events[4:])))
-    answered = trouble.post()
+    upstream.play(stream(*events[:4], 0.8, b"".join(events[4:])))
+    answered = heartbeat.post()
     assert answered.text.count(": ping\n\n") >= 2
     assert frames(answered.text)[-1] == "[DONE]"
     assert text_of(answered.text) == "Hello"
