@@ -2255,7 +2255,7 @@ function run.leave(id, provider)
 end
 
 function run.admit(text, row)
-  local ask, given, held = cjson.decode(text), {rests = {}}, {}
+  local ask, given, held = cjson.decode(text), {}, {usd = 0}
   local rate, live = 'rate:' .. ask.client, 'live:' .. ask.client
   local level = call('HMGET', rate, 'requests', 'tokens', 'time')
   local minutes = math.max(0, now - (tonumber(level[3]) or now)) / 60
@@ -2271,7 +2271,7 @@ function run.admit(text, row)
     elseif tokens < ask.tokens then
       given.refused, given.wait = 'tokens', (ask.tokens - tokens) * 60 / ask.tpm
     end
-    if given.refused then return {cjson.encode(given), '{}', false} end
+    if given.refused then return {cjson.encode(given), cjson.encode(held), false} end
     given.requests, given.tokens = requests - ask.requests, tokens - ask.tokens
   end
   local keeps = ask.key ~= ''
@@ -2296,7 +2296,10 @@ function run.admit(text, row)
   end
   for _, name in ipairs(ask.rests) do
     local left = call('PTTL', 'rest:' .. name)
-    if left > 0 then given.rests[name] = left / 1000 end
+    if left > 0 then
+      given.rests = given.rests or {}
+      given.rests[name] = left / 1000
+    end
   end
   return {cjson.encode(given), cjson.encode(held), answer}
 end
@@ -2602,7 +2605,7 @@ class RedisStore:
 
     def granted(self, said: bytes) -> Decimal:
         hold = msgspec.json.decode(said)
-        usd = Decimal(hold.get("usd", 0)).scaleb(-9)
+        usd = Decimal(hold["usd"]).scaleb(-9)
         if "exceeded" in hold:
             cap = from_redis(hold["exceeded"])
             if hold["tell"]:
