@@ -5442,15 +5442,12 @@ def stop_on_signals(proxy: Proxy) -> None:
 
     A second signal can block a Granian worker for good, and Ctrl-C or a platform sends two: one to
     each process, and one from Granian's main process to its worker. So only the first SIGTERM gets
-    through, and no SIGINT: the main process turns that into a SIGTERM."""
+    through, and no SIGINT: the main process turns that into a SIGTERM. One that comes before the
+    loop runs for good would be lost: `serve` blocks it until then."""
     loop, drain = asyncio.get_running_loop(), proxy.config.server.drain
     if threading.current_thread() is not threading.main_thread():
         return
     server = signal.getsignal(signal.SIGTERM)
-
-    def ignore(number: int) -> None:
-        with contextlib.suppress(NotImplementedError):  # on Windows
-            loop.add_signal_handler(number, lambda: None)
 
     def leave() -> None:
         if proxy.ledger:
@@ -5458,18 +5455,21 @@ def stop_on_signals(proxy: Proxy) -> None:
         os._exit(0)
 
     def begin() -> None:
-        ignore(signal.SIGTERM)
         proxy.drain()
         loop.call_later(drain, proxy.stop_calls)
         loop.call_later(drain + 3, leave)
 
     def handle(number: int, frame: Any) -> None:
+        # not in the loop's table: what Granian has there may still be to run
+        signal.signal(number, signal.SIG_IGN)
         loop.call_soon_threadsafe(begin)
         if callable(server):
             server(number, frame)
 
-    ignore(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, handle)
+    if hasattr(signal, "pthread_sigmask"):
+        loop.call_later(0.2, signal.pthread_sigmask, signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 # ---- Command line ------------------------------------------------------------------------------
@@ -5616,6 +5616,10 @@ def serve(config: Config, public: bool) -> None:
         http1_settings=HTTP1Settings(header_read_timeout=10_000),
         log_enabled=False, respawn_failed_workers=True, workers_kill_timeout=int(server.drain) + 5,
     )  # fmt: skip
+    if hasattr(os, "register_at_fork"):
+        # until a worker can act on a SIGTERM it waits: the handler it inherits would swallow it
+        mask = functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGTERM})
+        os.register_at_fork(after_in_child=mask)
     with tempfile.TemporaryDirectory(prefix="proxy-metrics-") as directory:
         if server.workers > 1:  # prometheus_client looks for this once, and has been imported
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory

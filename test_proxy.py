@@ -15775,6 +15775,29 @@ def test_a_killed_worker_is_replaced_and_what_it_held_is_counted(
 
 
 @NO_PROC
+@pytest.mark.parametrize("after", [0, 0.04, 0.1, 0.2])
+def test_a_server_that_is_told_to_stop_while_it_starts_stops(tmp_path: Path, after: float) -> None:
+    """A worker that hears nothing is killed after 30 s, by Granian."""
+    command = [sys.executable, str(PROXY), "--demo", "--port", str(free_port())]
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=clean_environment(),
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as process:
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        try:
+            wait_for(workers.read_text)
+            time.sleep(after)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@NO_PROC
 def test_two_workers_end_what_they_serve_and_leave_with_0(
     two_workers: Server, upstream: Upstream, tmp_path: Path
 ) -> None:
