@@ -1468,18 +1468,21 @@ def read_headers(scope: Scope) -> Headers:
 
 
 class KeySet:
-    """The public keys of an issuer, by their ids. They are fetched when the last try is ten minutes
-    old, or 30 s where a token names a key that is not among them, whatever tokens name; while the
-    issuer is away the old ones serve on."""
+    """The public keys of an issuer, by their ids. They are fetched when they are ten minutes old or
+    a token names another, but not twice in 30 s, whatever tokens name; while the issuer is away the
+    old ones serve on."""
 
     fresh, pause, patience = 600.0, 30.0, 5.0  # seconds
 
     def __init__(self, url: str) -> None:
-        self.url, self.lock, self.tried = url, asyncio.Lock(), -math.inf
+        self.url, self.lock = url, asyncio.Lock()
+        self.fetched = self.tried = -math.inf
         self.keys: dict[str | None, Any] = {}
 
     def due(self, key_id: str | None) -> bool:
-        return time.monotonic() - self.tried > (self.fresh if key_id in self.keys else self.pause)
+        now = time.monotonic()
+        stale = now - self.fetched > self.fresh or key_id not in self.keys
+        return stale and now - self.tried > self.pause
 
     async def find(self, key_id: str | None, http: httpx.AsyncClient) -> Any:
         if key_id not in self.keys or self.due(key_id):
@@ -1499,6 +1502,7 @@ class KeySet:
             async with asyncio.timeout(self.patience):
                 reply = (await http.get(self.url)).raise_for_status()
             self.keys = {key.key_id: key for key in jwt.PyJWKSet.from_json(reply.text).keys}
+            self.fetched = self.tried
         except Exception as error:  # whatever the issuer sends
             LOG.error("jwt.jwks_url: %s gave no keys (%s)", self.url, redact(repr(error)))
 
@@ -1611,7 +1615,7 @@ class Clients:
         if self.config.session is None:
             return None
         claims = read_claims(token, self.session_key, ["HS256"], issuer=SESSION_ISSUER)
-        if claims.get("origin") != origin:
+        if claims.get("origin") != origin or "client" not in claims:
             return None
         budget = self.config.session.budget
         return self.client(claims["sub"], per_session=budget, **claims["client"])
@@ -2902,7 +2906,7 @@ class SSE:
 
 def event_data(event: bytes) -> bytes:
     lines = event.removeprefix(b"\xef\xbb\xbf").splitlines()
-    data = [line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:")]
+    data = [line[5:] for line in lines if line.startswith(b"data:")]
     return b"\n".join(data).strip()
 
 
