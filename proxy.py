@@ -2431,7 +2431,7 @@ class Link:
             while self.queue:
                 self.batch, self.queue = self.queue, []
                 earlier, steps = steps, 0  # they may have waited as long for those before them
-                work = asyncio.create_task(self.execute())
+                work = asyncio.create_task(self.execute(self.batch))
                 try:  # a process that is too busy to read the answer counts fewer steps
                     while not (await asyncio.wait((work,), timeout=self.step))[0]:
                         steps += 1
@@ -2444,10 +2444,10 @@ class Link:
         except Exception as error:
             self.fall(redact(repr(error)))
 
-    async def execute(self) -> None:
+    async def execute(self, batch: list[tuple[tuple[Any, ...], asyncio.Future[Any]]]) -> None:
         from redis.exceptions import NoScriptError
 
-        batch, pipeline = self.batch, self.redis.pipeline(transaction=False)
+        pipeline = self.redis.pipeline(transaction=False)
         for args, _ in batch:
             pipeline.evalsha(self.sha, 1, self.prefix, *args)
         replies = await pipeline.execute(raise_on_error=False)
