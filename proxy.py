@@ -1373,7 +1373,8 @@ def parse_native(
             if name not in allowed:
                 name = redact(name, length=50)
                 raise BadRequest(f"tools[{i}].type: {name!r} runs at the vendor; {ALLOW}")
-            uses = tool.get("max_uses", raw.get("max_tool_calls"))
+            # the vendor's own way of saying it: it ignores another's, and too little would be held
+            uses = raw.get("max_tool_calls") if kind == "responses" else tool.get("max_uses")
             hosted.append((name, max(0, uses) if isinstance(uses, int) else 0))
     native = {name: value for name, value in raw.items() if name != "store"}
     dropped += ["store"] if raw.get("store") else []

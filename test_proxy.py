@@ -2585,6 +2585,17 @@ def test_what_runs_at_the_vendor_is_charged_where_it_is_priced(
     assert Decimal(str(daily["leftUsd"])) == 8 - usd
 
 
+def test_only_a_vendors_own_limit_of_uses_counts(
+    searching: Server, upstream: Upstream, key: dict[str, str]
+) -> None:
+    """OpenAI does not know Anthropic's, and would search as often as the model likes."""
+    refused = ask_native(searching, "responses", key, tools=[{"type": "web_search", "max_uses": 1}])
+    assert (refused.status_code, upstream.requests) == (400, [])
+    assert "max_tool_calls" in native_error(refused)["message"]
+    extra = ask_native(searching, "messages", key, tools=[SEARCH], max_tool_calls=1)
+    assert (extra.status_code, upstream.requests) == (400, [])
+
+
 def test_what_may_run_at_the_vendor_is_held_for(
     searching: Server, upstream: Upstream, key: dict[str, str]
 ) -> None:
