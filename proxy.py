@@ -34,6 +34,7 @@ import datetime
 import email.utils
 import fnmatch
 import functools
+import gc
 import hashlib
 import hmac
 import html
@@ -840,6 +841,10 @@ class Request(Sampling, kw_only=True, omit_defaults=True):
         said = {"system": self.system, "tools": tools, "messages": self.messages}
         return self.native or msgspec.to_builtins(said)
 
+    def forget(self) -> None:
+        """What was said: once it is answered, a long stream need not keep it."""
+        self.messages, self.tools, self.native, self.system = [], [], None, ""
+
     def characters(self) -> int:
         """Of text and tools, not of images."""
         return sum(map(len, strings(self.said())))
@@ -1539,10 +1544,10 @@ class Clients:
         if config.jwt or config.session:
             load_optional("jwt, session", "'pyjwt[crypto]'", "jwt", "cryptography")
 
-    def trusted(self, scope: Scope, headers: Headers) -> bool:
+    def trusted(self, peer: str, headers: Headers) -> bool:
         """Is it this machine's own user, on a bind nobody else reaches? A tunnel, or a page that
         rebinds its name to 127.0.0.1, shows in a forwarding header or in the Host."""
-        own = not self.public and is_loopback(str((scope.get("client") or ("", 0))[0]))
+        own = not self.public and is_loopback(peer)
         local = LOCAL_HOST.fullmatch(headers.get("host", "")) is not None
         return own and local and FORWARDING.isdisjoint(headers)
 
@@ -1554,8 +1559,9 @@ class Clients:
             return scheme in ("http", "https") and LOCAL_HOST.fullmatch(place) is not None
         return self.server.page and self.closed and place == host
 
-    async def identify(self, scope: Scope, headers: Headers) -> Client:
-        """Raises 401 where keys or tokens are configured and none that is good was sent."""
+    async def identify(self, peer: str, headers: Headers) -> Client:
+        """Who is at the other end of a connection from the address `peer`. Raises 401 where keys or
+        tokens are configured and none that is good was sent."""
         if self.closed:
             token = read_token(headers)
             client = self.by_key(token) or self.by_session(token, headers.get("origin", ""))
@@ -1563,12 +1569,12 @@ class Clients:
                 return client
             message = "a valid key or token is needed: send it as `Authorization: Bearer KEY`"
             raise ProxyError(401, "invalid_key", message, retry=False)
-        if self.trusted(scope, headers):
+        if self.trusted(peer, headers):
             return self.client("local")
         if not self.public:
             fix = "its owner can configure client keys, or bind it publicly"
             raise ProxyError(403, "not_local", f"this proxy serves only its own machine; {fix}")
-        return self.by_address(scope, headers)
+        return self.by_address(peer, headers)
 
     def client(self, id: str, **more: Any) -> Client:
         budget = self.config.budget
@@ -1577,8 +1583,8 @@ class Clients:
         caps = {"per_day": per_day, "per_month": budget.client_per_month}
         return Client(id, **{"limits": self.config.limits} | caps | more)
 
-    def by_address(self, scope: Scope, headers: Headers) -> Client:
-        return self.client(f"ip:{network(self.address(scope, headers))}")
+    def by_address(self, peer: str, headers: Headers) -> Client:
+        return self.client(f"ip:{network(self.address(peer, headers))}")
 
     def of_key(self, name: str, key: Key) -> Client:
         caps = {cap: usd for cap, usd in asdict(key.budget).items() if usd is not None}
@@ -1636,10 +1642,9 @@ class Clients:
         token = jwt.encode(claims, self.session_key, "HS256")
         return {"token": token, "expiresIn": seconds, "models": models}
 
-    def address(self, scope: Scope, headers: Headers) -> str:
+    def address(self, peer: str, headers: Headers) -> str:
         """The n-th X-Forwarded-For value from the right, n being the proxies we trust; the
         connection's own when there are fewer."""
-        peer = str((scope.get("client") or ("unknown", 0))[0])
         values = headers.get("x-forwarded-for", "").split(",")
         text = values[-self.proxies].strip() if 0 < self.proxies <= len(values) else peer
         if with_port := re.fullmatch(r"\[(.+)\](?::\d*)?|([^:]+):\d*", text):
@@ -3895,26 +3900,30 @@ SPEAKS = {"messages": ("messages",), "responses": ("responses", "chat"), "chat":
 class Call:
     """One request from its arrival to its ledger row, and the caller's side of it: what was sent,
     and since when nothing was (`wrote`), or whether a write is stuck (`writing`). Every reply has
-    the headers `added`. `send` is the server's own: a wrapped one would cost each token."""
+    the headers `added`. `send` is the server's own: a wrapped one would cost each token.
+    `route` says where it may reach a vendor: by a provider, or as a native body of some kind."""
 
     request: Request
     writer: Writer
-    timer: asyncio.TimerHandle
     filling: asyncio.Task[None]
 
     # a thousand streams have one each, and a dict of so many names is 1.5 KiB
     __slots__ = (
-        "account", "added", "asked", "begun", "bounds", "caps", "chosen", "client", "dialect",
-        "dropped", "entry", "estimate", "failure", "filling", "finish", "headers", "held", "key",
-        "leads", "most", "passed", "place", "rates", "request", "send", "settled", "started",
-        "stopped", "task", "timer", "writer", "writing", "wrote",
+        "account", "added", "asked", "begun", "bounds", "caps", "chosen", "client",
+        "dialect", "dropped", "entry", "estimate", "failure", "filling", "finish", "headers",
+        "held", "http1", "key", "leads", "most", "passed", "peer", "place", "rates", "request",
+        "route", "send", "settled", "started", "stopped", "task", "writer", "writing", "wrote",
     )  # fmt: skip
 
     def __init__(
-        self, entry: Entry, client: Client, headers: Headers, added: Headers, send: Send
+        self, entry: Entry, client: Client, scope: Scope, headers: Headers, send: Send
     ) -> None:
-        self.entry, self.headers, self.added, self.send = entry, headers, added, send
-        self.started = self.wrote = time.monotonic()
+        self.entry, self.headers, self.send = entry, headers, send
+        self.peer = str((scope.get("client") or ("unknown", 0))[0])
+        self.http1 = scope.get("http_version", "").startswith("1")
+        self.added: Headers = {}
+        self.route: tuple[str, str] | None = None
+        self.started, self.wrote = time.monotonic(), math.inf
         self.begun = self.writing = self.stopped = self.settled = self.chosen = False
         self.client, self.account = client, Account()
         self.dropped: list[str] = []
@@ -4033,8 +4042,8 @@ class Attempt:
     where the answer was complete, hands it back for the next one."""
 
     stream: Any = None
-    timer: asyncio.TimerHandle | None = None
-    waiting_since: float | None = None
+    task: asyncio.Task[Any]  # that reads the answer
+    waiting_since = math.inf
     silent = False
 
     def __init__(self, proxy: Proxy, provider: str, model: str, key: str, call: Call) -> None:
@@ -4093,29 +4102,23 @@ class Attempt:
                 raise
             asyncio.current_task().uncancel()  # type: ignore[union-attr]
             raise UpstreamError(504, "the vendor stopped in the middle of its answer") from None
-        self.waiting_since = None
+        self.waiting_since = math.inf
         for event in batch:  # before the cut: what the caller does not get is billed, too
             if isinstance(event, Text | Thinking):
                 self.account.produced += len(event.text.encode())
         return self.cutter.cut(batch) if self.cutter else batch
 
-    def watch(self, task: asyncio.Task[Any]) -> None:
-        """Once the answer has begun, cancel the reader of a vendor that has been silent for too
-        long. A timeout around every read would do the same at a tenth of the cost of a token."""
-        now = time.monotonic()
-        since = now if self.waiting_since is None else self.waiting_since
-        due = min(since + self.times.idle, max(self.deadline, since + 0.05))
-        if due <= now:
+    def check(self, now: float) -> None:
+        """Once the answer has begun, end the wait for a vendor that has been silent for too long. A
+        timeout around every read would do the same at a tenth of the cost of a token."""
+        overdue = now >= min(self.waiting_since + self.times.idle, self.deadline)
+        if overdue and self.waiting_since < now and not self.silent:
             self.silent = True
-            task.cancel()
-        else:
-            self.timer = task.get_loop().call_later(due - now, self.watch, task)
+            self.task.cancel()
 
     async def close(self) -> None:
         """The end of the HTTP message may come after the last event: only when it has been read
         can the connection serve again."""
-        if self.timer:
-            self.timer.cancel()
         if self.stream:
             try:
                 if self.adapter.complete:
@@ -4205,6 +4208,7 @@ class Proxy:
         self.templates = self.template_targets()
         self.check_prices()
         self.live: set[Call] = set()
+        self.reading: set[Attempt] = set()
         self.rejected_rows = Bucket(60, 10_000, 10_000, time.monotonic())
 
     @contextlib.asynccontextmanager
@@ -4229,7 +4233,8 @@ class Proxy:
         for name, provider in self.config.providers.items():
             if provider.max_concurrent:
                 self.lines[name] = Line(self.store, name, provider)
-        tasks = [asyncio.create_task(w) for w in (self.webhook.run(http), self.keep_showing())]
+        works = (self.webhook.run(http), self.keep_showing(), self.keep_checking())
+        tasks = [asyncio.create_task(work) for work in works]
         try:
             yield
         finally:
@@ -4316,30 +4321,23 @@ class Proxy:
         for call in self.live:
             call.stop(Stopping())
 
-    async def serve(
-        self, provider: str, kind: str, scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        """The story of a request: one for a provider by name, or a native one of some `kind`."""
-        call: Call = scope["state"]["call"]
+    async def serve(self, call: Call, provider: str, kind: str, receive: Receive) -> None:
+        """The story of a request."""
         try:
             self.check_open(call, provider)
-            call.client = client = await self.clients.identify(scope, call.headers)
+            call.client = client = await self.clients.identify(call.peer, call.headers)
             entry = call.entry
             entry.client, entry.group, entry.session = client.id, client.group, client.session
             self.check_places(call)
-            try:
-                read = functools.partial(self.read_native, call, kind)
-                read = read if kind else functools.partial(self.read, call, provider)
-                # in no variable of ours: a long stream need not keep the body
-                targets = read(await read_body(receive, call, self))
+            try:  # in no variable of ours: a long stream need not keep the body
+                targets = self.read(call, provider, kind, await read_body(receive, call, self))
             except (ProxyError, asyncio.CancelledError):  # a body not taken is a request, too
                 await self.admit(call)
                 raise
             await self.work(call, targets, receive)
         except ProxyError as error:
             call.failure = error
-            unread = error.code in ("body_too_large", "body_timeout")
-            if unread and scope.get("http_version", "").startswith("1"):
+            if call.http1 and error.code in ("body_too_large", "body_timeout"):
                 call.added["connection"] = "close"  # nothing can follow what was not read
         except asyncio.CancelledError:  # the caller left, or call.stop has set the failure
             call.task.uncancel()
@@ -4381,7 +4379,7 @@ class Proxy:
         check_media_type(headers)
         few: Any = {"requests_per_minute": table.per_minute, "burst": table.per_minute}
         limits = replace(self.config.limits, **few, max_body=Size(65536))
-        parent = replace(self.clients.by_address(scope, headers), limits=limits)
+        parent = replace(self.clients.by_address(call.peer, headers), limits=limits)
         call.client = parent
         taken = await self.store.admit(Ask("", f"session {parent.id}", limits))
         if taken.refused:
@@ -4392,7 +4390,8 @@ class Proxy:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise BadRequest(f"body (JSON): {error}") from None
         if proof.turnstile and table.turnstile_secret:
-            await self.check_turnstile(proof.turnstile, self.clients.address(scope, headers), table)
+            address = self.clients.address(call.peer, headers)
+            await self.check_turnstile(proof.turnstile, address, table)
         elif (user := await self.clients.by_jwt(read_token(headers))) is None:
             message = "send a Turnstile token as `turnstile`, or the app's JWT as a bearer token"
             raise ProxyError(401, "invalid_key", message, retry=False)
@@ -4439,26 +4438,29 @@ class Proxy:
             self.show_places()
             await asyncio.sleep(1)
 
-    def read(self, call: Call, provider: str, body: bytes) -> list[Target]:
+    def read(self, call: Call, provider: str, kind: str, body: bytes) -> list[Target]:
         """Read the body, find the model, and estimate the tokens."""
-        limits = call.client.limits
-        default = self.config.providers[provider].default_model
-        raw = decode_body(body, limits)
-        template = raw.get("template")
-        request = parse_body(raw, limits, call.dropped, default, self.config.templates)
-        call.request = request
-        call.chosen = template is None and any(raw.get(name) for name in MAX_TOKENS)
-        stream = raw.get("stream") is not False
-        call.writer = (FrameWriter if stream else Writer)(bool(request.thinking))
-        targets = self.templates.get(template or "") or self.resolve(request.model, provider)
+        raw = decode_body(body, call.client.limits)
+        read = self.read_native if kind else self.read_plain
+        targets = read(call, kind or provider, raw)
+        call.chosen = not raw.get("template") and any(raw.get(name) for name in MAX_TOKENS)
         self.check_request(call, targets)
         return targets
 
-    def read_native(self, call: Call, kind: str, body: bytes) -> list[Target]:
-        """The same for the body of an official SDK, and for the vendors that speak its dialect. A
-        Chat body is translated where the model lives elsewhere."""
+    def read_plain(self, call: Call, provider: str, raw: dict[str, Any]) -> list[Target]:
+        """A browser's body."""
+        limits, default = call.client.limits, self.config.providers[provider].default_model
+        template = raw.get("template")
+        request = parse_body(raw, limits, call.dropped, default, self.config.templates)
+        call.request = request
+        stream = raw.get("stream") is not False
+        call.writer = (FrameWriter if stream else Writer)(bool(request.thinking))
+        return self.templates.get(template or "") or self.resolve(request.model, provider)
+
+    def read_native(self, call: Call, kind: str, raw: dict[str, Any]) -> list[Target]:
+        """The body of an official SDK, for the vendors that speak its dialect. A Chat body is
+        translated where the model lives elsewhere."""
         limits, dialect = call.client.limits, kind.partition("/")[0]
-        raw = decode_body(body, limits)
         targets = self.resolve(str(raw.get("model") or ""))
         dialect = dialect if dialect in ADAPTERS else "chat"
         own = [t for t in targets if dialect in SPEAKS[self.config.providers[t[0]].adapter]]
@@ -4479,8 +4481,7 @@ class Proxy:
             homes = {"messages": "/v1/messages", "responses": "/v1/responses"}
             home = homes.get(self.config.providers[targets[0][0]].adapter, "/v1/chat/completions")
             raise BadRequest(f"model: {redact(targets[0][1])} is served at {home}, not here")
-        call.request, call.chosen = request, any(raw.get(name) for name in MAX_TOKENS)
-        self.check_request(call, targets)
+        call.request = request
         return targets
 
     def check_request(self, call: Call, targets: list[Target]) -> None:
@@ -4608,32 +4609,41 @@ class Proxy:
     async def work(self, call: Call, targets: list[Target], receive: Receive) -> None:
         """Fetch and deliver the answer. That the caller leaves shows only to a second task."""
         gone = asyncio.create_task(departure(call, receive))
-        self.watch(call)
+        call.wrote = time.monotonic()
         try:
             async with aclosing(await self.source(call, targets)) as batches:
+                call.headers = {}  # a long stream need not keep them
                 async for batch in batches:
                     await call.deliver(batch)
                     if call.finish:  # the caller need not wait for the vendor's connection
                         return await self.settle(call)
         finally:
-            call.timer.cancel()
+            call.wrote = math.inf
             gone.cancel()
 
-    def watch(self, call: Call) -> None:
+    async def keep_checking(self) -> None:
+        """Look after all that runs, until cancelled: a timer for each would cost each of them."""
+        times, ping = self.config.upstream, self.config.server.ping
+        while True:
+            await asyncio.sleep(min(0.5, ping / 8, times.idle / 8, times.total / 8))
+            now = time.monotonic()
+            for call in self.live:
+                self.check(call, now)
+            for attempt in self.reading:
+                attempt.check(now)
+
+    def check(self, call: Call, now: float) -> None:
         """Keep a silent reply alive, and end one that the caller takes nothing more of."""
-        now = time.monotonic()
-        # an answer in one piece waits a little longer before it gives up its status
-        silence = self.config.server.ping + (0 if call.begun or call.writer.early else 5)
-        silence = self.config.upstream.idle if call.writing else silence
-        if call.wrote + silence <= now:
-            if call.writing:
-                call.stop(None)
-            elif call.begun or (call.account.attempts and not call.writer.early):
+        silence, ping = now - call.wrote, self.config.server.ping
+        if call.writing and silence >= self.config.upstream.idle:
+            call.stop(None)
+        elif not call.writing and silence >= ping:
+            # an answer in one piece waits a little longer before it gives up its status; what
+            # waits in line, or for a vendor that rests, may still have any
+            late = call.account.attempts and not call.writer.early and silence >= ping + 5
+            if call.begun or late:
+                call.wrote = now
                 call.filling = asyncio.create_task(call.fill())
-            # what waits in line, or for a vendor that rests, may still have any status
-            call.wrote = now if call.account.attempts else call.wrote + 1
-        due = max(0.01, call.wrote + silence - now)
-        call.timer = asyncio.get_running_loop().call_later(due, self.watch, call)
 
     async def source(self, call: Call, targets: list[Target]) -> AsyncGenerator[Batch, None]:
         """Where the answer comes from: the cache, another request's flight, or the vendor."""
@@ -4676,8 +4686,10 @@ class Proxy:
         account, now = call.account, time.monotonic
         attempt, batch = await self.connect(call, targets)
         began = now() - account.seconds
+        call.request.forget()
         try:
-            attempt.watch(asyncio.current_task())  # type: ignore[arg-type]
+            attempt.task = asyncio.current_task()  # type: ignore[assignment]
+            self.reading.add(attempt)
             while True:
                 account.seconds = now() - began
                 account.usage = attempt.adapter.usage
@@ -4692,6 +4704,7 @@ class Proxy:
         except Exception as failed:
             raise self.explain(failed, account.provider) from None
         finally:
+            self.reading.discard(attempt)
             await self.leave(call, attempt, began)
 
     async def connect(self, call: Call, targets: list[Target]) -> tuple[Attempt, Batch]:
@@ -5236,39 +5249,46 @@ class App(litestar.Litestar):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return await super().__call__(scope, receive, send)
-        headers, proxy = read_headers(scope), self.proxy
-        given = headers.get("x-request-id", "").partition(",")[0].strip()
-        given = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else ""
-        number, origin = secrets.token_hex(12), headers.get("origin")
-        allowed = origin is None or proxy.clients.origin_allowed(origin, headers.get("host", ""))
-        added = {"x-request-id": given or number, "x-content-type-options": "nosniff"}
-        added |= {"x-demo": "true" if proxy.config.demo else "", "vary": "Origin"}
-        if origin and allowed:
-            added["access-control-allow-origin"] = origin
-            added["access-control-expose-headers"] = EXPOSED
-        entry = Entry(proxy.now(), number, given)
-        call = Call(entry, proxy.clients.client(""), headers, added, send)
-        if "/v1/" in scope["path"]:  # the shape of errors, whoever finds them
-            anthropic = "/v1/messages" in scope["path"] or "anthropic-version" in headers
-            call.dialect = "messages" if anthropic else "chat"
-        # a state of our own: where we are mounted, the host's is not ours to write in
-        scope = {**scope, "state": {"call": call}}
+        call, allowed = self.take(scope, send)
 
         async def send_with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), *raw_headers(added)]
+                message["headers"] = [*message.get("headers", ()), *raw_headers(call.added)]
             await send(message)
 
         if not allowed:
             fix = "its owner can add it to server.cors_origins"
-            message = f"origin {redact(str(origin))} may not call this proxy; {fix}"
-            call.entry.client = proxy.clients.by_address(scope, headers).id
+            message = f"origin {redact(call.headers['origin'])} may not call this proxy; {fix}"
+            call.entry.client = self.proxy.clients.by_address(call.peer, call.headers).id
             call.failure = ProxyError(403, "origin_not_allowed", message)
-            await proxy.settle(call)
-        elif scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
-            await preflight(headers)(scope, receive, send_with_headers)
+            await self.proxy.settle(call)
+        elif scope["method"] == "OPTIONS" and "access-control-request-method" in call.headers:
+            await preflight(call.headers)(scope, receive, send_with_headers)
         else:
-            await super().__call__(scope, receive, send_with_headers)
+            # a state of our own: where we are mounted, the host's is not ours to write in
+            await super().__call__(scope | {"state": {"call": call}}, receive, send_with_headers)
+            if call.route:  # out here, because a long stream need not keep what Litestar had
+                await self.proxy.serve(call, *call.route, receive)
+
+    def take(self, scope: Any, send: Any) -> tuple[Call, bool]:
+        """The request as we see it, and whether its origin may call."""
+        headers, clients = read_headers(scope), self.proxy.clients
+        given = headers.get("x-request-id", "").partition(",")[0].strip()
+        given = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else ""
+        number, origin = secrets.token_hex(12), headers.get("origin")
+        allowed = origin is None or clients.origin_allowed(origin, headers.get("host", ""))
+        added = {"x-request-id": given or number, "x-content-type-options": "nosniff"}
+        added |= {"x-demo": "true" if self.proxy.config.demo else "", "vary": "Origin"}
+        if origin and allowed:
+            added["access-control-allow-origin"] = origin
+            added["access-control-expose-headers"] = EXPOSED
+        entry = Entry(self.proxy.now(), number, given)
+        call = Call(entry, clients.client(""), scope, headers, send)
+        call.added = added
+        if "/v1/" in scope["path"]:  # the shape of errors, whoever finds them
+            anthropic = "/v1/messages" in scope["path"] or "anthropic-version" in headers
+            call.dialect = "messages" if anthropic else "chat"
+        return call, allowed
 
 
 def preflight(headers: Headers) -> ASGIResponse:
@@ -5302,6 +5322,10 @@ NATIVE_PATHS = {
 }  # fmt: skip
 
 
+async def no_answer(scope: Scope, receive: Receive, send: Send) -> None:
+    """App.__call__ has it sent."""
+
+
 def create_app(
     config: Config, environ: Map[str, str] = os.environ, *, public: bool = True,
     standalone: bool = False, transport: httpx.AsyncBaseTransport | None = None,
@@ -5315,18 +5339,23 @@ def create_app(
     # a proxy in front of a loopback bind means that others get in
     proxy = Proxy(config, environ, public or bool(config.server.trusted_proxies), clock)
 
+    def leave(scope: Scope, provider: str, kind: str) -> ASGIApp:
+        """Have the request served once Litestar is done with it."""
+        scope["state"]["call"].route = provider, kind
+        return no_answer
+
     @litestar.post("/api/{provider:str}")
-    async def api(provider: FromPath[str]) -> ASGIApp:
-        return functools.partial(proxy.serve, provider, "")
+    async def api(scope: Scope, provider: FromPath[str]) -> ASGIApp:
+        return leave(scope, provider, "")
 
     @litestar.post([*NATIVE_PATHS])
     async def native(scope: Scope) -> ASGIApp:
-        return functools.partial(proxy.serve, "", NATIVE_PATHS[scope["path_template"]])
+        return leave(scope, "", NATIVE_PATHS[scope["path_template"]])
 
     @litestar.get("/v1/models")
     async def models(scope: Scope) -> dict[str, Any]:
-        client = await proxy.clients.identify(scope, scope["state"]["call"].headers)
-        return proxy.list_models(client)
+        call = scope["state"]["call"]
+        return proxy.list_models(await proxy.clients.identify(call.peer, call.headers))
 
     @litestar.route(["/health", "/healthz", "/livez"], http_method=["GET", "HEAD"])
     async def health() -> dict[str, Any]:
@@ -5343,10 +5372,10 @@ def create_app(
 
     @litestar.get("/metrics")
     async def metrics(scope: Scope) -> litestar.Response[bytes]:
-        headers, token = scope["state"]["call"].headers, config.server.admin_token
-        presented = headers.get("authorization", "").removeprefix("Bearer ")
+        call, token = scope["state"]["call"], config.server.admin_token
+        presented = call.headers.get("authorization", "").removeprefix("Bearer ")
         known = bool(token) and hmac.compare_digest(sha256(presented), sha256(token))
-        if not known and not proxy.clients.trusted(scope, headers):
+        if not known and not proxy.clients.trusted(call.peer, call.headers):
             message = "metrics need server.admin_token as `Authorization: Bearer TOKEN`"
             raise ProxyError(401, "invalid_key", message, retry=False)
         proxy.show_places()
@@ -5355,7 +5384,7 @@ def create_app(
     @litestar.get("/usage")
     async def usage(scope: Scope) -> dict[str, Any]:
         call = scope["state"]["call"]
-        call.client = client = await proxy.clients.identify(scope, call.headers)
+        call.client = client = await proxy.clients.identify(call.peer, call.headers)
         taken = await proxy.take(call)
         spent, limits = await proxy.used_today(client.id), client.limits
         caps = [c for c in client_caps(client, config.budget, proxy.now()) if c.scope != "all"]
@@ -5383,8 +5412,8 @@ def create_app(
 
     @litestar.get("/")
     async def page(scope: Scope) -> litestar.Response[str]:
-        local = proxy.clients.trusted(scope, scope["state"]["call"].headers)
-        if not (local or config.server.page):
+        call = scope["state"]["call"]
+        if not (proxy.clients.trusted(call.peer, call.headers) or config.server.page):
             raise ProxyError(404, "not_found", "the page is off: server.page = true serves it")
         csp = {"content-security-policy": PAGE_CSP}
         return litestar.Response(render_page(proxy), media_type="text/html", headers=csp)
@@ -5493,6 +5522,7 @@ def load_app(config: Config, public: bool) -> App:
     """What a Granian worker runs; at module level, so that a spawned process finds it."""
     app = create_app(config, public=public, standalone=True)
     set_up_logging(config.server.log_level, app.proxy.secrets)
+    gc.freeze()  # what lasts need not be looked through again and again
     return app
 
 
@@ -5625,6 +5655,8 @@ def serve(config: Config, public: bool) -> None:
         # until a worker can act on a SIGTERM it waits: the handler it inherits would swallow it
         mask = functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGTERM})
         os.register_at_fork(after_in_child=mask)
+    gc.collect()
+    gc.freeze()  # a worker's collector would touch, and so copy, all the memory that it shares
     with tempfile.TemporaryDirectory(prefix="proxy-metrics-") as directory:
         if server.workers > 1:  # prometheus_client looks for this once, and has been imported
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
