@@ -3019,6 +3019,16 @@ def function_call(call: ToolUse) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": function}
 
 
+def said(content: Any, kind: type[Text | Thinking]) -> Iterator[Event]:
+    """Text of a kind; with Mistral it may be a list of what is thought and what is said."""
+    for part in content if isinstance(content, list) else [{"text": content}]:
+        match part:
+            case {"thinking": thoughts}:
+                yield from said(thoughts, Thinking)
+            case {"text": str(text)} if text:
+                yield kind(text)
+
+
 class Adapter:
     """One upstream call in one dialect. After encode(), `dropped` names the parameters the model
     would have rejected, `cut` holds the stop texts the vendor does not know, and `passing` says
@@ -3463,12 +3473,8 @@ class Chat(OpenAI):
                 self.ending = self.ending or bool(choice.get("finish_reason"))
                 if not self.ending:  # a running count, not the final one
                     self.usage.known = False
-                thought = delta.get("reasoning_content") or delta.get("reasoning")
-                if thought and isinstance(thought, str):
-                    yield Thinking(thought)
-                text = delta.get("content") or delta.get("refusal")
-                if text and isinstance(text, str):
-                    yield Text(text)
+                yield from said(delta.get("reasoning_content") or delta.get("reasoning"), Thinking)
+                yield from said(delta.get("content") or delta.get("refusal"), Text)
                 reason = "refusal" if delta.get("refusal") else choice.get("finish_reason")
                 self.reason = REASONS.get(reason, self.reason)
                 for call in delta.get("tool_calls") or ():

@@ -8597,6 +8597,13 @@ def test_thinking_is_told_apart_from_text() -> None:
     assert fed("chat", other).thinking == "Hmm"
 
 
+def test_what_mistral_thinks_and_says_in_lists_is_read() -> None:
+    thinking = {"type": "thinking", "thinking": [{"type": "text", "text": "Hmm"}]}
+    deltas = ({"content": [thinking, {"type": "text", "text": "An"}]}, {"content": "swer"})
+    answer = fed("chat", chat_data(*deltas) + b"data: [DONE]\n\n")
+    assert (answer.thinking, answer.text, answer.finish) == ("Hmm", "Answer", "stop")
+
+
 ERROR_EVENTS = [
     pytest.param("messages", {"type": "error", "error": {"type": kind, "message": "Oh"}},
                  status, code, id=kind)
