@@ -1331,7 +1331,7 @@ def read_variable(name: str, variable: Variable, value: Any) -> str:
 
 NATIVE_FIELDS = {
     "messages": "model messages max_tokens system tools tool_choice stop_sequences stream "
-    "temperature top_p top_k thinking metadata output_config cache_control",
+    "temperature top_p top_k thinking metadata output_config output_format cache_control",
     "responses": "model input instructions max_output_tokens tools tool_choice text reasoning "
     "parallel_tool_calls temperature top_p store include stream stream_options user metadata "
     "prompt_cache_key safety_identifier truncation top_logprobs max_tool_calls",
@@ -1339,7 +1339,8 @@ NATIVE_FIELDS = {
     "function_call parallel_tool_calls response_format reasoning_effort seed temperature top_p "
     "presence_penalty frequency_penalty logit_bias logprobs top_logprobs stream stream_options "
     "user metadata prompt_cache_key safety_identifier verbosity store",
-    "messages/count_tokens": "model messages system tools tool_choice thinking output_config",
+    "messages/count_tokens": "model messages system tools tool_choice thinking output_config "
+    "output_format cache_control",
     "embeddings": "model input encoding_format dimensions user",
 }
 # What a conversation is made of: the types of messages, of their blocks, and of what is in these.

@@ -2458,6 +2458,16 @@ def test_only_betas_that_the_provider_allows_go_up(
     assert len(upstream.requests) == 1
 
 
+def test_structured_outputs_of_older_sdks_go_up(
+    natives: Server, upstream: Upstream, key: dict[str, str]
+) -> None:
+    upstream.play(official)
+    shape = {"type": "json_schema", "schema": {"type": "object"}}
+    beta = {**key, "anthropic-beta": "structured-outputs-2025-11-13"}
+    assert ask_native(natives, "messages", beta, output_format=shape).status_code == 200
+    assert upstream.requests[0].json["output_format"] == shape
+
+
 def test_what_a_provider_allows_goes_up(
     natives: Server, upstream: Upstream, key: dict[str, str]
 ) -> None:
