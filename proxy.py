@@ -1934,8 +1934,8 @@ class Ask(Struct):
     of its places, between `least` and `most` USD of every cap, the answer that the cache may have
     under `key`, and one of `places` at `provider`. It is asked `again` where another replica was
     fetching the same answer: then the rates and the place of the client are taken already. Without
-    an `id` it wants nothing but the rates. `rests`
-    names what may be resting, and `row` is the request's should this process die."""
+    an `id` it wants nothing but the rates. `rests` names what may be resting, and `row` is the
+    request's should this process die."""
 
     id: str
     client: str
@@ -1981,7 +1981,6 @@ class Settlement(Struct):
     unused: int = 0
     usd: Decimal = Decimal(0)
     caps: list[Cap] = []
-    key: str = ""
     row: bytes = b""
     used: dict[str, int] = {}
 
@@ -4142,7 +4141,7 @@ async def read_refusal(response: httpx.Response) -> UpstreamError:
     async for chunk in response.aiter_bytes():
         if len(body := body + chunk) > 65536:
             break
-    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    with contextlib.suppress(*NO_JSON):
         match msgspec.json.decode(body):
             case {"error": dict(found)} | [{"error": dict(found)}, *_]:
                 error = found
@@ -4391,11 +4390,7 @@ class Proxy:
         taken = await self.store.admit(Ask("", f"session {parent.id}", limits))
         if taken.refused:
             raise ProxyError(429, "rate_limited", "too many sessions; try later", after=taken.wait)
-        body = await read_body(receive, call, self)
-        try:
-            proof = msgspec.json.decode(body, type=SessionRequest)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise BadRequest(f"body (JSON): {error}") from None
+        proof = convert_body(await read_body(receive, call, self), SessionRequest)
         if proof.turnstile and table.turnstile_secret:
             address = self.clients.address(call.peer, headers)
             await self.check_turnstile(proof.turnstile, address, table)
@@ -4408,9 +4403,8 @@ class Proxy:
 
     async def check_turnstile(self, token: str, address: str, table: Session) -> None:
         """Raises 403 where the token is not good, or not for the first time."""
-        refused = ProxyError(
-            403, "challenge_failed", "turnstile: the token is not valid", retry=False
-        )
+        wrong = "turnstile: the token is not valid"
+        refused = ProxyError(403, "challenge_failed", wrong, retry=False)
         if not await self.store.once(token, 600):
             raise refused
         form = {"secret": table.turnstile_secret, "response": token, "remoteip": address}
@@ -4880,10 +4874,8 @@ class Proxy:
         """Add what an attempt that never answered may be billed, all the same."""
         account, request = call.account, call.request
         account.billed = False
-        price, fee = (
-            self.prices.of(account.provider, model),
-            self.prices.fee(account.provider, request),
-        )
+        price = self.prices.of(account.provider, model)
+        fee = self.prices.fee(account.provider, request)
         if error.sent and price and fee is not None:
             fixed, each = cost_bound(price, account.bound)
             whole = error.status == 504 or account.hidden
@@ -4967,12 +4959,8 @@ class Proxy:
             used = {"requests": 1, "input_tokens": entry.input_tokens, "cost": billionths(usd)}
             used |= {"output_tokens": entry.output_tokens}
             unused = call.estimate and call.estimate - entry.input_tokens - entry.output_tokens
-            await self.store.settle(
-                Settlement(
-                    entry.id, entry.client, call.client.limits, unused, usd, call.caps, call.key,
-                    row, used,
-                )
-            )  # fmt: skip
+            who = entry.id, entry.client, call.client.limits
+            await self.store.settle(Settlement(*who, unused, usd, call.caps, row, used))
         if written:
             await written
 

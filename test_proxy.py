@@ -7012,7 +7012,7 @@ def wish(number: str = "", client: str = "key:a", **more: Any) -> Any:
 
 def end_of(wanted: Any, usd: float = 0, **more: Any) -> Any:
     """The end of a request that was admitted."""
-    same = {"caps": wanted.caps, "key": wanted.key, **more}
+    same = {"caps": wanted.caps, **more}
     return proxy.Settlement(wanted.id, wanted.client, wanted.limits, usd=Decimal(str(usd)), **same)
 
 
