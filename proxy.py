@@ -5245,25 +5245,28 @@ class App(litestar.Litestar):
         if scope["type"] != "http":
             return await super().__call__(scope, receive, send)
         call, allowed = self.take(scope, send)
-
-        async def send_with_headers(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), *raw_headers(call.added)]
-            await send(message)
-
         if not allowed:
             fix = "its owner can add it to server.cors_origins"
             message = f"origin {redact(call.headers['origin'])} may not call this proxy; {fix}"
             call.entry.client = self.proxy.clients.by_address(call.peer, call.headers).id
             call.failure = ProxyError(403, "origin_not_allowed", message)
-            await self.proxy.settle(call)
-        elif scope["method"] == "OPTIONS" and "access-control-request-method" in call.headers:
-            await preflight(call.headers)(scope, receive, send_with_headers)
-        else:
-            # a state of our own: where we are mounted, the host's is not ours to write in
-            await super().__call__(scope | {"state": {"call": call}}, receive, send_with_headers)
-            if call.route:  # out here, because a long stream need not keep what Litestar had
-                await self.proxy.serve(call, *call.route, receive)
+            return await self.proxy.settle(call)
+        await self.find_route(call, scope, receive)
+        if call.route:  # out here, because a long stream need not keep what Litestar had
+            await self.proxy.serve(call, *call.route, receive)
+
+    async def find_route(self, call: Call, scope: Any, receive: Any) -> None:
+        """Have Litestar answer, but for what may reach a vendor."""
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *raw_headers(call.added)]
+            await call.send(message)
+
+        if scope["method"] == "OPTIONS" and "access-control-request-method" in call.headers:
+            await preflight(call.headers)(scope, receive, send)
+        else:  # a state of our own: where we are mounted, the host's is not ours to write in
+            await super().__call__(scope | {"state": {"call": call}}, receive, send)
 
     def take(self, scope: Any, send: Any) -> tuple[Call, bool]:
         """The request as we see it, and whether its origin may call."""
