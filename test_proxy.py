@@ -4862,7 +4862,7 @@ def test_an_issuer_that_fails_is_503_at_first_and_later_its_old_keys_serve_on(
     keys.pause, keys.patience = 0, 20
     issuer.publish("EdDSA-1")
     assert asyncio.run(fetched(keys, "EdDSA-1")) == [True]
-    keys.fresh = 0
+    keys.fresh, keys.patience = 0, 0.3
     issuer.http.play(script)
     assert asyncio.run(fetched(keys, "EdDSA-1", "another")) == [True, False]
     issuer.http.stop()
