@@ -471,7 +471,8 @@ def convert(value: Any, kind: Any, path: str) -> Any:
 def read_environment(environ: Map[str, str]) -> dict[str, Any]:
     """The settings that variables hold, by their key paths."""
     found: dict[str, Any] = {k: environ.get(name, "").strip() for k, name in ENVIRONMENT.items()}
-    found["server.log_level"] = found["server.log_level"].lower()
+    level = found["server.log_level"].lower()
+    found["server.log_level"] = "warning" if level == "warn" else level
     found["server.cors_origins"] = split_list(found["server.cors_origins"])
     if found["upstream.total"].isdecimal():
         found["upstream.total"] += "ms"
@@ -482,8 +483,9 @@ def read_environment(environ: Map[str, str]) -> dict[str, Any]:
     except (ValueError, ZeroDivisionError):
         wanted = "each must be a whole number above 0"
         raise ConfigError(f"RATE_LIMIT_MAX, RATE_LIMIT_WINDOW_MS: {wanted}") from None
-    listed = environ.get("PROXY_AUTH_TOKEN", ""), environ.get("ALLOWED_CLIENT_KEYS", "")
-    for number, key in enumerate(split_list(",".join(listed)), start=1):
+    token = environ.get("PROXY_AUTH_TOKEN", "").strip()  # which may hold a comma
+    keys = [*([token] if token else ()), *split_list(environ.get("ALLOWED_CLIENT_KEYS", ""))]
+    for number, key in enumerate(keys, start=1):
         found[f"clients.env-{number}.key_sha256"] = sha256(key)
     return {key: value for key, value in found.items() if value not in ("", [])}
 
@@ -624,6 +626,8 @@ def examine(config: Config, environ: Map[str, str], public: bool) -> list[str]:
     if open_to_all and public and not server.cors_origins:
         wanted = "needs the origins that may call (CORS_ORIGIN=https://app.example.com) or keys"
         raise ConfigError(f"server.cors_origins: a public bind {wanted}: {fix}")
+    if open_to_all and public and server.page:
+        raise ConfigError(f"server.page: on a public bind the page needs keys: {fix}")
     platform = next((name for name in PLATFORMS if environ.get(name)), "")
     by_address = open_to_all or config.session
     count_unset = by_address and server.trusted_proxies is None
@@ -836,9 +840,8 @@ class Request(Sampling, kw_only=True, omit_defaults=True):
     thinking: bool | None = None
 
     def said(self) -> Any:
-        """What a model reads of it, as JSON; the tools as one text, for the names in them."""
-        tools = msgspec.json.encode(self.tools).decode()
-        said = {"system": self.system, "tools": tools, "messages": self.messages}
+        """What a model reads of it, as JSON."""
+        said = {"system": self.system, "tools": self.tools, "messages": self.messages}
         return self.native or msgspec.to_builtins(said)
 
     def forget(self) -> None:
@@ -953,7 +956,7 @@ def parse_body(
     known = known | CHAT_ONLY.keys() if chat else known - CHAT_FIELDS
     if by_template := not chat and raw.get("template") is not None:
         known = TEMPLATE_FIELDS
-    dropped += [redact(name, length=50) for name in sorted(raw.keys() - known)[:50]]
+    report(sorted(raw.keys() - known), dropped)
     given = convert_body({name: raw[name] for name in raw if name in known}, Body)
     if by_template:
         request, said = read_template(given, templates), given.variables
@@ -964,6 +967,11 @@ def parse_body(
     check_texts(said, limits)
     request.system = lock_prompt(limits.system_prompt, request.system)
     return request
+
+
+def report(lost: list[str], dropped: list[str]) -> None:
+    """Have the names of what is not passed on reported: not all of a million, nor what is a key."""
+    dropped += [redact(name, length=50) for name in lost[:50]]
 
 
 def decode_body(body: bytes, limits: Limits) -> dict[str, Any]:
@@ -992,27 +1000,29 @@ def convert_body(body: Any, kind: Any) -> Any:
         raise BadRequest(f"{where or 'body (JSON)'}: {message}") from None
 
 
-def strings(value: Any, joined: bool = False) -> Iterator[str]:
-    """Every text in a JSON value, but not the data of images. Those of a list of blocks come in one
-    piece, as a model reads them: a denied text may be cut in two. A token given by its number is as
-    long as most."""
+# What a tool is called with, and what describes it, is nobody's conversation.
+OPAQUE = {"input", "arguments", "parameters", "input_schema", "schema"}
+
+
+def strings(value: Any, joined: bool = False, names: bool = False) -> Iterator[str]:
+    """Every text in a JSON value, but not the data of images; `names` of what a tool takes, too.
+    Those of a list of blocks come in one piece, as a model reads them: a denied text may be cut in
+    two. A token given by its number is as long as most."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):
         for inner in value:
-            yield from ("????",) if isinstance(inner, int) else strings(inner, joined=True)
+            yield from ("????",) if isinstance(inner, int) else strings(inner, True, names)
         texts = (block.get("text") for block in value if isinstance(block, dict))
         if text := "".join(text for text in texts if isinstance(text, str)):
             yield text
     elif isinstance(value, dict):
         hidden = {"source", "image_url"} if image_data(value) else set()
+        yield from value if names else ()
         for key, inner in value.items():
             told = joined and key == "text" and isinstance(inner, str)
-            yield from () if told or key in hidden else strings(inner)
-
-
-# What a tool is called with, and what describes it, is nobody's conversation.
-OPAQUE = {"input", "arguments", "parameters", "input_schema", "schema"}
+            opaque = names or (key in OPAQUE and isinstance(inner, dict))
+            yield from () if told or key in hidden else strings(inner, names=opaque)
 
 
 def blocks(value: Any) -> Iterator[dict[str, Any]]:
@@ -1075,14 +1085,16 @@ def read_length(given: Body, limits: Limits, dropped: list[str]) -> int:
 def read_request(given: Body, limits: Limits, default_model: str, dropped: list[str]) -> Request:
     stop = given.stop or given.stop_sequences or []
     effort = given.reasoning_effort or ""
+    choice = given.tool_choice if isinstance(given.tool_choice, dict) else {}
+    alone = choice.get("disable_parallel_tool_use") is True  # as Anthropic has it
     request = Request(
         model=given.model or default_model,
         max_tokens=read_length(given, limits, dropped),
-        tools=[read_tool(tool, f"tools[{i}]") for i, tool in enumerate(given.tools or ())],
+        tools=[read_tool(tool, f"tools[{i}]", dropped) for i, tool in enumerate(given.tools or ())],
         stop=[text for text in ([stop] if isinstance(stop, str) else stop) if text],
         thinking=effort not in ("none", "minimal") if effort else given.enable_thinking,
         effort=effort,
-        parallel=given.parallel_tool_calls,
+        parallel=False if alone else given.parallel_tool_calls,
         output_format=read_format(given.response_format),
         **{name: getattr(given, name) for name in Sampling.__struct_fields__},
     )
@@ -1131,7 +1143,7 @@ def read_items(
             lost = [name for name, value in item.items() if value and name not in ITEM_KEYS]
             for name in {"function_call", "audio"}.intersection(lost):
                 raise BadRequest(f"{where}.{name}: cannot be said to this model")
-            dropped += [redact(name, length=50) for name in lost[:50]]
+            report(lost, dropped)
         match item:
             case {"type": "function_call" | "reasoning"}:
                 messages.append(Message("assistant", read_block(item, where, dropped)))
@@ -1188,13 +1200,15 @@ def read_block(block: Any, where: str, dropped: list[str]) -> list[Part]:
         case "refusal", {"refusal": str(text)}:
             return [Text(text)]
         case ("image", {"source": given}) | (_, {"image_url": given}):
+            detail = given if isinstance(given, dict) and "detail" in given else block
+            dropped += ["detail"] if detail.get("detail", "auto") != "auto" else []
             return [read_image(given, where)]
         case "function_call" | "tool_use", {"name": str(name)} if call is not None:
             given = block.get("arguments", block.get("input"))
             return [ToolUse(call, clean(name), read_arguments(given, where))]
         case "function_call_output" | "tool_result" | "tool", _ if call is not None:
             given = block.get("result", block.get("output", block.get("content")))
-            return [ToolResult(call, read_result(given), bool(block.get("is_error")))]
+            return [ToolResult(call, read_result(given, where), bool(block.get("is_error")))]
         case "thinking" | "redacted_thinking" | "reasoning", _:
             # opaque to every vendor but the one that wrote it
             dropped.append(kind.removeprefix("redacted_"))
@@ -1210,8 +1224,10 @@ def read_arguments(given: Any, where: str) -> str:
         raise BadRequest(f"{where}.arguments: must be a JSON object") from None
 
 
-def read_result(given: Any) -> str:
+def read_result(given: Any, where: str) -> str:
     """A tool's result as text: a string as it is, text blocks joined, anything else as JSON."""
+    if any(image_data(block) is not None for block in blocks(given)):
+        raise BadRequest(f"{where}: the result of a tool can hold no image here")
     if isinstance(given, list) and all(isinstance(b, dict) and "text" in b for b in given):
         return "".join(str(block["text"]) for block in given)
     if given is None or isinstance(given, str):
@@ -1231,12 +1247,19 @@ def read_image(given: Any, where: str) -> Image:
     raise BadRequest(f"{where}: an image is an http(s) URL, or base64 data with a media type")
 
 
-def read_tool(tool: Any, where: str) -> Tool:
+TOOL_KEYS = {
+    "type", "definition", "function", "name", "description", "parameters", "input_schema",
+}  # fmt: skip
+
+
+def read_tool(tool: Any, where: str, dropped: list[str]) -> Tool:
     match tool:
         case {"definition": dict(inner)} | {"function": dict(inner)} | dict(inner):
             if (kind := tool.get("type", "function")) not in ("function", "custom"):
                 kind = redact(str(kind), length=50)
                 raise BadRequest(f"{where}.type: {kind!r} runs at the vendor and is not allowed")
+            given = itertools.chain(tool.items(), inner.items())
+            report([name for name, value in given if value and name not in TOOL_KEYS], dropped)
             schema = inner.get("parameters") or inner.get("input_schema") or {"properties": {}}
             name = inner.get("name")
             if isinstance(name, str) and (name := clean(name)) and isinstance(schema, dict):
@@ -1308,7 +1331,7 @@ def read_template(given: Body, templates: Map[str, Template]) -> Request:
 
 
 def template_tools(template: Template) -> list[Tool]:
-    return [read_tool(tool, f"tools[{i}]") for i, tool in enumerate(template.tools)]
+    return [read_tool(tool, f"tools[{i}]", []) for i, tool in enumerate(template.tools)]
 
 
 def read_variable(name: str, variable: Variable, value: Any) -> str:
@@ -1382,6 +1405,9 @@ def parse_native(
             # the vendor's own way of saying it: it ignores another's, and too little would be held
             uses = raw.get("max_tool_calls") if kind == "responses" else tool.get("max_uses")
             hosted.append((name, max(0, uses) if isinstance(uses, int) else 0))
+    for block in blocks([raw[key], raw.get("tools"), raw.get("tool_choice")]):
+        if isinstance(block.get("name"), str):
+            block["name"] = clean(block["name"])
     native = {name: value for name, value in raw.items() if name != "store"}
     dropped += ["store"] if raw.get("store") else []
     prompt, system = limits.system_prompt, "system" if kind == "messages" else "instructions"
@@ -1419,12 +1445,17 @@ def is_kept(block: dict[str, Any]) -> bool:
     return False
 
 
+ROLES = (None, "user", "assistant", "system", "developer", "tool", "function")
+
+
 def check_conversation(raw: Map[str, Any], key: str, limits: Limits, known: set[str]) -> set[str]:
     """The types of all that a conversation is made of."""
     system, kinds = bool(raw.get("system") or raw.get("instructions")), set()
     for i, item in enumerate(raw[key] if isinstance(raw[key], list) else ()):
         for block in blocks(item):
             system = system or block.get("role") in ("system", "developer")
+            if block.get("role") not in ROLES:
+                raise BadRequest(f"{key}[{i}].role: must be one of {', '.join(ROLES[1:])}")
             kind = "files" if is_kept(block) else block.get("type")
             if kind is not None and str(kind) not in known:
                 wrong = f"{redact(str(kind), length=50)} is not passed on by this proxy"
@@ -2048,6 +2079,7 @@ class MemoryStore:
     Of clients it remembers those seen last; one it has forgotten has full buckets again."""
 
     offset, pause = 0.0, 0.005
+    scopes = 50_000  # that a window remembers the spending of
 
     def __init__(
         self,
@@ -2119,11 +2151,20 @@ class MemoryStore:
         for cap in caps:
             window = self.windows.setdefault(cap.window, {})
             window.setdefault(cap.scope, Spending()).held += granted
+            if len(window) > self.scopes:
+                self.forget(window)
             # requests that began in the one before may still come: older ones are forgotten
             alike = sorted(name for name in self.windows if len(name) == len(cap.window))
             for past in alike[:-2]:
                 del self.windows[past]
         return granted
+
+    def forget(self, window: dict[str, Spending]) -> None:
+        """Those who have spent least begin anew: what they spent stays spent for all."""
+        small = ("client ", "session ")
+        idle = [name for name in window if name.startswith(small) and not window[name].held]
+        for name in sorted(idle, key=lambda name: window[name].settled)[: self.scopes // 2]:
+            del window[name]
 
     async def settle(self, end: Settlement) -> None:
         self.rates(end.client, end.limits)[1].level += end.unused
@@ -2807,10 +2848,12 @@ class Webhook:
                 headers |= {"webhook-timestamp": now, "webhook-signature": f"v1,{digest}"}
                 try:
                     reply = await http.post(self.url, content=body, headers=headers)
-                    reply.raise_for_status()
-                    break
+                    if reply.is_success:
+                        break
+                    why = f"status {reply.status_code}"
                 except Exception as error:  # whatever it is, the next one may get through
-                    LOG.warning("budget.webhook: not delivered (%s)", redact(str(error)))
+                    why = type(error).__name__
+                LOG.warning("budget.webhook: not delivered (%s)", why)  # its URL may be a secret
 
 
 # ---- Flights -----------------------------------------------------------------------------------
@@ -3331,6 +3374,9 @@ class OpenAI(Adapter):
             yield from ("temperature", "top_p")
         if request.thinking and not self.thinks():
             yield "thinking"
+        parts = itertools.chain(*(message.content for message in request.messages))
+        if any(isinstance(part, ToolResult) and part.is_error for part in parts):
+            self.dropped.append("is_error")
 
 
 class Responses(OpenAI):
@@ -3467,8 +3513,10 @@ class Chat(OpenAI):
     def decode(self, event: dict[str, Any]) -> Iterator[Event]:
         self.count(event)
         match event:
-            case {"error": error} if error:
+            case {"error": error} | {"choices": [{"error": error}, *_]} if error:
                 yield self.fail(error)
+            case {"choices": [{"finish_reason": "error"}, *_]}:
+                yield self.fail(None)
             case {"choices": [{"delta": dict(delta)} as choice, *_]}:
                 self.ending = self.ending or bool(choice.get("finish_reason"))
                 if not self.ending:  # a running count, not the final one
@@ -3735,15 +3783,15 @@ class Prices:
         built_in = {} if tool else built_in_prices()
         return built_in.get(name) or built_in.get(DATED.sub("", name))
 
-    def fee(self, provider: str, request: Request, searches: int | None = None) -> Decimal | None:
-        """USD for the tools of a request that run at the vendor, None where one has no price: for
-        as many `searches` as the vendor has counted, and else for all that were allowed."""
+    def fee(self, provider: str, request: Request, searches: int | None = None) -> Decimal:
+        """USD for the tools of a request that run at the vendor: for as many `searches` as the
+        vendor has counted, and else for all uses that were allowed."""
         total = Decimal(0)
         for tool, uses in request.hosted:
-            if (price := self.of(provider, tool, tool=True)) is None:
-                return None
+            price = self.of(provider, tool, tool=True)
             counted = tool.startswith("web_search") and searches is not None
-            total += (price.per_use or 0) * ((searches or 0) if counted else uses)
+            each = price.per_use if price else None
+            total += (each or 0) * ((searches or 0) if counted else uses)
         return total
 
 
@@ -3775,6 +3823,7 @@ def cost_bound(price: Price, inputs: int) -> tuple[Decimal, Decimal]:
 
 IMAGE_TOKENS = 7000  # more than any vendor counts for one image, but for
 MINI_IMAGE_TOKENS = 50_000  # gpt-4o-mini: 2,833 and 5,667 for each of up to 8 tiles
+ORIGINAL_IMAGE_TOKENS = 20_000  # as much more: up to 10,000 patches, some of which count as 2.46
 TOOL_TOKENS = 1000  # what a vendor writes before the tools
 
 
@@ -3784,7 +3833,8 @@ def input_bound(request: Request, model: str = "") -> int:
     images, native = request.images(), request.native or {}
     size = len(msgspec.json.encode(request)) - sum(map(len, images))
     tools = TOOL_TOKENS if request.tools or native.get("tools") else 0
-    size += image * len(images) + tools
+    largest = [block for block in blocks(request.said()) if block.get("detail") == "original"]
+    size += image * len(images) + ORIGINAL_IMAGE_TOKENS * len(largest) + tools
     # a page of a document may be a few bytes, as may be what a search is for; but no model reads
     # more than its context holds, after each use of a tool anew
     if not (request.documents or request.hosted):
@@ -4083,7 +4133,8 @@ class Attempt:
         if self.request.native is not None:
             for name in ("request-id", "x-request-id", "openai-processing-ms"):
                 if value := response.headers.get(name):  # x-request-id is ours to give
-                    self.headers[name.removeprefix("x-")] = value
+                    told = self.adapter.hide_key(value.encode()).decode()
+                    self.headers[name.removeprefix("x-")] = told
         if not self.request.stream:
             return self.adapter.read(b"".join([chunk async for chunk in self.chunks]))
         batch: Batch = []
@@ -4153,6 +4204,7 @@ async def read_refusal(response: httpx.Response) -> UpstreamError:
     names = [str(name) for name in (error.get("type"), error.get("code"), deep)]
     wait, advice = read_retry_after(response.headers), response.headers.get("x-should-retry", "")
     status, billed = response.status_code, response.status_code < 400
+    status = 502 if status == 504 else status  # which says that a deadline of ours has passed
     return UpstreamError(status, message, names, wait=wait, advice=advice, sent=billed)
 
 
@@ -4213,6 +4265,7 @@ class Proxy:
         self.leading: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self.templates = self.template_targets()
         self.check_prices()
+        self.warnings += self.check_room()
         self.live: set[Call] = set()
         self.reading: set[Attempt] = set()
         self.rejected_rows = Bucket(60, 10_000, 10_000, time.monotonic())
@@ -4289,12 +4342,29 @@ class Proxy:
         by_address = config.session or not self.clients.closed
         caller = self.clients.client("ip:" if by_address else "key:", group="any")
         limits = [cap.limit for cap in client_caps(caller, config.budget, 0)]
-        limits += [usd for key in config.clients.values() for usd in astuple(key.budget) if usd]
+        usd = itertools.chain(*(astuple(key.budget) for key in config.clients.values()))
+        limits += [cap for cap in usd if cap is not None]
         limits += [config.session.budget] if config.session else []
         self.capped = capped = min(limits, default=UNLIMITED) < UNLIMITED and not config.demo
         for provider, model in named:
             if capped and model and self.prices.of(provider, model) is None:
                 raise ConfigError(f'prices."{model}": {unpriced(model)}')
+
+    def check_room(self) -> Iterator[str]:
+        """Warn of a budget that is too small to hold for as many answers as may run at a time."""
+        total, limits = self.config.budget.total_per_day, self.config.limits
+        offered = {m: price for m, price in built_in_prices().items() if self.served(m)}
+        name = max(offered, key=lambda model: offered[model].output, default="")
+        usd = limits.max_tokens * offered[name].output / 1_000_000 if name else Decimal(0)
+        if usd * limits.concurrent_total > total and not self.config.demo:
+            yield (
+                f"budget.total_per_day: {total:f} USD hold for {total / usd:.0f} answers of "
+                f"limits.max_tokens at a time by {name}, and not for limits.concurrent_total = "
+                f"{limits.concurrent_total}; where they are wanted, raise it or lower max_tokens"
+            )
+
+    def served(self, model: str) -> bool:
+        return any(matches(model, self.config.providers[name].models) for name in self.keys)
 
     def list_models(self, client: Client) -> dict[str, Any]:
         """What the caller may use, in the shape that both families of SDKs read."""
@@ -4334,7 +4404,7 @@ class Proxy:
             call.client = client = await self.clients.identify(call.peer, call.headers)
             entry = call.entry
             entry.client, entry.group, entry.session = client.id, client.group, client.session
-            self.check_places(call)
+            await self.check_places(call)
             try:  # in no variable of ours: a long stream need not keep the body
                 targets = self.read(call, provider, kind, await read_body(receive, call, self))
             except (ProxyError, asyncio.CancelledError):  # a body not taken is a request, too
@@ -4367,13 +4437,14 @@ class Proxy:
         call.entry.provider = provider
         check_media_type(call.headers)
 
-    def check_places(self, call: Call) -> None:
+    async def check_places(self, call: Call) -> None:
         """Take one of the client's and of the server's places, from before the body to the end."""
-        limits, taken = call.client.limits, self.places()
-        if len(taken) >= self.config.limits.concurrent_total:
-            raise refusal(Admission(refused="busy"), limits)
-        if taken.count(call.client.id) >= limits.concurrent:
-            raise refusal(Admission(refused="concurrent"), limits)
+        client, limits, taken = call.client, call.client.limits, self.places()
+        full = len(taken) >= self.config.limits.concurrent_total
+        if full or taken.count(client.id) >= limits.concurrent:
+            with contextlib.suppress(StoreAway):
+                call.show_rates(await self.store.admit(Ask("", client.id, limits, 0)))
+            raise refusal(Admission(refused="busy" if full else "concurrent"), limits)
         self.live.add(call)
 
     async def new_session(self, scope: Scope, receive: Receive) -> dict[str, Any]:
@@ -4388,6 +4459,7 @@ class Proxy:
         parent = replace(self.clients.by_address(call.peer, headers), limits=limits)
         call.client = parent
         taken = await self.store.admit(Ask("", f"session {parent.id}", limits))
+        call.show_rates(taken)
         if taken.refused:
             raise ProxyError(429, "rate_limited", "too many sessions; try later", after=taken.wait)
         proof = convert_body(await read_body(receive, call, self), SessionRequest)
@@ -4399,6 +4471,8 @@ class Proxy:
             raise ProxyError(401, "invalid_key", message, retry=False)
         else:
             parent = user
+        call.entry.client, call.entry.outcome, call.entry.status = parent.id, "ok", 200
+        self.log(call)
         return self.clients.new_session(parent, headers.get("origin", ""))
 
     async def check_turnstile(self, token: str, address: str, table: Session) -> None:
@@ -4506,11 +4580,14 @@ class Proxy:
 
     def bound(self, call: Call, targets: list[Target]) -> None:
         """The most that the dearest target can cost. Raises 400 for a model without a price."""
+        request = call.request
+        for (tool, _), (provider, _) in itertools.product(request.hosted, targets):
+            if self.prices.of(provider, tool, tool=True) is None:
+                raise BadRequest(f"tools: {unpriced(tool, 'per_use, in USD for each time')}")
         call.caps = client_caps(call.client, self.config.budget, call.entry.time)
         if not call.caps or self.config.demo:
             call.caps = []
             return
-        request = call.request
         for tool, uses in request.hosted:
             if not uses:
                 wanted = "max_uses (or the request max_tool_calls) above 0: a budget holds for them"
@@ -4518,12 +4595,8 @@ class Proxy:
         for provider, model in targets:
             if (price := self.prices.of(provider, model)) is None:
                 raise BadRequest(f"model: {unpriced(model)}")
-            for tool, _ in request.hosted:
-                if self.prices.of(provider, tool, tool=True) is None:
-                    raise BadRequest(f"tools: {unpriced(tool, 'per_use, in USD for each time')}")
-            fee = self.prices.fee(provider, request) or Decimal(0)
             fixed, each = cost_bound(price, input_bound(request, model))
-            call.bounds.append((fixed + fee, each))
+            call.bounds.append((fixed + self.prices.fee(provider, request), each))
         call.most = call.cost_of(request.max_tokens)
 
     async def admit(
@@ -4835,8 +4908,8 @@ class Proxy:
                 raise error from None
             await self.keep(call, held)
         self.metrics.retries.labels(provider, error.code).inc()
-        fields = {"id": call.entry.id, "provider": provider, "model": model}
-        fields |= {"after": error.code, "message": error.message}
+        # not the vendor's message, which may repeat what it was asked
+        fields = {"id": call.entry.id, "provider": provider, "model": model, "after": error.code}
         LOG.info("retry", extra={"fields": fields})
 
     def enter(self, call: Call, attempt: Attempt, provider: str, model: str) -> None:
@@ -4876,7 +4949,7 @@ class Proxy:
         account.billed = False
         price = self.prices.of(account.provider, model)
         fee = self.prices.fee(account.provider, request)
-        if error.sent and price and fee is not None:
+        if error.sent and price:
             fixed, each = cost_bound(price, account.bound)
             whole = error.status == 504 or account.hidden
             tokens = output_bound(request.max_tokens, request.n) if whole else 0
@@ -4890,6 +4963,14 @@ class Proxy:
         if call.settled:
             return
         call.settled = True
+        self.account_for(call)
+        await self.record(call)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(5):
+                await call.end()
+
+    def account_for(self, call: Call) -> None:
+        """How a request has ended and what it cost: for its row, the metrics and the log."""
         entry, failure = call.entry, call.failure
         entry.duration = round(time.monotonic() - call.started, 4)
         if failure:
@@ -4906,10 +4987,6 @@ class Proxy:
             self.log(call)
         except Exception:  # a figure gone wrong must not take the answer with it
             LOG.exception("a request could not be accounted for")
-        await self.record(call)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(5):
-                await call.end()
 
     def charge(self, call: Call) -> None:
         """The row's usage and cost: by the vendor's figures, or else by the most it can be: the
@@ -4938,10 +5015,7 @@ class Proxy:
         usd = cost(usage, self.prices.of(account.provider, account.model))
         searches = None if entry.estimated else usage.web_searches
         fee = self.prices.fee(account.provider, call.request, searches)
-        if usd is None or fee is None:
-            entry.cost = None
-        else:
-            entry.cost = f"{(usd + fee + account.lost).normalize():f}"
+        entry.cost = None if usd is None else f"{(usd + fee + account.lost).normalize():f}"
 
     def log(self, call: Call) -> None:
         fields = asdict(call.entry) | {"dropped": call.all_dropped(), "time": None}
@@ -5283,8 +5357,9 @@ class App(litestar.Litestar):
         entry = Entry(self.proxy.now(), number, given)
         call = Call(entry, clients.client(""), scope, headers, send)
         call.added = added
-        if "/v1/" in scope["path"]:  # the shape of errors, whoever finds them
-            anthropic = "/v1/messages" in scope["path"] or "anthropic-version" in headers
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if "/v1/" in path:  # the shape of errors, whoever finds them
+            anthropic = "/v1/messages" in path or "anthropic-version" in headers
             call.dialect = "messages" if anthropic else "chat"
         return call, allowed
 
@@ -5308,10 +5383,15 @@ def error_response(request: litestar.Request[Any, Any, Any], error: Exception) -
     elif not isinstance(error, ProxyError):
         LOG.error("a route failed unexpectedly", exc_info=error)
         error = ProxyError(500, "internal_error", "internal error")
-    call = request.scope["state"]["call"]
+    call, app = request.scope["state"]["call"], request.app
+    call.failure = error
+    if isinstance(app, App):
+        app.proxy.account_for(call)
     body = error_body(error, call.added["x-request-id"], call.dialect)
-    reply = {"status_code": error.status, "headers": error.headers | call.own_id()}
-    return litestar.Response(body, media_type="application/json", **reply)
+    headers = error.headers | call.rates | call.own_id()
+    return litestar.Response(
+        body, status_code=error.status, media_type="application/json", headers=headers
+    )
 
 
 NATIVE_PATHS = {
@@ -5418,9 +5498,9 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(_: litestar.Litestar) -> AsyncIterator[None]:
-        demo = DemoTransport() if config.demo else None
-        chosen = transport or demo or httpx_aiohttp.AiohttpTransport(client=open_connections)
-        async with proxy.running(chosen, httpx.AsyncClient(transport=chosen, timeout=5)):
+        real = transport or httpx_aiohttp.AiohttpTransport(client=open_connections)
+        vendors = DemoTransport() if config.demo and not transport else real
+        async with proxy.running(vendors, httpx.AsyncClient(transport=real, timeout=5)):
             if standalone:
                 stop_on_signals(proxy)
             yield
@@ -5624,6 +5704,16 @@ def check_port(host: str, port: int) -> str:
     return str(place[0])
 
 
+def check_files(streams: int) -> None:
+    with contextlib.suppress(ImportError):  # on Windows
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if resource.RLIM_INFINITY != most < (wanted := 2 * streams + 100):
+            fix = f"raise the hard limit (ulimit -Hn {wanted}), or lower limits.concurrent_total"
+            LOG.warning("%d files may be open, too few for %d streams: %s", most, streams, fix)
+
+
 def serve(config: Config, public: bool) -> None:
     from granian import Granian
     from granian.constants import HTTPModes, Interfaces, Loops
@@ -5638,6 +5728,7 @@ def serve(config: Config, public: bool) -> None:
         if not shared:
             lock_ledger(path).close()
     server, places = config.server, max(1024, 2 * config.limits.concurrent_total)
+    check_files(config.limits.concurrent_total)
     address = check_port(server.host, server.port)
     LOG.info("serving http://%s:%s", f"[{address}]" if ":" in address else server.host, server.port)
     granian = Granian(
