@@ -185,6 +185,8 @@ class Provider(Table, frozen=True):
     adapter: Literal["messages", "responses", "chat"]
     base_url: BaseUrl
     key_env: str | tuple[str, ...] = ""
+    organization: str = ""
+    project: str = ""
     models: tuple[str, ...] = ("*",)
     default_model: str = ""
     allow: tuple[str, ...] = ()
@@ -804,6 +806,7 @@ class Tool(Struct):
     name: str
     description: str
     parameters: dict[str, Any]
+    strict: bool = False
 
 
 class Sampling(Struct):
@@ -962,7 +965,7 @@ def parse_body(
         request, said = read_template(given, templates), given.variables
     else:
         check_lists(raw, limits)
-        request = read_request(given, limits, default_model, dropped)
+        request = read_request(given, limits, default_model, dropped, chat)
         said = request.said()
     check_texts(said, limits)
     request.system = lock_prompt(limits.system_prompt, request.system)
@@ -1082,7 +1085,9 @@ def read_length(given: Body, limits: Limits, dropped: list[str]) -> int:
     return min([*lengths.values(), limits.max_tokens])
 
 
-def read_request(given: Body, limits: Limits, default_model: str, dropped: list[str]) -> Request:
+def read_request(
+    given: Body, limits: Limits, default_model: str, dropped: list[str], chat: bool
+) -> Request:
     stop = given.stop or given.stop_sequences or []
     effort = given.reasoning_effort or ""
     choice = given.tool_choice if isinstance(given.tool_choice, dict) else {}
@@ -1106,8 +1111,8 @@ def read_request(given: Body, limits: Limits, default_model: str, dropped: list[
     items = getattr(given, key) or []
     items = [{"role": "user", "content": items}] if isinstance(items, str) else items
     leading = [{"role": "system", "content": t} for t in (given.instructions, given.system) if t]
-    user_seen = not limits.allow_system
-    messages = read_items(leading, "system", dropped) + read_items(items, key, dropped, user_seen)
+    relabelled = None if chat else not limits.allow_system
+    messages = read_items(leading, "system", dropped) + read_items(items, key, dropped, relabelled)
     if not limits.allow_system and any(message.role == "system" for message in messages):
         raise BadRequest(f"{'system' if leading else key}: a system prompt is not allowed here")
     request.system, request.messages = join_messages(messages)
@@ -1133,8 +1138,10 @@ ITEM_KEYS = {"type", "role", "content", "tool_calls", "tool_call_id"}
 
 
 def read_items(
-    items: list[Any], key: str, dropped: list[str], user_seen: bool = False
+    items: list[Any], key: str, dropped: list[str], relabelled: bool | None = None
 ) -> list[Message]:
+    """What `developer` says is the assistant's own where the browser's SDK has `relabelled` it: in
+    a history, after the first user's message (False) or from the beginning (True)."""
     messages = []
     for i, item in enumerate(items):
         where = f"{key}[{i}]"
@@ -1150,9 +1157,10 @@ def read_items(
             case {"type": "function_call_output"} | {"role": "tool"}:
                 messages.append(Message("user", read_block(item, where, dropped)))
             case {"role": "user" | "assistant" | "system" | "developer" as role}:
-                user_seen = user_seen or role == "user"
-                if role == "developer":  # how the SDK relabels the assistant's side of a history
-                    role = "assistant" if user_seen else "system"
+                if role == "user" and relabelled is not None:
+                    relabelled = True
+                if role == "developer":
+                    role = "assistant" if relabelled else "system"
                 messages.append(Message(role, read_content(item, where, dropped)))
             case _:
                 roles = "user, assistant, system, developer, or tool with its tool_call_id"
@@ -1248,7 +1256,7 @@ def read_image(given: Any, where: str) -> Image:
 
 
 TOOL_KEYS = {
-    "type", "definition", "function", "name", "description", "parameters", "input_schema",
+    "type", "definition", "function", "name", "description", "parameters", "input_schema", "strict",
 }  # fmt: skip
 
 
@@ -1264,7 +1272,7 @@ def read_tool(tool: Any, where: str, dropped: list[str]) -> Tool:
             name = inner.get("name")
             if isinstance(name, str) and (name := clean(name)) and isinstance(schema, dict):
                 about = str(inner.get("description") or "")
-                return Tool(name, about, {"type": "object"} | schema)
+                return Tool(name, about, {"type": "object"} | schema, inner.get("strict") is True)
     raise BadRequest(f"{where}: needs a name, and parameters that are a JSON schema")
 
 
@@ -1386,7 +1394,9 @@ def parse_native(
     raw: dict[str, Any], kind: str, limits: Limits, allowed: Iterable[str], dropped: list[str]
 ) -> Request:
     """Check a body of `kind`, a key of NATIVE_FIELDS. Raises BadRequest naming the field."""
-    for name in sorted(raw.keys() - {*NATIVE_FIELDS[kind].split(), *allowed}):
+    unknown = raw.keys() - {*NATIVE_FIELDS[kind].split(), *allowed}
+    raw = {k: v for k, v in raw.items() if k not in unknown or v not in (None, False, [], {})}
+    for name in sorted(unknown & raw.keys()):
         raise BadRequest(f"{redact(name, length=50)}: is not passed on by this proxy; {ALLOW}")
     check_lists(raw, limits)
     given = convert_body(raw, Body)
@@ -2314,9 +2324,10 @@ function run.admit(text, row)
   local tokens = math.min(ask.tpm, (tonumber(level[2]) or ask.tpm) + minutes * ask.tpm)
   given.requests, given.tokens = requests, tokens
   if not ask.again then
-    if call('EXISTS', 'ended:' .. ask.id) == 1 or call('ZCARD', 'open') >= ask.total then
-      given.refused = 'busy'
-    elseif call('SCARD', live) >= ask.concurrent then given.refused = 'concurrent'
+    local wanted = ask.id ~= '' -- else it takes no place
+    if wanted and (call('EXISTS', 'ended:' .. ask.id) == 1 or call('ZCARD', 'open') >= ask.total)
+      then given.refused = 'busy'
+    elseif wanted and call('SCARD', live) >= ask.concurrent then given.refused = 'concurrent'
     elseif requests < ask.requests then
       given.refused, given.wait = 'requests', (ask.requests - requests) * 60 / ask.rate
     elseif tokens < ask.tokens then
@@ -2390,7 +2401,8 @@ function run.beat(ids, lease)
   end
   local info = redis.pcall('INFO', 'memory') -- which not every Redis allows
   local policy = type(info) == 'string' and string.match(info, 'maxmemory_policy:(%S+)')
-  return {time[1], time[2], policy or 'noeviction', cjson.encode(told)}
+  write(60, 'SET', 'alive', now) -- one that takes no writes is as good as away
+  return {time[1], time[2], policy or '', cjson.encode(told)}
 end
 
 function run.spent(caps)
@@ -2443,8 +2455,9 @@ class Link:
     comes back in one round trip. While Redis is away nobody waits for it: `up` is False until a
     sign of life has got through."""
 
-    patience, step = 10, 0.02  # steps that an answer may take, and seconds of each
-    up, missed = False, False  # `missed`: the log says that it is away
+    patience, step = 6, 0.02  # steps that an answer may take, and seconds of each
+    up = False
+    missed: bool | None = None  # True: the log says that it is away; None: nobody has asked yet
     sender: asyncio.Task[None] | None = None
 
     def __init__(self, config: Config) -> None:
@@ -2591,10 +2604,14 @@ class RedisStore:
         link, ids = self.link, msgspec.json.encode(self.asked)
         try:
             seconds, micros, policy, told = await link.run("beat", ids, lease)
-        except StoreAway:
+        except StoreAway as away:
+            if link.up:
+                link.fall(away.message)
             return
         self.offset = int(seconds) + int(micros) / 1e6 - self.ledger.clock()
-        evicts = policy != b"noeviction"
+        evicts = policy not in (b"noeviction", b"")
+        if not policy and link.missed is not False:
+            LOG.warning("redis: does not tell its maxmemory-policy; it must be noeviction")
         if evicts and not self.evicts:
             fix = "so budgets are closed; set it to noeviction"
             LOG.error("redis: its maxmemory-policy may evict what was spent, %s", fix)
@@ -2968,7 +2985,7 @@ def event_data(event: bytes) -> bytes:
 # with a pattern that matches counts. Anthropic's: `one` of temperature and top_p, or `unsampled`;
 # thinking by `budget` or `adaptive`; no `unforced` tools, no `unfilled` last turn; system text
 # `mid` conversation. OpenAI's: reasons `always`, or unless told not to (`on`), or when told to
-# (`off`), or not at all (`plain`); tools `elsewhere` than in Chat.
+# (`off`), or not at all (`plain`); `only` in Responses, or tools `elsewhere` than in Chat.
 CAPABILITIES = """
 one: claude-3*
 one budget: claude-*-4-[015]* claude-*-4-20*
@@ -2979,10 +2996,12 @@ unsampled adaptive unfilled mid unforced: claude-*-5-[15]*
 unsampled adaptive unfilled mid: claude-*-5 claude-*-5-20*
 unsampled adaptive unfilled unforced: claude-*
 always elsewhere: gpt-6-astra* gpt-6.1-sol*
-always: gpt-6-rosalind* gpt-5*-chat* gpt-5*-pro* gpt-5*-cyber* gpt-5.[12]-codex*
+always only: gpt-5*-pro* gpt-5-codex* gpt-5.[12]-codex* o*-pro* o*-deep-research* *daybreak*
+off only: gpt-5.3-codex*
+always: gpt-6-rosalind* gpt-5*-chat* gpt-5*-cyber*
 on: gpt-6*
 off: gpt-5.[1-9]*
-always: gpt-5* o[1-9]* chat-latest *daybreak*
+always: gpt-5* o[1-9]* chat-latest
 plain: gpt-[34]*
 budget: *
 """
@@ -3086,6 +3105,7 @@ class Adapter:
 
     def __init__(self, provider: Provider, model: str) -> None:
         self.base_url, self.model = provider.base_url.rstrip("/"), model
+        self.account = provider.organization, provider.project
         self.can, self.own = capability(model), "api.openai.com" in self.base_url
         self.reasons = not self.can.isdisjoint(("always", "on", "off"))
         self.sse, self.usage, self.secret = SSE(), Usage(), b""
@@ -3252,6 +3272,7 @@ class Messages(Adapter):
         return {}
 
     def rejects(self, request: Request) -> Iterator[str]:
+        self.dropped += ["strict"] if any(tool.strict for tool in request.tools) else []
         forced = request.tool_choice not in (None, "auto", "none")
         if unforced := forced and "unforced" in self.can:
             yield "tool_choice"
@@ -3277,7 +3298,9 @@ class Messages(Adapter):
 
     def body(self, request: Request) -> dict[str, Any]:
         self.cut = [stop for stop in request.stop if not stop.strip()]
-        budget = {"type": "enabled", "budget_tokens": max(1024, request.max_tokens // 2)}
+        share = {"low": 4, "high": 1.5}.get(request.effort, 2)
+        tokens = max(1024, int(request.max_tokens / share))
+        budget = {"type": "enabled", "budget_tokens": tokens}
         adaptive = {"type": "adaptive", "display": "summarized"}
         thinking = adaptive if "adaptive" in self.can else budget
         choice = request.tool_choice
@@ -3355,6 +3378,10 @@ class Messages(Adapter):
 class OpenAI(Adapter):
     """What OpenAI's two dialects have in common."""
 
+    def headers(self, key: str) -> dict[str, str]:
+        names = ("openai-organization", "openai-project")
+        return super().headers(key) | filled(**dict(zip(names, self.account, strict=True)))
+
     def thinks(self) -> bool:
         """What others than OpenAI serve may."""
         return self.reasons or not (self.own or "plain" in self.can)
@@ -3362,17 +3389,21 @@ class OpenAI(Adapter):
     def effort(self, request: Request) -> str | None:
         """The reasoning effort for enable_thinking; None leaves it to the model."""
         if request.effort and self.thinks():
-            return request.effort
+            return None if self.always(request) else request.effort
         if request.thinking:
             return None if self.reasons and "-pro" in self.model else "medium"
         return "none" if request.thinking is False and "on" in self.can else None
+
+    def always(self, request: Request) -> bool:
+        """Is the model told not to reason, and cannot but do it?"""
+        return request.effort == "none" and "always" in self.can
 
     def rejects(self, request: Request) -> Iterator[str]:
         effort = self.effort(request)
         idle = effort == "none" or (effort is None and "off" in self.can)
         if self.reasons and not idle:  # nothing is sampled while a model reasons
             yield from ("temperature", "top_p")
-        if request.thinking and not self.thinks():
+        if (request.thinking and not self.thinks()) or self.always(request):
             yield "thinking"
         parts = itertools.chain(*(message.content for message in request.messages))
         if any(isinstance(part, ToolResult) and part.is_error for part in parts):
@@ -3401,7 +3432,7 @@ class Responses(OpenAI):
             "parallel_tool_calls": request.parallel if request.tools else None,
             "instructions": request.system,
             "input": [item for message in request.messages for item in self.items(message)],
-            "tools": [{"type": "function", "strict": False} | asdict(t) for t in request.tools],
+            "tools": [{"type": "function"} | asdict(t) for t in request.tools],
             "tool_choice": request.tool_choice,
             "reasoning": filled(effort=self.effort(request), summary=summary),
         }
@@ -3468,8 +3499,8 @@ class Chat(OpenAI):
     def fit(self, native: dict[str, Any], request: Request) -> dict[str, Any]:
         options = native.get("stream_options") or {}
         self.usage_hidden = options.get("include_usage") is not True
-        counted = {"stream_options": options | {"include_usage": True}}
-        return counted if request.stream else {}
+        counted = {"stream_options": options | {"include_usage": True}} if request.stream else {}
+        return counted | ({"store": False} if self.own and not request.path else {})
 
     def body(self, request: Request) -> dict[str, Any]:
         if request.tools and "elsewhere" in self.can:
@@ -3484,7 +3515,7 @@ class Chat(OpenAI):
             "response_format": request.output_format,
             "parallel_tool_calls": request.parallel if request.tools else None,
             "messages": [turn for message in messages for turn in self.turns(message)],
-            "tools": [{"type": "function", "function": asdict(t)} for t in request.tools],
+            "tools": [{"type": "function", "function": chat_tool(t)} for t in request.tools],
             "tool_choice": choice,
             "reasoning_effort": self.effort(request),
             "stop": [] if self.cut else request.stop,
@@ -3542,6 +3573,11 @@ class Chat(OpenAI):
 
 
 ADAPTERS: dict[str, type[Adapter]] = {"messages": Messages, "responses": Responses, "chat": Chat}
+
+
+def chat_tool(tool: Tool) -> dict[str, Any]:
+    """Compatible servers may not know `strict`."""
+    return {name: value for name, value in asdict(tool).items() if name != "strict" or value}
 
 
 class StopCutter:
@@ -4265,7 +4301,6 @@ class Proxy:
         self.leading: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self.templates = self.template_targets()
         self.check_prices()
-        self.warnings += self.check_room()
         self.live: set[Call] = set()
         self.reading: set[Attempt] = set()
         self.rejected_rows = Bucket(60, 10_000, 10_000, time.monotonic())
@@ -4276,6 +4311,8 @@ class Proxy:
     ) -> AsyncIterator[None]:
         for warning in self.warnings:
             LOG.warning("%s", warning)
+        if room := self.describe_room():
+            LOG.info("%s", room)
         self.transport, table = transport, self.config.ledger
         self.http = self.clients.http = http
         shared = is_shared(self.config)
@@ -4350,40 +4387,42 @@ class Proxy:
             if capped and model and self.prices.of(provider, model) is None:
                 raise ConfigError(f'prices."{model}": {unpriced(model)}')
 
-    def check_room(self) -> Iterator[str]:
-        """Warn of a budget that is too small to hold for as many answers as may run at a time."""
-        total, limits = self.config.budget.total_per_day, self.config.limits
-        offered = {m: price for m, price in built_in_prices().items() if self.served(m)}
-        name = max(offered, key=lambda model: offered[model].output, default="")
-        usd = limits.max_tokens * offered[name].output / 1_000_000 if name else Decimal(0)
-        if usd * limits.concurrent_total > total and not self.config.demo:
-            yield (
-                f"budget.total_per_day: {total:f} USD hold for {total / usd:.0f} answers of "
-                f"limits.max_tokens at a time by {name}, and not for limits.concurrent_total = "
-                f"{limits.concurrent_total}; where they are wanted, raise it or lower max_tokens"
-            )
-
-    def served(self, model: str) -> bool:
-        return any(matches(model, self.config.providers[name].models) for name in self.keys)
+    def describe_room(self) -> str:
+        """How many answers a day's budget can hold for at a time, where that is not enough."""
+        total, limits, prices = self.config.budget.total_per_day, self.config.limits, []
+        for name, price in built_in_prices().items():
+            if any(matches(name, self.config.providers[p].models) for p in self.keys):
+                prices.append((limits.max_tokens * price.output / 1_000_000, name))
+        usd, name = max(prices, default=(Decimal(0), ""))
+        if self.config.demo or usd * limits.concurrent_total <= total:
+            return ""
+        fix = (
+            f"for limits.concurrent_total = {limits.concurrent_total} raise it or lower max_tokens"
+        )
+        many = f"{total / usd:.0f} answers of limits.max_tokens at a time by {name}"
+        return f"budget.total_per_day: {total:f} USD hold for {many}; {fix}"
 
     def list_models(self, client: Client) -> dict[str, Any]:
         """What the caller may use, in the shape that both families of SDKs read."""
-        names = dict.fromkeys(self.config.models, "")
-        for provider in self.keys:
-            settings = self.config.providers[provider]
-            offered = [m for m in built_in_prices() if matches(m, settings.models)]
-            names |= dict.fromkeys(filter(None, [*offered, settings.default_model]), provider)
+        settings = [self.config.providers[provider] for provider in self.keys]
+        offered = itertools.chain(*((*p.models, p.default_model) for p in settings))
+        exact = [name for name in offered if name and not re.search(r"[*?\[]", name)]
         listed = []
-        for name in names:
-            if not (matches(name, client.models) and matches(name, client.parent_models)):
+        for name in dict.fromkeys((*self.config.models, *built_in_prices(), *exact)):
+            try:
+                provider, model = self.resolve(name)[0]
+            except ProxyError:  # nobody serves it
                 continue
-            provider, model = next(iter(self.resolve_alias(name)), (names[name], name))
+            allowed = matches(name, client.models) and matches(name, client.parent_models)
+            if client.limits.templates_only or not allowed:
+                continue
             price = self.prices.of(provider, model)
             usd = {"input": float(price.input), "output": float(price.output)} if price else None
             shape: dict[str, Any] = {"id": name, "object": "model", "type": "model"}
             shape |= {"display_name": name, "max_input_tokens": context_size(model)}
             shape |= {"created": 0, "created_at": "1970-01-01T00:00:00Z"}
-            listed.append(shape | {"owned_by": names[name] or "alias", "price": usd})
+            owner = "alias" if name in self.config.models else provider
+            listed.append(shape | {"owned_by": owner, "price": usd})
         ends = {"first_id": listed[0]["id"], "last_id": listed[-1]["id"]} if listed else {}
         return {"object": "list", "data": listed, "has_more": False} | ends
 
@@ -4440,8 +4479,9 @@ class Proxy:
     async def check_places(self, call: Call) -> None:
         """Take one of the client's and of the server's places, from before the body to the end."""
         client, limits, taken = call.client, call.client.limits, self.places()
-        full = len(taken) >= self.config.limits.concurrent_total
-        if full or taken.count(client.id) >= limits.concurrent:
+        part = self.replicas.part if self.replicas and not self.replicas.link.up else int
+        full = len(taken) >= part(self.config.limits.concurrent_total)
+        if full or taken.count(client.id) >= part(limits.concurrent):
             with contextlib.suppress(StoreAway):
                 call.show_rates(await self.store.admit(Ask("", client.id, limits, 0)))
             raise refusal(Admission(refused="busy" if full else "concurrent"), limits)
@@ -4539,7 +4579,9 @@ class Proxy:
         targets = self.resolve(str(raw.get("model") or ""))
         dialect = dialect if dialect in ADAPTERS else "chat"
         own = [t for t in targets if dialect in SPEAKS[self.config.providers[t[0]].adapter]]
-        elsewhere = "elsewhere" in capability(targets[0][1]) and raw.get("tools")
+        can, home = capability(targets[0][1]), self.config.providers[targets[0][0]].adapter
+        elsewhere = "elsewhere" in can and bool(raw.get("tools") or raw.get("functions"))
+        elsewhere = elsewhere or ("only" in can and home == "responses")
         options = raw.get("stream_options")
         asked = isinstance(options, dict) and options.get("include_usage") is True
         if targets[0] in own and not (kind == "chat" and elsewhere):
@@ -4553,9 +4595,8 @@ class Proxy:
             request = parse_body(raw, limits, call.dropped, chat=True)
             call.writer = ChatWriter(request.model, raw.get("stream") is True, asked)
         else:
-            homes = {"messages": "/v1/messages", "responses": "/v1/responses"}
-            home = homes.get(self.config.providers[targets[0][0]].adapter, "/v1/chat/completions")
-            raise BadRequest(f"model: {redact(targets[0][1])} is served at {home}, not here")
+            place = "/v1/chat/completions" if home == "chat" else f"/v1/{home}"
+            raise BadRequest(f"model: {redact(targets[0][1])} is served at {place}, not here")
         call.request = request
         return targets
 
@@ -4581,17 +4622,16 @@ class Proxy:
     def bound(self, call: Call, targets: list[Target]) -> None:
         """The most that the dearest target can cost. Raises 400 for a model without a price."""
         request = call.request
-        for (tool, _), (provider, _) in itertools.product(request.hosted, targets):
-            if self.prices.of(provider, tool, tool=True) is None:
-                raise BadRequest(f"tools: {unpriced(tool, 'per_use, in USD for each time')}")
-        call.caps = client_caps(call.client, self.config.budget, call.entry.time)
-        if not call.caps or self.config.demo:
-            call.caps = []
-            return
-        for tool, uses in request.hosted:
-            if not uses:
+        caps = client_caps(call.client, self.config.budget, call.entry.time)
+        call.caps = [] if self.config.demo else caps
+        for (tool, uses), (provider, _) in itertools.product(request.hosted, targets):
+            if call.caps and not uses:
                 wanted = "max_uses (or the request max_tool_calls) above 0: a budget holds for them"
                 raise BadRequest(f"tools: {tool} runs at the vendor, and needs {wanted}")
+            if self.prices.of(provider, tool, tool=True) is None:
+                raise BadRequest(f"tools: {unpriced(tool, 'per_use, in USD for each time')}")
+        if not call.caps:
+            return
         for provider, model in targets:
             if (price := self.prices.of(provider, model)) is None:
                 raise BadRequest(f"model: {unpriced(model)}")
@@ -4660,6 +4700,9 @@ class Proxy:
             raise BadRequest("model: is missing")
         if targets := self.resolve_alias(name):
             return targets
+        if name in self.config.models:
+            message = f"model: no provider of {name} has a key"
+            raise ProxyError(403, "model_not_allowed", message)
         prefix, _, rest = name.partition("/")
         offers = {p: self.config.providers[p].models for p in self.keys}
         homes = [provider] if provider else sorted(offers, key=lambda p: "*" in offers[p])
@@ -4880,20 +4923,21 @@ class Proxy:
 
     def rest(self, provider: str, key: str, error: UpstreamError) -> None:
         """A vendor that says when to come again is left alone until then, by all replicas. A key
-        that it does not take rests while there are others."""
-        keys, seconds = self.keys[provider], error.wait
+        that it does not take rests while another serves."""
+        keys, seconds, now = self.keys[provider], error.wait, time.monotonic()
         name = next(name for name in keys if keys[name] == key)
+        others = [other for other in keys if other != name and self.rests.get(other, 0) <= now]
         if error.status == 529:
             name = provider
         elif error.status == 429:
             seconds = seconds or (10 if len(keys) > 1 else None)
-        elif len(keys) > 1 and error.code == "upstream_auth":
+        elif error.code == "upstream_auth" and others:
             seconds = 60
         else:
             return
         if seconds:
-            seconds = min(60, seconds)
-            self.rests[name] = max(self.rests.get(name, 0), time.monotonic() + seconds)
+            seconds = min(3600, seconds)
+            self.rests[name] = max(self.rests.get(name, 0), now + seconds)
             self.store.rest(name, seconds)
         error.moved = name != provider and not self.resting(provider) and bool(seconds)
 
@@ -5433,7 +5477,9 @@ def create_app(
     @litestar.get("/v1/models")
     async def models(scope: Scope) -> dict[str, Any]:
         call = scope["state"]["call"]
-        return proxy.list_models(await proxy.clients.identify(call.peer, call.headers))
+        call.client = await proxy.clients.identify(call.peer, call.headers)
+        await proxy.take(call)
+        return proxy.list_models(call.client)
 
     @litestar.route(["/health", "/healthz", "/livez"], http_method=["GET", "HEAD"])
     async def health() -> dict[str, Any]:
@@ -5794,7 +5840,10 @@ def check_lines(config: Config, environ: Map[str, str], public: bool) -> Iterato
         away = f"limits {redis.limits_when_away} and budgets {redis.budget_when_away}"
         yield "redis", f"{url.host}:{url.port or 6379}; while it is away, {away}"
     try:
-        for warning in create_app(config, environ, public=public).proxy.warnings:
+        proxy = create_app(config, environ, public=public).proxy
+        if room := proxy.describe_room():
+            yield "room", room
+        for warning in proxy.warnings:
             yield "warning", warning
     except ConfigError as error:
         yield "missing", str(error)
