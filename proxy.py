@@ -5177,51 +5177,104 @@ and nothing was spent. Everything else is real, from the request your page sent 
 are reading. """
 DEMO_THOUGHT = "The person wants to see thinking. I think a little, then I answer. "
 
-# What a vendor sends, by dialect and by the kind of thing said: one event a line. `whole` is the
-# answer in one piece, which only official SDKs ask for.
-DEMO_EVENTS = {
-    "messages": """
-start {"type":"message_start","message":{"id":"msg_demo","type":"message","role":"assistant",\
-"content":[],"model":"demo","usage":{"input_tokens":25,"output_tokens":0}}}
-start {"type":"content_block_start","index":0,"content_block":{"type":"text","text":""}}
-text {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":%s}}
-think {"type":"content_block_delta","index":0,"delta":{"type":"thinking_delta","thinking":%s}}
-tool {"type":"content_block_start","index":1,"content_block":{"type":"tool_use","id":"1","name":%s}}
-args {"type":"content_block_delta","index":1,"delta":{"type":"input_json_delta","partial_json":%s}}
-args {"type":"message_delta","delta":{"stop_reason":"tool_use"}}
-end {"type":"message_delta","delta":{},"usage":{"output_tokens":%s}}
-end {"type":"message_stop"}
-whole {"id":"msg_demo","type":"message","role":"assistant","model":"demo","stop_reason":"end_turn",\
-"content":[{"type":"text","text":%s}],"usage":{"input_tokens":25,"output_tokens":32}}""",
-    "responses": """
-start {"type":"response.created","response":{}}
-text {"type":"response.output_text.delta","delta":%s}
-think {"type":"response.reasoning_summary_text.delta","delta":%s}
-tool {"type":"response.output_item.added",\
-"item":{"type":"function_call","id":"fc_1","call_id":"call_1","name":%s}}
-args {"type":"response.function_call_arguments.done","item_id":"fc_1","arguments":%s}
-end {"type":"response.completed","response":{"usage":{"input_tokens":25,"output_tokens":%s}}}
-whole {"id":"resp_demo","object":"response","status":"completed","model":"demo","output":[\
-{"type":"message","id":"msg_demo","role":"assistant","status":"completed","content":[\
-{"type":"output_text","text":%s,"annotations":[]}]}],"usage":{"input_tokens":25,"output_tokens":32}}""",
-    "chat": """
-start {"choices":[{"delta":{"role":"assistant"}}]}
-text {"choices":[{"delta":{"content":%s}}]}
-think {"choices":[{"delta":{"reasoning_content":%s}}]}
-tool {"choices":[{"delta":{"tool_calls":[{"index":0,"id":"1","function":{"name":%s}}]}}]}
-args {"choices":[{"delta":{"tool_calls":[{"index":0,"function":{"arguments":%s}}]}}]}
-end {"choices":[],"usage":{"prompt_tokens":25,"completion_tokens":%s}}
-end [DONE]
-whole {"id":"chat_demo","object":"chat.completion","model":"demo","choices":[{"index":0,\
-"finish_reason":"stop","message":{"role":"assistant","content":%s}}],\
-"usage":{"prompt_tokens":25,"completion_tokens":32,"total_tokens":57}}""",
-}
+# What is said: "text", "thinking" or the name of a tool, and the pieces of it.
+Said = list[tuple[str, list[str]]]
+Json = dict[str, Any]
 
 
-def demo_events(dialect: str, kind: str, value: Any) -> list[str]:
-    lines = (line.partition(" ") for line in DEMO_EVENTS[dialect].splitlines())
-    said = msgspec.json.encode(value).decode()
-    return [event.replace("%s", said) for name, _, event in lines if name == kind]
+def demo_messages(said: Said, used: Json) -> tuple[list[Json], Json]:
+    """An answer of Anthropic's, as events and in one piece."""
+    counted = {"input_tokens": used["prompt_tokens"], "output_tokens": used["completion_tokens"]}
+    message: Json = {"id": "msg_demo", "type": "message", "role": "assistant", "model": "demo"}
+    message |= {"content": [], "stop_reason": None, "stop_sequence": None, "usage": counted}
+    events: list[Json] = [{"type": "message_start", "message": message}]
+    content: list[Json] = []
+    for index, (kind, pieces) in enumerate(said):
+        delta, name, whole = f"{kind}_delta", kind, "".join(pieces)
+        start: Json = {"type": kind, kind: ""} | ({"signature": ""} if kind == "thinking" else {})
+        block: Json = start | {kind: whole}
+        if kind not in ("text", "thinking"):
+            delta, name = "input_json_delta", "partial_json"
+            start = {"type": "tool_use", "id": f"toolu_{index}", "name": kind, "input": {}}
+            block = start | {"input": msgspec.json.decode(whole)}
+        at = {"index": index}
+        events.append({"type": "content_block_start", **at, "content_block": start})
+        deltas = ({"type": delta, name: piece} for piece in pieces)
+        events += [{"type": "content_block_delta", **at, "delta": each} for each in deltas]
+        events.append({"type": "content_block_stop", **at})
+        content.append(block)
+    end = {"stop_reason": "tool_use" if content[-1]["type"] == "tool_use" else "end_turn"}
+    events.append({"type": "message_delta", "delta": end, "usage": counted})
+    return [*events, {"type": "message_stop"}], message | end | {"content": content}
+
+
+def demo_responses(said: Said, used: Json) -> tuple[list[Json], Json]:
+    counted = {"input_tokens": used["prompt_tokens"], "output_tokens": used["completion_tokens"]}
+    counted |= {"total_tokens": used["total_tokens"]}
+    response: Json = {"id": "resp_demo", "object": "response", "created_at": 0, "model": "demo"}
+    response |= {"parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "output": []}
+    events: list[Json] = [{"type": "created", "response": response | {"status": "in_progress"}}]
+    output: list[Json] = []
+    for index, (kind, pieces) in enumerate(said):
+        at: Json = {"output_index": index, "item_id": f"item_{index}"}
+        item: Json = {"id": at["item_id"], "status": "completed"}
+        whole, added, part = "".join(pieces), list[Json](), dict[str, Any]()
+        match kind:
+            case "text":
+                item |= {"type": "message", "role": "assistant", "content": []}
+                name, holds, at = "output_text", "content", at | {"content_index": 0}
+                part = {"type": "output_text", "text": "", "annotations": []}
+                added = [{"type": "content_part.added", **at, "part": part}]
+            case "thinking":
+                item |= {"type": "reasoning", "summary": []}
+                name, holds, at = "reasoning_summary_text", "summary", at | {"summary_index": 0}
+                part = {"type": "summary_text", "text": ""}
+                added = [{"type": "reasoning_summary_part.added", **at, "part": part}]
+            case _:
+                item |= {"type": "function_call", "call_id": f"call_{index}", "name": kind}
+                name, holds, item = "function_call_arguments", "arguments", item | {"arguments": ""}
+        done: Json = item | {holds: [part | {"text": whole}] if part else whole}
+        place: Json = {"output_index": index}
+        events += [{"type": "output_item.added", **place, "item": item}, *added]
+        events += [{"type": f"{name}.delta", **at, "delta": piece} for piece in pieces]
+        end = {"text": whole} if part else {"arguments": whole, "name": kind}
+        events.append({"type": f"{name}.done", **at, **end})
+        if kind == "text":
+            events.append({"type": "content_part.done", **at, "part": done["content"][0]})
+        events.append({"type": "output_item.done", **place, "item": done})
+        output.append(done)
+    response |= {"status": "completed", "output": output, "usage": counted}
+    events.append({"type": "completed", "response": response})
+    for number, event in enumerate(events):
+        event |= {"type": f"response.{event['type']}", "sequence_number": number}
+    return events, response
+
+
+def demo_chat(said: Said, used: Json) -> tuple[list[Json], Json]:
+    chat: Json = {"id": "chatcmpl-demo", "created": 0, "model": "demo"}
+    message: Json = {"role": "assistant", "content": None}
+    deltas: list[Json] = [message]
+    for kind, pieces in said:
+        if kind in ("text", "thinking"):
+            name = "content" if kind == "text" else "reasoning_content"
+            deltas += [{name: piece} for piece in pieces]
+            message = message | {name: "".join(pieces)}
+        else:
+            call = function_call(ToolUse("call_0", kind, "".join(pieces)))
+            deltas.append({"tool_calls": [{"index": 0} | call]})
+            message = message | {"tool_calls": [call]}
+    end = "tool_calls" if "tool_calls" in message else "stop"
+    choices: list[Json] = [{"index": 0, "delta": d, "finish_reason": None} for d in deltas]
+    choices.append({"index": 0, "delta": {}, "finish_reason": end})
+    shape = chat | {"object": "chat.completion.chunk"}
+    events = [shape | {"choices": [choice]} for choice in choices]
+    events.append(shape | {"choices": [], "usage": used})
+    whole = {"index": 0, "message": message, "finish_reason": end}
+    chat |= {"object": "chat.completion", "choices": [whole], "usage": used}
+    return events, chat
+
+
+DEMOS = {"messages": demo_messages, "responses": demo_responses, "chat": demo_chat}
 
 
 class DemoTransport(httpx.AsyncBaseTransport):
@@ -5234,29 +5287,32 @@ class DemoTransport(httpx.AsyncBaseTransport):
             words = "The demo model is overloaded" if dialect else "The demo only answers prompts"
             error = {"type": kind, "message": words}
             return httpx.Response(status, json={"type": "error", "error": error})
-        if not body.get("stream"):
-            return httpx.Response(200, text=demo_events(dialect, "whole", DEMO_TEXT)[0])
         tool = (body.get("tools") or [{"name": "get_weather"}])[0]
-        name = tool.get("name") or tool["function"]["name"]
-        return httpx.Response(200, content=demo_answer(dialect, prompt, name))
+        said: Said = [("text", [f"{word} " for word in DEMO_TEXT.split()])]
+        match prompt.split()[:1]:
+            case ["/long"]:
+                said[0][1][:] *= 20
+            case ["/think"]:
+                said.insert(0, ("thinking", [f"{word} " for word in DEMO_THOUGHT.split()]))
+            case ["/tool"]:
+                name = tool.get("name") or tool["function"]["name"]
+                said = [("text", ["Let me ", "see. "]), (name, ['{"city":', '"Paris"}'])]
+        written = sum(len(pieces) for _, pieces in said)
+        used = {"prompt_tokens": 25, "completion_tokens": written, "total_tokens": 25 + written}
+        events, whole = DEMOS[dialect](said, used)
+        if not body.get("stream"):
+            return httpx.Response(200, json=whole)
+        cut = prompt.startswith("/cut")
+        end = DONE if dialect == "chat" and not cut else b""
+        return httpx.Response(200, content=demo_stream(events[:12] if cut else events, end))
 
 
-async def demo_answer(dialect: str, prompt: str, tool: str) -> AsyncIterator[bytes]:
-    said: list[tuple[str, Any]] = [("text", f"{word} ") for word in DEMO_TEXT.split()]
-    match prompt.split()[:1]:
-        case ["/long"]:
-            said *= 20
-        case ["/think"]:
-            said[:0] = [("think", f"{word} ") for word in DEMO_THOUGHT.split()]
-        case ["/tool"]:
-            said = [("text", "Let me see. "), ("tool", tool), ("args", '{"city":"Paris"}')]
-    said = [("start", ""), *said, ("end", len(said))]
-    for kind, value in said[:12] if prompt.startswith("/cut") else said:
-        for event in demo_events(dialect, kind, value):
-            named = re.match(r'{"type":"([\w.]+)"', event)
-            yield (f"event: {named[1]}\n" if named else "").encode()
-            yield b"data: %b\n\n" % event.encode()
+async def demo_stream(events: list[Json], end: bytes) -> AsyncIterator[bytes]:
+    for event in events:
+        yield f"event: {event['type']}\n".encode() if "type" in event else b""
+        yield frame(event)
         await asyncio.sleep(0.03)
+    yield end
 
 
 # ---- Page --------------------------------------------------------------------------------------

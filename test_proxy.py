@@ -13701,6 +13701,35 @@ def test_demo_answers_official_sdks(demo: Server) -> None:
         openais.embeddings.create(model="text-embedding-3-small", input="Hi")
 
 
+@pytest.mark.parametrize("prompt", ["Hi", "/tool", "/think"])
+def test_demo_streams_to_official_sdks_what_they_get_in_one_piece(
+    demo: Server, prompt: str
+) -> None:
+    anthropics, openais = claude(demo.url), gpt(demo.url)
+    said: Any = [user(prompt)]
+    fields: Any = {"model": "claude-haiku-4-5", "max_tokens": 50, "messages": said}
+    with anthropics.messages.stream(**fields) as streamed:
+        message = streamed.get_final_message()
+    whole: Any = anthropics.messages.create(**fields)
+    for block, same in zip(message.content, whole.content, strict=True):
+        assert block.to_dict() | {"parsed_output": None} == same.to_dict() | {"parsed_output": None}
+    kinds = {"Hi": ["text"], "/tool": ["text", "tool_use"], "/think": ["thinking", "text"]}
+    assert [block.type for block in message.content] == kinds[prompt]
+    assert message.stop_reason == ("tool_use" if prompt == "/tool" else "end_turn")
+    with openais.responses.stream(model="gpt-5.4", input=prompt) as events:
+        response = events.until_done().get_final_response()
+    whole = openais.responses.create(model="gpt-5.4", input=prompt)
+    assert response.output_text == whole.output_text != ""
+    assert [item.type for item in response.output] == [item.type for item in whole.output]
+    with openais.chat.completions.stream(model="gpt-4o", messages=said) as chunks:
+        chat = chunks.get_final_completion().choices[0]
+    plain = openais.chat.completions.create(model="gpt-4o", messages=said).choices[0]
+    assert (chat.message.content, chat.finish_reason) == (
+        plain.message.content, plain.finish_reason,
+    )  # fmt: skip
+    assert bool(chat.message.tool_calls) == bool(plain.message.tool_calls) == (prompt == "/tool")
+
+
 def test_demo_asks_nobody(demo: Server, upstream: Upstream) -> None:
     check_frames(demo.post(json=ask("/tool")).text)
     assert not upstream.requests
