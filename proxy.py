@@ -1395,7 +1395,7 @@ def parse_native(
 ) -> Request:
     """Check a body of `kind`, a key of NATIVE_FIELDS. Raises BadRequest naming the field."""
     unknown = raw.keys() - {*NATIVE_FIELDS[kind].split(), *allowed}
-    raw = {k: v for k, v in raw.items() if k not in unknown or v not in (None, False, [], {})}
+    raw = {k: v for k, v in raw.items() if not (k in unknown and (v is None or v is False))}
     for name in sorted(unknown & raw.keys()):
         raise BadRequest(f"{redact(name, length=50)}: is not passed on by this proxy; {ALLOW}")
     check_lists(raw, limits)

@@ -12662,14 +12662,25 @@ def test_a_key_that_is_refused_rests_while_the_others_serve(
     assert upstream.requests[2].at - upstream.requests[0].at < 5
 
 
-def test_all_keys_resting_is_a_provider_resting(serve: Serve, upstream: Upstream) -> None:
+def test_all_keys_rejected_is_told_as_that(serve: Serve, upstream: Upstream) -> None:
     server = serve(SEVERAL, environ=THREE)
     upstream.play(reply(401, vendor_error()))
     check_error(server.post(), 502, "upstream_auth")
     assert keys_of(upstream) == ["first", "second", "third"]
     got = server.post()
+    check_error(got, 502, "upstream_auth")
+    assert got.headers["x-should-retry"] == "false"
+    assert keys_of(upstream)[3:] == ["third"]  # which does not rest: no other would serve
+
+
+def test_all_keys_resting_is_a_provider_resting(serve: Serve, upstream: Upstream) -> None:
+    server = serve(SEVERAL, environ=THREE)
+    upstream.play(reply(429, vendor_error(), {"retry-after": "90"}))
+    check_error(server.post(), 429, "upstream_rate_limited")
+    assert keys_of(upstream) == ["first", "second", "third"]
+    got = server.post()
     check_error(got, 429, "upstream_rate_limited")
-    assert 40 <= int(got.headers["retry-after"]) <= 60
+    assert got.headers["retry-after"] == "60"
     assert len(upstream.requests) == 3
 
 
