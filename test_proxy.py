@@ -1276,6 +1276,32 @@ def write(directory: Path, config: str) -> str:
     return str(file)
 
 
+def test_variables_that_other_proxies_made_known_mean_what_they_did(tmp_path: Path) -> None:
+    environ = {"ANTHROPIC_API_KEY": "k", "LOG_LEVEL": "warn", "PROXY_AUTH_TOKEN": "a,b"}
+    config = proxy.load_config(write(tmp_path, ""), environ | {"ALLOWED_CLIENT_KEYS": "c, d"})
+    assert config.server.log_level == "warning"
+    assert [k.key_sha256 for k in config.clients.values()] == [
+        *map(proxy.sha256, ("a,b", "c", "d"))
+    ]
+
+
+def test_a_public_page_needs_keys(tmp_path: Path) -> None:
+    origins = "[server]\npage = true\ncors_origins = ['https://app.example.com']\n"
+    config = proxy.load_config(write(tmp_path, origins), {})
+    with pytest.raises(proxy.ConfigError, match=r"server\.page"):
+        proxy.create_app(config, {"ANTHROPIC_API_KEY": "k"})
+    proxy.create_app(config, {"ANTHROPIC_API_KEY": "k"}, public=False)
+
+
+def test_a_key_that_may_spend_nothing_is_a_budget(tmp_path: Path) -> None:
+    text = "[providers.anthropic]\ndefault_model = 'claude-none'\n" + keyed(
+        "a", budget="per_day = 0"
+    )
+    config = proxy.load_config(write(tmp_path, NO_BUDGET + text), {})
+    with pytest.raises(proxy.ConfigError, match="claude-none"):
+        proxy.create_app(config, {"ANTHROPIC_API_KEY": "k"})
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [
@@ -3145,6 +3171,26 @@ def test_a_clients_rules_hold_in_every_dialect(
         assert native_error(got)["message"]
     free = ask_native(strict, dialect, {"x-api-key": "prompt"}, **fields)
     assert free.status_code == 200  # only the rule has refused it
+
+
+@pytest.mark.parametrize("endpoint", ["browser", "messages"])
+def test_the_names_and_quotes_in_tools_are_searched_too(
+    strict: Server, upstream: Upstream, endpoint: str
+) -> None:
+    def post(rule: str, tool: dict[str, Any]) -> int:
+        key = {"x-api-key": rule}
+        if endpoint == "messages":
+            return ask_native(strict, "messages", key, tools=[tool]).status_code
+        return strict.post(json=ask(tools=[tool]), headers=key).status_code
+
+    upstream.play(official)
+    tool = {"name": "f", "input_schema": {"type": "object"}}
+    schema = {"type": "object", "properties": {"Voldemort": {"type": "string"}}}
+    assert post("denied", tool) == 200
+    assert post("denied", tool | {"input_schema": schema}) == 400
+    assert post("denied", tool | {"description": 'say "Voldemort"'}) == 400
+    long = {"type": "object", "properties": {"x" * 60: {"type": "string"}}}
+    assert post("short", tool | {"input_schema": long}) == 400
 
 
 @pytest.mark.parametrize("model", ["claude-haiku-4-5", "gpt-6-astra"])
@@ -5778,6 +5824,27 @@ def test_a_million_addresses_do_not_grow_the_memory() -> None:
     assert asyncio.run(flood()) < 100 * 2**20
 
 
+def test_a_flood_of_small_spenders_is_forgotten_but_not_what_it_spent() -> None:
+    async def flood() -> Any:
+        store = proxy.MemoryStore(time.monotonic, lambda cap, percent: None, proxy.CacheTable())
+        store.scopes = 100
+        for number in range(1000):
+            usd = Decimal("0.4") if number == 1 else Decimal("0.001")
+            caps = [
+                proxy.Cap(scope, "2026-11-24", Decimal(10)) for scope in ("all", f"client {number}")
+            ]
+            await store.hold(str(number), caps, usd, usd)
+            await store.settle(
+                proxy.Settlement(str(number), "x", proxy.Limits(), usd=usd, caps=caps)
+            )
+        return store.windows["2026-11-24"]
+
+    window = asyncio.run(flood())
+    assert len(window) <= 101
+    assert window["all"].settled == Decimal("1.399")
+    assert window["client 1"].settled == Decimal("0.4")  # who has spent most is remembered
+
+
 # ---- Budget ------------------------------------------------------------------------------------
 # A token of output of the models named "…-flat" costs 0.001 USD and one of input 0.000001, so that
 # a request for 100 tokens holds 0.1 USD and the bytes of its input. "…-even" has free input.
@@ -6778,6 +6845,19 @@ def told_of(hook: Upstream) -> list[tuple[str, int]]:
         assert received.json["type"] == "budget"
     events = [received.json["data"] for received in hook.requests]
     return [(event["scope"], event["percent"]) for event in events]
+
+
+def test_the_webhooks_url_is_in_no_log(serve: Serve, hook: Upstream, upstream: Upstream) -> None:
+    hook.play(reply(500, b""))
+    config = f"[budget]\nwebhook = '{hook.url}/T0/SECRETPATH?token=SECRETQUERY'\n" + FLAT.format(
+        url=upstream.url
+    )
+    environ = {"BUDGET_WEBHOOK_SECRET": HOOK_SECRET}
+    server = serve(config + keyed("a", budget="per_day = 0.2"), environ=environ)
+    upstream.play(spend(190))
+    server.post("/api/local", even(200), headers=as_client("a"))
+    wait_for(lambda: "not delivered (status 500)" in str(server.lines))
+    assert "SECRET" not in str(server.lines).replace(HOOK_SECRET, "")
 
 
 def test_the_webhook_hears_of_80_and_of_100_percent_once(
@@ -7906,6 +7986,59 @@ def test_a_replica_whose_clock_is_wrong_goes_by_that_of_redis(
         server.stop()
 
 
+def test_a_redis_that_takes_no_writes_is_away(
+    serve: Serve, start_redis: StartRedis, upstream: Upstream
+) -> None:
+    own = start_redis()
+    server = serve(sharing_config(upstream), environ={"REDIS_URL": own.url})
+    a = as_client("a")
+    assert server.post("/api/local", even(), headers=a).status_code == 200
+    own.client.config_set("maxmemory", "1")
+    wait_for(lambda: server.get("/ready").status_code == 503)
+    check_error(server.post("/api/local", even(), headers=a), 503, "store_unavailable")
+    own.client.config_set("maxmemory", "0")
+    wait_for(lambda: server.get("/ready").status_code == 200)
+    assert server.post("/api/local", even(), headers=a).status_code == 200
+
+
+def test_a_redis_that_does_not_tell_its_policy_is_warned_of(
+    serve: Serve, start_redis: StartRedis, upstream: Upstream
+) -> None:
+    own = start_redis()
+    own.client.execute_command("ACL", "SETUSER", "few", "on", ">pw", "~*", "&*", "+@all", "-info")
+    url = own.url.replace("redis://", "redis://few:pw@")
+    server = serve(sharing_config(upstream), environ={"REDIS_URL": url})
+    assert server.post("/api/local", even(), headers=as_client("a")).status_code == 200
+    assert "does not tell its maxmemory-policy" in str(server.lines)
+
+
+def test_places_of_a_client_are_shared_out_while_redis_is_away(
+    serve: Serve, start_redis: StartRedis, upstream: Upstream
+) -> None:
+    own = start_redis()
+    table = "replicas = 4\nbudget_when_away = 'local'\n[limits]\nconcurrent = 4"
+    server = serve(sharing_config(upstream, table), environ={"REDIS_URL": own.url})
+    own.kill()
+    wait_for(lambda: not server.get("/ready").json()["redis"])
+    upstream.play([*stream(chat_events()[0], end=False), HANG])
+    with server.connect("/api/local", even(), as_client("a")) as connection:
+        assert wait_for(lambda: upstream.requests)
+        refused = server.post("/api/local", even(), headers=as_client("a"))
+        check_error(refused, 429, "too_many_streams")
+        connection.close()
+
+
+def test_usage_can_be_asked_for_where_all_places_are_taken(
+    serve: Serve, redis_url: str, upstream: Upstream
+) -> None:
+    config = sharing_config(upstream, "[limits]\nconcurrent = 1")
+    server = serve(config, environ={"REDIS_URL": redis_url})
+    upstream.play([*stream(chat_events()[0], end=False), HANG])
+    with server.connect("/api/local", even(), as_client("a")):
+        assert wait_for(lambda: upstream.requests)
+        assert server.get("/usage", headers=as_client("a")).status_code == 200
+
+
 @pytest.mark.parametrize("policy", ["noeviction", "allkeys-lru"], ids=["later", "at the start"])
 def test_budgets_close_while_redis_may_evict_money(
     serve: Serve, start_redis: StartRedis, upstream: Upstream, policy: str
@@ -8697,6 +8830,19 @@ def test_a_call_without_an_id_has_no_made_up_text_for_one() -> None:
     assert (identity.lower() in ("none", "null"), name) == (False, "f")
 
 
+def test_an_error_inside_a_choice_is_an_error() -> None:
+    half = chat_data({"content": "Half an ans"})
+    for end in (
+        {"delta": {}, "finish_reason": "error", "error": {"code": 502, "message": "Gone"}},
+        {"delta": {}, "error": {"code": 502, "message": "Gone"}},
+        {"delta": {}, "finish_reason": "error"},
+    ):
+        last = b"data: %b\n\ndata: [DONE]\n\n" % json.dumps({"choices": [end]}).encode()
+        answer = fed("chat", half + last)
+        assert (answer.text, answer.finish) == ("Half an ans", None)
+        assert answer.error == ("Gone" if "error" in end else "the vendor reported an error")
+
+
 def test_nothing_is_read_after_an_error_in_a_chunk_that_also_has_text() -> None:
     error = {"error": {"code": 502, "message": "Oh"}, "choices": [{"delta": {"content": "late"}}]}
     answer = fed("chat", chat_data({"content": "Well"}, error, {"content": "later"}))
@@ -8709,6 +8855,41 @@ def test_thinking_is_told_apart_from_text() -> None:
         assert (answer.thinking, answer.text) == ("Hmm", "Answer")
     other = chat_sse("Answer", thinking="Hmm").replace(b"reasoning_content", b"reasoning")
     assert fed("chat", other).thinking == "Hmm"
+
+
+def test_what_a_browser_says_and_is_not_passed_on_is_named(
+    vendors: Server, upstream: Upstream
+) -> None:
+    image = {"type": "image_url", "image_url": {"url": "https://a.example/b.png", "detail": "low"}}
+    tool = WEATHER | {"cache_control": {"type": "ephemeral"}, "strict": True}
+    choice = {"type": "auto", "disable_parallel_tool_use": True}
+    said = [user([image]), {"role": "assistant", "content": [
+        {"type": "tool_use", "id": "1", "name": "weather", "arguments": {}}]}, user([
+        {"type": "tool_result", "tool_use_id": "1", "result": "x", "is_error": True}])]  # fmt: skip
+    upstream.play(official)
+    for provider, lost in (("anthropic", {"detail", "cache_control", "strict"}),
+                           ("openai", {"detail", "cache_control", "is_error"})):  # fmt: skip
+        body = {"messages": said, "tools": [tool], "tool_choice": choice}
+        got = vendors.post(f"/api/{provider}", ask(model=MODELS[provider]) | body)
+        assert set(got.headers["x-dropped-params"].split(", ")) == lost
+    claude, gpt = (received.json for received in upstream.requests)
+    assert claude["tool_choice"]["disable_parallel_tool_use"] is True
+    assert gpt["parallel_tool_calls"] is False
+
+
+def test_an_image_in_the_result_of_a_tool_is_refused(vendors: Server, upstream: Upstream) -> None:
+    picture = {
+        "type": "image",
+        "source": {"type": "base64", "media_type": "image/png", "data": "aa"},
+    }
+    result = {"type": "tool_result", "tool_use_id": "1", "content": [picture]}
+    call = {
+        "role": "assistant",
+        "content": [{"type": "tool_use", "id": "1", "name": "f", "input": {}}],
+    }
+    body = ask() | {"messages": [user("x"), call, user([result])]}
+    assert "image" in check_error(vendors.post(json=body), 400, "invalid_request")["error"]
+    assert upstream.requests == []
 
 
 def test_what_mistral_thinks_and_says_in_lists_is_read() -> None:
@@ -12171,6 +12352,40 @@ def named(serve_module: Serve, upstream_module: Upstream) -> Server:
     return serve_module(config)
 
 
+def test_the_list_of_models_says_where_each_of_them_is_served(serve: Serve) -> None:
+    config = """
+    [providers.anthropic]
+    max_concurrent = 50
+    [providers.ollama]
+    adapter = "chat"
+    base_url = "http://127.0.0.1:1/v1"
+    [providers.groq]
+    adapter = "chat"
+    base_url = "http://127.0.0.1:1/v1"
+    models = ["llama-3.3-70b", "other-*"]
+    [prices]
+    "ollama/*" = { free = true }
+    "llama-3.3-70b" = { input = 1, output = 2 }
+    [models.dead]
+    target = "openai/gpt-5-mini"
+    """
+    server = serve(config, environ={"OPENAI_API_KEY": None})
+    listed = {model["id"]: model for model in server.get("/v1/models").json()["data"]}
+    assert listed["claude-haiku-4-5"]["owned_by"] == "anthropic"
+    assert listed["claude-haiku-4-5"]["price"]["output"] == 5
+    assert listed["llama-3.3-70b"]["owned_by"] == "groq"
+    assert listed["llama-3.3-70b"]["price"] == {"input": 1, "output": 2}
+    assert listed.keys().isdisjoint({"dead", "other-*"})
+    refused = server.post("/v1/chat/completions", native("chat", model="dead"))
+    assert (refused.status_code, "dead" in native_error(refused)["message"]) == (403, True)
+
+
+def test_the_list_of_models_is_a_request_like_any_other(limited_server: Server) -> None:
+    key = {"authorization": f"Bearer {next(KEYS)}"}
+    statuses = [limited_server.get("/v1/models", headers=key).status_code for _ in range(4)]
+    assert statuses == [200, 200, 200, 429]
+
+
 def test_both_sdks_list_the_models_a_key_may_use(named: Server, upstream: Upstream) -> None:
     theirs = {model.id: model for model in gpt(named.url, "all").models.list()}
     ours = {model.id: model for model in claude(named.url, "all").models.list(limit=1000)}
@@ -12684,6 +12899,42 @@ def test_all_keys_resting_is_a_provider_resting(serve: Serve, upstream: Upstream
     assert len(upstream.requests) == 3
 
 
+def test_what_a_route_refuses_is_logged_and_counted(serve: Serve) -> None:
+    server = serve("", arguments=("--host", "0.0.0.0"), environ={"ALLOWED_CLIENT_KEYS": "k"})
+    for path in ("/nothing", "/usage", "/metrics", "/v1/models"):
+        assert server.get(path).status_code in (401, 404)
+    lines = [(line["status"], line["outcome"]) for line in server.log("request")]
+    assert lines == [(404, "rejected"), *[(401, "rejected")] * 3]
+
+
+def test_a_retry_says_nothing_of_what_was_asked(trouble: Server, upstream: Upstream) -> None:
+    prompt = "my private prompt 4711"
+    upstream.play(
+        reply(500, {"error": {"type": "api_error", "message": f"reading: {prompt}"}}), answer
+    )
+    number = next(IDS)
+    assert trouble.post(json=ask(prompt), headers={"x-request-id": number}).status_code == 200
+    row = last_row(trouble, number)
+    [line] = [line for line in trouble.log("retry") if line["id"] == row["id"]]
+    assert line["after"] == "upstream_error" and prompt not in str(trouble.lines)
+
+
+def test_one_more_at_a_time_than_allowed_is_told_the_rates(
+    limited_server: Server, upstream: Upstream
+) -> None:
+    upstream.play([*stream(messages_events()[0], end=False), HANG])
+    key = {"authorization": f"Bearer {next(KEYS)}"}
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            connection = limited_server.connect(json_body=ask(max_tokens=9), headers=key)
+            stack.callback(connection.close)
+            assert connection.recv(100)
+        refused = limited_server.post(json=ask(max_tokens=9), headers=key)
+    check_error(refused, 429, "too_many_streams")
+    limits = ("x-ratelimit-remaining-requests", "x-ratelimit-limit-tokens", "retry-after")
+    assert all(refused.headers[name] for name in limits)
+
+
 # ---- HTTP --------------------------------------------------------------------------------------
 # Mounted in another app, whose lifespan enters ours, under a prefix; then the routes.
 
@@ -12713,7 +12964,7 @@ app = FastAPI(lifespan=lifespan)
 @app.get("/health")
 async def health():
     return {"host": True}
-app.mount("/ai", inner)
+app.mount("/v1/ai", inner)
 """,
     "starlette": """
 from starlette.applications import Starlette
@@ -12721,7 +12972,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Mount, Route
 async def health(request):
     return JSONResponse({"host": True})
-app = Starlette(routes=[Route("/health", health), Mount("/ai", inner)], lifespan=lifespan)
+app = Starlette(routes=[Route("/health", health), Mount("/v1/ai", inner)], lifespan=lifespan)
 """,
     "litestar": """
 from litestar import Litestar, asgi, get
@@ -12729,7 +12980,7 @@ from litestar.types import Receive, Scope, Send
 @get("/health")
 async def health() -> dict[str, bool]:
     return {"host": True}
-@asgi("/ai", is_mount=True, copy_scope=True)
+@asgi("/v1/ai", is_mount=True, copy_scope=True)
 async def mounted(scope: Scope, receive: Receive, send: Send) -> None:
     await inner(scope, receive, send)
 app = Litestar([health, mounted], lifespan=[lifespan], openapi_config=None)
@@ -12748,15 +12999,15 @@ def test_mounted_under_a_prefix(tmp_path: Path, upstream: Upstream, host: str) -
     server = Server(command, tmp_path, port, environ)
     try:
         assert server.get("/health").json() == {"host": True}
-        assert server.get("/ai/health").json()["status"] == "ok"
-        assert server.get("/ai/metrics").status_code == 401
-        path, number = "/ai/api/anthropic", next(IDS)
+        assert server.get("/v1/ai/health").json()["status"] == "ok"
+        assert server.get("/v1/ai/metrics").status_code == 401
+        path, number = "/v1/ai/api/anthropic", next(IDS)
         headers = {"origin": ORIGIN, "x-request-id": number}
         answered = server.post(path, headers=headers)
         assert (text_of(answered.text), answered.headers[CORS[0]]) == ("Hello", ORIGIN)
         assert last_row(server, number)["outcome"] == "ok"
         assert server.post(path, headers={"origin": "https://evil.example"}).status_code == 403
-        assert server.get("/ai/nothing").status_code == 404
+        check_error(server.get("/v1/ai/nothing"), 404, "not_found")
         preflight = {**headers, "access-control-request-method": "POST"}
         assert server.http.options(path, headers=preflight).headers[CORS[0]] == ORIGIN
         upstream.clear()
@@ -13739,6 +13990,13 @@ def test_demo_streams_to_official_sdks_what_they_get_in_one_piece(
         plain.message.content, plain.finish_reason,
     )  # fmt: skip
     assert bool(chat.message.tool_calls) == bool(plain.message.tool_calls) == (prompt == "/tool")
+
+
+def test_demo_knows_the_users_of_an_app(serve: Serve, issuer: Issuer) -> None:
+    server = serve(jwt_block(issuer), arguments=("--demo",))
+    headers = {"authorization": f"Bearer {issuer.token('ES256-1')}"}
+    assert server.post(json=ask("Hi"), headers=headers).status_code == 200
+    assert server.post(json=ask("Hi")).status_code == 401
 
 
 def test_demo_asks_nobody(demo: Server, upstream: Upstream) -> None:
