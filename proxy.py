@@ -4098,7 +4098,7 @@ class Call:
         if failure:
             whole = error_body(failure, number, self.dialect)
             data = self.writer.error(failure, number) if self.begun else whole
-            more = failure.headers | self.own_id()
+            more = self.own_id() | failure.headers
         elif self.finish:
             usd = None if entry.cost is None else float(entry.cost)
             report = {"requestId": number, "model": account.model or entry.model, "costUsd": usd}
@@ -4163,14 +4163,12 @@ class Attempt:
         response = await self.transport.handle_async_request(request)
         self.stream = response.stream  # not the response: it would keep the request's body, too
         if response.status_code != 200:
-            raise await read_refusal(response)
+            refused = await read_refusal(response)
+            refused.headers |= self.told(response)
+            raise refused
         encoded = response.headers.get("content-encoding", "identity") != "identity"
         self.chunks = aiter(response.aiter_bytes() if encoded else self.stream)
-        if self.request.native is not None:
-            for name in ("request-id", "x-request-id", "openai-processing-ms"):
-                if value := response.headers.get(name):  # x-request-id is ours to give
-                    told = self.adapter.hide_key(value.encode()).decode()
-                    self.headers[name.removeprefix("x-")] = told
+        self.headers = self.told(response)
         if not self.request.stream:
             return self.adapter.read(b"".join([chunk async for chunk in self.chunks]))
         batch: Batch = []
@@ -4181,6 +4179,13 @@ class Attempt:
         if events and isinstance(events[0], Failure):
             raise events[0].error
         return batch
+
+    def told(self, response: httpx.Response) -> Headers:
+        """What a caller who speaks the vendor's dialect hears of its headers."""
+        names = ("request-id", "x-request-id", "openai-processing-ms")  # x-request-id is ours
+        given = ((name.removeprefix("x-"), response.headers.get(name)) for name in names)
+        known = {n: self.adapter.hide_key(v.encode()).decode() for n, v in given if v}
+        return known if self.request.native is not None else {}
 
     async def next(self) -> Batch:
         """The events of one read."""

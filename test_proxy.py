@@ -2494,6 +2494,19 @@ def test_a_vendors_key_in_its_headers_is_removed(vendors: Server, upstream: Upst
 
 
 @pytest.mark.parametrize("dialect", NATIVE)
+def test_the_vendors_id_of_a_request_it_refused_comes_down(
+    vendors: Server, upstream: Upstream, dialect: str
+) -> None:
+    name = "request-id" if dialect == "messages" else "x-request-id"
+    upstream.play(reply(400, vendor_error(), {name: "req_vendor"}))
+    got = ask_native(vendors, dialect)
+    assert (got.status_code, got.headers["request-id"]) == (400, "req_vendor")
+    assert got.headers["x-request-id"] != "req_vendor"
+    upstream.play(reply(400, vendor_error(), {name: "req_vendor"}))
+    assert "request-id" not in vendors.post().headers
+
+
+@pytest.mark.parametrize("dialect", NATIVE)
 def test_a_role_that_nobody_knows_is_no_way_to_say_something(
     natives: Server, upstream: Upstream, key: dict[str, str], dialect: str
 ) -> None:
@@ -13634,7 +13647,8 @@ def planted_stream(chance: random.Random, dialect: str) -> bytes:
 
 def planted_headers(chance: random.Random) -> dict[str, str]:
     names = ["x-request-id", "retry-after", "set-cookie", "location", "x-should-retry", "server"]
-    return dict.fromkeys(chance.sample(names, 3), CANARY) | {"retry-after-ms": "0"}
+    names += ["request-id", "openai-processing-ms"]
+    return dict.fromkeys(chance.sample(names, 4), CANARY) | {"retry-after-ms": "0"}
 
 
 def planted_refusal(chance: random.Random) -> tuple[int, bytes]:
@@ -13720,9 +13734,13 @@ async def ask_planted(config: Any, environ: dict[str, str], count: int) -> tuple
         for start in range(0, count, 200):
             asked = []
             for number in range(start, start + 200):
-                provider = DIALECTS_BY_NUMBER[number % 3]
-                body = ask(model=MODELS[provider], stream=number % 2 == 0, enable_thinking=True)
-                asked.append(ask_app(app, f"/api/{provider}", body))
+                provider, streamed = DIALECTS_BY_NUMBER[number % 3], number % 2 == 0
+                body = ask(model=MODELS[provider], stream=streamed, enable_thinking=True)
+                path = f"/api/{provider}"
+                if number % 12 >= 6:  # the same for an official SDK
+                    dialect = DIALECTS[number % 3]
+                    path, body = NATIVE[dialect][0], native(dialect, stream=streamed)
+                asked.append(ask_app(app, path, body))
             replies += await asyncio.gather(*asked)
     assert vendor.asked == count == vendor.trusted
     return prometheus_client.generate_latest(app.proxy.metrics.registry).decode(), replies
