@@ -4404,7 +4404,7 @@ class Proxy:
         fix = (
             f"for limits.concurrent_total = {limits.concurrent_total} raise it or lower max_tokens"
         )
-        many = f"{total / usd:.0f} answers of limits.max_tokens at a time by {name}"
+        many = f"{int(total / usd)} answers of limits.max_tokens at a time by {name}"
         return f"budget.total_per_day: {total:f} USD hold for {many}; {fix}"
 
     def list_models(self, client: Client) -> dict[str, Any]:

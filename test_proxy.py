@@ -14434,6 +14434,21 @@ def test_a_start_says_what_check_says(serve: Serve) -> None:
         assert any(words in warning for warning in warnings)
 
 
+def test_a_start_says_for_how_much_there_is_room(tmp_path: Path) -> None:
+    port, config = free_port(), write_config(tmp_path, "[limits]\nmax_tokens = 4096\n[budget]\n")
+    start = [sys.executable, str(PROXY), "--port", str(port), "--config", str(config)]
+    few = ["sh", "-c", 'ulimit -n 600 && exec "$@"', "sh", *start]
+    server = Server(few, tmp_path, port, {})
+    try:
+        said = str(server.lines)
+        assert "10 USD hold for 13 answers" in said and "limits.concurrent_total = 1000" in said
+        assert "600 files may be open, too few for 1000 streams" in said and "ulimit -Hn" in said
+    finally:
+        server.stop()
+    _, check, code = examined(tmp_path, config.read_text(), {}, ())
+    assert code == 0 and "10 USD hold for 13 answers" in check
+
+
 def test_version_and_help_are_printed() -> None:
     assert run_proxy("--version").stdout.strip() == f"proxy.py {proxy.__version__}"
     shown = run_proxy("--help").stdout
