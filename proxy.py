@@ -2481,7 +2481,8 @@ class Link:
         if isinstance(reply := await answer, StoreAway):
             raise reply
         if isinstance(reply, Exception):
-            LOG.error("redis: %s failed (%s)", args[0], redact(str(reply)))
+            if not self.missed:  # else the log has it
+                LOG.error("redis: %s failed (%s)", args[0], redact(str(reply)))
             raise StoreAway("what all replicas share cannot be changed")
         return reply
 
@@ -2604,8 +2605,8 @@ class RedisStore:
         link, ids = self.link, msgspec.json.encode(self.asked)
         try:
             seconds, micros, policy, told = await link.run("beat", ids, lease)
-        except StoreAway as away:
-            if link.up:
+        except StoreAway as away:  # there, but it takes no writes
+            if not link.missed:
                 link.fall(away.message)
             return
         self.offset = int(seconds) + int(micros) / 1e6 - self.ledger.clock()

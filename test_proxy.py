@@ -8019,6 +8019,13 @@ def test_a_redis_that_takes_no_writes_is_away(
     own.client.config_set("maxmemory", "1")
     wait_for(lambda: server.get("/ready").status_code == 503)
     check_error(server.post("/api/local", even(), headers=a), 503, "store_unavailable")
+
+    def signs_of_life() -> int:
+        return int(own.client.info("commandstats")["cmdstat_evalsha"]["calls"])
+
+    before = signs_of_life()
+    wait_for(lambda: signs_of_life() > before + 4)
+    assert 0 < len([line for line in server.lines if "redis" in line]) <= 3
     own.client.config_set("maxmemory", "0")
     wait_for(lambda: server.get("/ready").status_code == 200)
     assert server.post("/api/local", even(), headers=a).status_code == 200
