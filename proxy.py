@@ -1007,35 +1007,46 @@ def convert_body(body: Any, kind: Any) -> Any:
 OPAQUE = {"input", "arguments", "parameters", "input_schema", "schema"}
 
 
-def strings(value: Any, joined: bool = False, names: bool = False) -> Iterator[str]:
-    """Every text in a JSON value, but not the data of images; `names` of what a tool takes, too.
-    Those of a list of blocks come in one piece, as a model reads them: a denied text may be cut in
-    two. A token given by its number is as long as most."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for inner in value:
-            yield from ("????",) if isinstance(inner, int) else strings(inner, True, names)
-        texts = (block.get("text") for block in value if isinstance(block, dict))
-        if text := "".join(text for text in texts if isinstance(text, str)):
-            yield text
-    elif isinstance(value, dict):
-        hidden = {"source", "image_url"} if image_data(value) else set()
-        yield from value if names else ()
-        for key, inner in value.items():
-            told = joined and key == "text" and isinstance(inner, str)
-            opaque = names or (key in OPAQUE and isinstance(inner, dict))
-            yield from () if told or key in hidden else strings(inner, names=opaque)
+def readable(value: Any) -> str:
+    """As JSON, whatever is in it, but with quotes and line breaks as a model reads them."""
+    text = msgspec.json.encode(value).decode()
+    return text.replace('\\"', '"').replace("\\n", "\n").replace("\\\\", "\\")
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, but not the data of images; what a tool is called with, or takes,
+    is one. Those of a list of blocks come in one piece, as a model reads them: a denied text may be
+    cut in two. A token given by its number is as long as most. (Calls within calls would take long
+    where a body is deep.)"""
+    todo = [(value, False)]  # and whether it stands in a list, whose texts come together
+    while todo:
+        value, listed = todo.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, list):
+            texts = (block.get("text") for block in value if isinstance(block, dict))
+            if text := "".join(text for text in texts if isinstance(text, str)):
+                todo.append((text, False))
+            todo += [("????" if isinstance(x, int) else x, True) for x in reversed(value)]
+        elif isinstance(value, dict):
+            hidden = {"source", "image_url"} if image_data(value) else set()
+            for key, inner in reversed(value.items()):
+                if key in hidden or (listed and key == "text" and isinstance(inner, str)):
+                    continue
+                opaque = key in OPAQUE and isinstance(inner, dict)
+                todo.append((readable(inner) if opaque else inner, False))
 
 
 def blocks(value: Any) -> Iterator[dict[str, Any]]:
     """Every object of a conversation: its messages, their blocks, and the sources of files."""
-    if isinstance(value, dict):
-        yield value
-        value = [inner for key, inner in value.items() if key not in OPAQUE]
-    if isinstance(value, list):
-        for inner in value:
-            yield from blocks(inner)
+    todo = [value]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, dict):
+            yield value
+            value = [inner for key, inner in value.items() if key not in OPAQUE]
+        if isinstance(value, list):
+            todo += reversed(value)
 
 
 def image_data(block: dict[str, Any]) -> str | None:
@@ -1464,7 +1475,7 @@ def check_conversation(raw: Map[str, Any], key: str, limits: Limits, known: set[
     for i, item in enumerate(raw[key] if isinstance(raw[key], list) else ()):
         for block in blocks(item):
             system = system or block.get("role") in ("system", "developer")
-            if block.get("role") not in ROLES:
+            if block is item and block.get("role") not in ROLES:
                 raise BadRequest(f"{key}[{i}].role: must be one of {', '.join(ROLES[1:])}")
             kind = "files" if is_kept(block) else block.get("type")
             if kind is not None and str(kind) not in known:
@@ -2171,7 +2182,7 @@ class MemoryStore:
 
     def forget(self, window: dict[str, Spending]) -> None:
         """Those who have spent least begin anew: what they spent stays spent for all."""
-        small = ("client ", "session ")
+        small = ("client ", "session ", "group ")
         idle = [name for name in window if name.startswith(small) and not window[name].held]
         for name in sorted(idle, key=lambda name: window[name].settled)[: self.scopes // 2]:
             del window[name]
@@ -2997,7 +3008,8 @@ unsampled adaptive unfilled mid unforced: claude-*-5-[15]*
 unsampled adaptive unfilled mid: claude-*-5 claude-*-5-20*
 unsampled adaptive unfilled unforced: claude-*
 always elsewhere: gpt-6-astra* gpt-6.1-sol*
-always only: gpt-5*-pro* gpt-5-codex* gpt-5.[12]-codex* o*-pro* o*-deep-research* *daybreak*
+always only: gpt-5*-pro gpt-5*-pro-20* gpt-5-codex* gpt-5.[12]-codex* *daybreak*
+always only: o[1-9]*-pro o[1-9]*-pro-20* o[1-9]*-deep-research*
 off only: gpt-5.3-codex*
 always: gpt-6-rosalind* gpt-5*-chat* gpt-5*-cyber*
 on: gpt-6*
@@ -4942,7 +4954,8 @@ class Proxy:
         else:
             return
         if seconds:
-            seconds = min(3600, seconds)
+            # a 429 may be about one model: it must not keep the others away for long
+            seconds = min(3600 if name == provider else 60, seconds)
             self.rests[name] = max(self.rests.get(name, 0), now + seconds)
             self.store.rest(name, seconds)
         error.moved = name != provider and not self.resting(provider) and bool(seconds)
@@ -5491,6 +5504,7 @@ def error_response(request: litestar.Request[Any, Any, Any], error: Exception) -
         error = ProxyError(500, "internal_error", "internal error")
     call, app = request.scope["state"]["call"], request.app
     call.failure = error
+    call.entry.client = call.entry.client or call.client.id
     if isinstance(app, App):
         app.proxy.account_for(call)
     body = error_body(error, call.added["x-request-id"], call.dialect)
