@@ -5865,7 +5865,8 @@ def serve(config: Config, public: bool) -> None:
     if hasattr(os, "register_at_fork"):
         # until a worker can act on a SIGTERM it waits: the handler it inherits would swallow it
         mask = functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGTERM})
-        os.register_at_fork(after_in_child=mask)
+        unmask = functools.partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, {signal.SIGTERM})
+        os.register_at_fork(before=mask, after_in_parent=unmask)
     gc.collect()
     gc.freeze()  # a worker's collector would touch, and so copy, all the memory that it shares
     with tempfile.TemporaryDirectory(prefix="proxy-metrics-") as directory:
