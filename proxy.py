@@ -3094,6 +3094,11 @@ def function_call(call: ToolUse) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": function}
 
 
+def chat_tool(tool: Tool) -> dict[str, Any]:
+    """Compatible servers may not know `strict`."""
+    return {name: value for name, value in asdict(tool).items() if name != "strict" or value}
+
+
 def said(content: Any, kind: type[Text | Thinking]) -> Iterator[Event]:
     """Text of a kind; with Mistral it may be a list of what is thought and what is said."""
     for part in content if isinstance(content, list) else [{"text": content}]:
@@ -3586,11 +3591,6 @@ class Chat(OpenAI):
 
 
 ADAPTERS: dict[str, type[Adapter]] = {"messages": Messages, "responses": Responses, "chat": Chat}
-
-
-def chat_tool(tool: Tool) -> dict[str, Any]:
-    """Compatible servers may not know `strict`."""
-    return {name: value for name, value in asdict(tool).items() if name != "strict" or value}
 
 
 class StopCutter:
@@ -4414,11 +4414,9 @@ class Proxy:
         usd, name = max(prices, default=(Decimal(0), ""))
         if self.config.demo or usd * limits.concurrent_total <= total:
             return ""
-        fix = (
-            f"for limits.concurrent_total = {limits.concurrent_total} raise it or lower max_tokens"
-        )
-        many = f"{int(total / usd)} answers of limits.max_tokens at a time by {name}"
-        return f"budget.total_per_day: {total:f} USD hold for {many}; {fix}"
+        room = f"{int(total / usd)} answers of limits.max_tokens at a time by {name}"
+        fix = f"raise it, or lower that, for limits.concurrent_total = {limits.concurrent_total}"
+        return f"budget.total_per_day: {total:f} USD hold for {room}; {fix}"
 
     def list_models(self, client: Client) -> dict[str, Any]:
         """What the caller may use, in the shape that both families of SDKs read."""
@@ -4474,6 +4472,8 @@ class Proxy:
                 call.added["connection"] = "close"  # nothing can follow what was not read
         except asyncio.CancelledError:  # the caller left, or call.stop has set the failure
             call.task.uncancel()
+        except RecursionError:  # what can just be read may be too deep to be written
+            call.failure = BadRequest("body (JSON): is nested too deeply")
         except Exception:
             LOG.exception("a request failed unexpectedly")
             call.failure = ProxyError(500, "internal_error", "internal error")
@@ -4760,7 +4760,7 @@ class Proxy:
         """Look after all that runs, until cancelled: a timer for each would cost each of them."""
         times, ping = self.config.upstream, self.config.server.ping
         while True:
-            await asyncio.sleep(min(0.5, ping / 8, times.idle / 8, times.total / 8))
+            await asyncio.sleep(max(0.01, min(0.5, ping / 8, times.idle / 8, times.total / 8)))
             now = time.monotonic()
             for call in self.live:
                 self.check(call, now)
@@ -4787,11 +4787,8 @@ class Proxy:
             await self.admit(call, targets)
             return self.upstream(call, targets)
         scope = "" if self.config.cache.shared else call.client.id
-        try:
-            version = [call.passed.get(f"anthropic-{name}") for name in ("version", "beta")]
-            call.key = key = sha256(repr((scope, targets, call.request, version)))
-        except RecursionError:
-            raise BadRequest("tools: are nested too deeply") from None
+        version = [call.passed.get(f"anthropic-{name}") for name in ("version", "beta")]
+        call.key = key = sha256(repr((scope, targets, call.request, version)))
         async with self.leading.setdefault(key, asyncio.Lock()):  # only one of them holds money
             flight = self.flights.get(key)
             if flight and flight.readers and not flight.task.done():
@@ -5437,7 +5434,7 @@ class App(litestar.Litestar):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return await super().__call__(scope, receive, send)
-        call, allowed = self.take(scope, send)
+        call, allowed = self.open_call(scope, send)
         if not allowed:
             fix = "its owner can add it to server.cors_origins"
             message = f"origin {redact(call.headers['origin'])} may not call this proxy; {fix}"
@@ -5461,7 +5458,7 @@ class App(litestar.Litestar):
         else:  # a state of our own: where we are mounted, the host's is not ours to write in
             await super().__call__(scope | {"state": {"call": call}}, receive, send)
 
-    def take(self, scope: Any, send: Any) -> tuple[Call, bool]:
+    def open_call(self, scope: Any, send: Any) -> tuple[Call, bool]:
         """The request as we see it, and whether its origin may call."""
         headers, clients = read_headers(scope), self.proxy.clients
         given = headers.get("x-request-id", "").partition(",")[0].strip()
@@ -5537,18 +5534,18 @@ def create_app(
     # a proxy in front of a loopback bind means that others get in
     proxy = Proxy(config, environ, public or bool(config.server.trusted_proxies), clock)
 
-    def leave(scope: Scope, provider: str, kind: str) -> ASGIApp:
+    def serve_later(scope: Scope, provider: str, kind: str) -> ASGIApp:
         """Have the request served once Litestar is done with it."""
         scope["state"]["call"].route = provider, kind
         return no_answer
 
     @litestar.post("/api/{provider:str}")
     async def api(scope: Scope, provider: FromPath[str]) -> ASGIApp:
-        return leave(scope, provider, "")
+        return serve_later(scope, provider, "")
 
     @litestar.post([*NATIVE_PATHS])
     async def native(scope: Scope) -> ASGIApp:
-        return leave(scope, "", NATIVE_PATHS[scope["path_template"]])
+        return serve_later(scope, "", NATIVE_PATHS[scope["path_template"]])
 
     @litestar.get("/v1/models")
     async def models(scope: Scope) -> dict[str, Any]:

@@ -3208,6 +3208,24 @@ def test_the_names_and_quotes_in_tools_are_searched_too(
     assert post("short", tool | {"input_schema": long}) == 400
 
 
+def test_no_depth_of_a_body_is_a_fault_of_ours(vendors: Server, upstream: Upstream) -> None:
+    upstream.play(official)
+    statuses = Counter[tuple[str, int]]()
+    for depth in range(880, 1000):
+        schema = '{"a":' * depth + "1" + "}" * depth
+        for path, tool in (
+            ("/api/anthropic", '{"name": "f", "parameters": %s}'),
+            ("/v1/messages", '{"name": "f", "input_schema": %s}'),
+            ("/v1/chat/completions", '{"type": "function", "function": {"parameters": %s}}'),
+        ):
+            body = json.dumps(ask(max_tokens=9, stream=False, tools=["TOOL"]))
+            content = body.replace('"TOOL"', tool.replace("%s", schema))
+            headers = {"content-type": "application/json"}
+            statuses[path, vendors.post(path, content=content, headers=headers).status_code] += 1
+    assert {status for _, status in statuses} <= {200, 400}
+    assert statuses["/api/anthropic", 200] and statuses["/api/anthropic", 400]
+
+
 def test_whatever_is_in_a_tool_counts(vendors: Server, upstream: Upstream) -> None:
     upstream.play(official)
     deep: Any = [""] * 150_000
