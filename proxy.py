@@ -667,7 +667,10 @@ ERROR_TYPES = {
 
 
 class ProxyError(Exception):
-    """An error as the caller sees it. `retry` False says that trying again is useless."""
+    """An error as the caller sees it. `retry` False says that trying again is useless; an SDK that
+    knows the vendor's own code of it is told that."""
+
+    vendor_code = ""
 
     def __init__(
         self, status: int, code: str, message: str, after: float | None = None, retry: bool = True
@@ -707,7 +710,7 @@ def error_body(error: ProxyError, request_id: str, dialect: str = "") -> bytes:
         case "messages":
             body = {"type": "error", "error": detail, "request_id": request_id}
         case _:
-            detail |= {"param": None, "code": error.code}
+            detail |= {"param": None, "code": error.vendor_code or error.code}
             body = {"type": "error", "error": detail}
     return msgspec.json.encode(body)
 
@@ -744,14 +747,17 @@ def redact(message: str, known: Iterable[str] = (), length: int = 500) -> str:
 class UpstreamError(ProxyError):
     """The vendor failed us. `status` here is the vendor's; `names` are what it calls the error;
     `sent` says whether it may bill the attempt; `wait` is its retry-after in seconds; `moved`
-    that another key of ours may be taken at once."""
+    that another key of ours may be taken at once; `told` that an SDK has the vendor's own event of
+    it."""
 
     def __init__(
         self, status: int, message: str, names: Iterable[str] = (), *, code: str = "",
-        wait: float | None = None, advice: str = "", sent: bool = True,
+        wait: float | None = None, advice: str = "", sent: bool = True, vendor_code: Any = None,
     ) -> None:  # fmt: skip
         shown, known_code = UPSTREAM_CODES.get(status, (502, "upstream_error"))
-        self.sent, self.wait, self.moved = sent, wait, False
+        self.sent, self.wait, self.moved, self.told = sent, wait, False, False
+        if known_code != "upstream_auth" and re.fullmatch(r"[a-z_]{1,64}", str(vendor_code or "")):
+            self.vendor_code = str(vendor_code)
         passing = status >= 500 or status in (408, 409, 429)
         self.retryable = passing and advice != "false" and EXHAUSTED.isdisjoint(names)
         if known_code == "upstream_auth":
@@ -816,6 +822,16 @@ class Sampling(Struct):
     seed: int | None = None
 
 
+class Measure(Struct):
+    """How much is asked: characters of text and tools, bytes but for the data of images, images,
+    and those of them that are to be seen in their original size."""
+
+    characters: int
+    size: int
+    images: int
+    large: int
+
+
 class Request(Sampling, kw_only=True, omit_defaults=True):
     """What is asked of a model, whoever serves it. `thinking` None leaves it to the model. A
     `native` body is sent as it is, in its `dialect`: `path` says where, if not where the dialect is
@@ -841,6 +857,7 @@ class Request(Sampling, kw_only=True, omit_defaults=True):
     tool_choice: str | dict[str, str] | None = None  # as OpenAI Responses has it
     stop: list[str] = []
     thinking: bool | None = None
+    measured: Measure | None = None
 
     def said(self) -> Any:
         """What a model reads of it, as JSON."""
@@ -851,15 +868,16 @@ class Request(Sampling, kw_only=True, omit_defaults=True):
         """What was said: once it is answered, a long stream need not keep it."""
         self.messages, self.tools, self.native, self.system = [], [], None, ""
 
-    def characters(self) -> int:
-        """Of text and tools, not of images."""
-        return sum(map(len, strings(self.said())))
-
-    def images(self) -> list[str]:
-        """The data of each image, "" where the vendor fetches it."""
-        said = self.said()
-        found = map(image_data, blocks(said.get("messages") or said.get("input")))
-        return [data for data in found if data is not None]
+    def measure(self) -> Measure:
+        """Once, for it takes a while: limits, budgets and each attempt ask for it."""
+        if self.measured is None:
+            said = self.said()
+            conversation = [*blocks(said.get("messages") or said.get("input"))]
+            images = [data for data in map(image_data, conversation) if data is not None]
+            size = len(msgspec.json.encode(self)) - sum(map(len, images))
+            large = sum(block.get("detail") == "original" for block in conversation)
+            self.measured = Measure(sum(map(len, strings(said))), size, len(images), large)
+        return self.measured
 
 
 class Usage(Struct):
@@ -1511,6 +1529,7 @@ class Client(Struct, frozen=True):
     per_day: Usd = UNLIMITED
     per_month: Usd = UNLIMITED
     session: str = ""
+    since: float | None = None  # when its session began, in seconds since 1970
     per_session: Usd = UNLIMITED
 
 
@@ -1688,7 +1707,8 @@ class Clients:
         assert table
         now, seconds = int(time.time()), int(table.ttl)
         models = table.models if table.models != ("*",) else parent.models
-        client: dict[str, Any] = {"session": secrets.token_hex(12), "group": parent.group}
+        client: dict[str, Any] = {"session": secrets.token_hex(12), "since": now}
+        client["group"] = parent.group
         client |= {"models": models, "parent_models": parent.models}
         claims = {"iss": SESSION_ISSUER, "sub": parent.id, "iat": now, "exp": now + seconds}
         claims |= {"origin": origin, "client": client}
@@ -1965,11 +1985,16 @@ def client_caps(client: Client, table: BudgetTable, now: float) -> list[Cap]:
         f"group {client.group}": (table.group_per_day, table.group_per_month),
         f"session {client.session}": (client.per_session, UNLIMITED),
     }
-    windows = [time.strftime(form, time.gmtime(now)) for form in ("%Y-%m-%d", "%Y-%m")]
+    forms = ("%Y-%m-%d", "%Y-%m")
+    today = [time.strftime(form, time.gmtime(now)) for form in forms]
+    # a session over midnight has one budget, and so the day it began
+    began = [time.strftime(form, time.gmtime(client.since or now)) for form in forms]
     return [
         Cap(scope, window, limit)
         for scope, limits in scopes.items()
-        for window, limit in zip(windows, limits, strict=True)
+        for window, limit in zip(
+            began if scope.startswith("session ") else today, limits, strict=True
+        )
         if limit < UNLIMITED and scope not in ("group ", "session ")  # of nobody
     ]
 
@@ -3002,11 +3027,13 @@ CAPABILITIES = """
 one: claude-3*
 one budget: claude-*-4-[015]* claude-*-4-20*
 adaptive unfilled: claude-*-4-6*
-unsampled adaptive unfilled: claude-opus-4-7* claude-mythos-preview*
+unsampled adaptive unfilled: claude-opus-4-7*
+unsampled adaptive unfilled always: claude-mythos-preview*
 unsampled adaptive unfilled mid: claude-opus-4-8* claude-haiku-5-5*
-unsampled adaptive unfilled mid unforced: claude-*-5-[15]*
+unsampled adaptive unfilled mid unforced always: claude-*-5-[15]*
+unsampled adaptive unfilled mid always: claude-fable-5 claude-fable-5-20* claude-mythos-5*
 unsampled adaptive unfilled mid: claude-*-5 claude-*-5-20*
-unsampled adaptive unfilled unforced: claude-*
+unsampled adaptive unfilled unforced always: claude-*
 always elsewhere: gpt-6-astra* gpt-6.1-sol*
 always only: gpt-5*-pro gpt-5*-pro-20* gpt-5-codex* gpt-5.[12]-codex* *daybreak*
 always only: o[1-9]*-pro o[1-9]*-pro-20* o[1-9]*-deep-research*
@@ -3109,6 +3136,13 @@ def said(content: Any, kind: type[Text | Thinking]) -> Iterator[Event]:
                 yield kind(text)
 
 
+@functools.cache
+def escaped(secret: bytes) -> re.Pattern[bytes]:
+    """Characters of ASCII as JSON may spell them."""
+    spelled = (b"(?:%b|\\\\u00%02x)" % (re.escape(bytes((c,))), c) for c in secret)
+    return re.compile(b"".join(spelled), re.IGNORECASE)
+
+
 class Adapter:
     """One upstream call in one dialect. After encode(), `dropped` names the parameters the model
     would have rejected, `cut` holds the stop texts the vendor does not know, and `passing` says
@@ -3161,6 +3195,10 @@ class Adapter:
         """What of a native body has to be something else, or is ours to say."""
         return {}
 
+    def always(self, request: Request) -> bool:
+        """Is the model told not to reason, and cannot but do it?"""
+        return request.effort == "none" and "always" in self.can
+
     def rejects(self, request: Request) -> Iterable[str]:
         """The parameters that this model would not take beside the others."""
         raise NotImplementedError
@@ -3175,12 +3213,15 @@ class Adapter:
 
     def hide_key(self, data: bytes) -> bytes:
         """What the vendor sent, but for our key: should it say that, nobody hears it."""
-        return data.replace(self.secret, b"[removed]") if self.secret else data
+        if not self.secret:
+            return data
+        data = data.replace(self.secret, b"[removed]")
+        return escaped(self.secret).sub(b"[removed]", data) if b"\\u00" in data else data
 
     def feed(self, chunk: bytes) -> Batch:
         """What the events that `chunk` completes say, up to the terminal one. For a caller that
-        speaks the dialect the events come first, as they came, but for a failure of the vendor's.
-        """
+        speaks the dialect the events come first, as they came, but for what tells of a failure: of
+        that only what an SDK makes more of than an error."""
         passed, batch = b"", list[Event]()
         for event in map(self.hide_key, self.sse.feed(chunk)):
             if self.complete:
@@ -3194,7 +3235,8 @@ class Adapter:
                 batch.append(self.fail("the vendor's stream holds something that is not JSON"))
             except (AttributeError, LookupError, TypeError):
                 pass  # of a shape nobody expects: skipped
-            if self.passing and not (batch and isinstance(batch[-1], Failure)):
+            failed = batch and isinstance(batch[-1], Failure) and not batch[-1].error.told
+            if self.passing and not failed:
                 hidden = self.usage_hidden and SOME_USAGE.search(event) and NO_CHOICES.search(event)
                 passed += b"" if hidden else event
         return [Raw(passed), *batch] if passed else batch
@@ -3263,7 +3305,8 @@ class Adapter:
         given = [error.get(key) for key in ("status_code", "code", "type")]
         statuses = (n if isinstance(n, int) else UPSTREAM_TYPES.get(str(n)) for n in given)
         message = str(error.get("message") or "the vendor reported an error")
-        return Failure(UpstreamError(next(filter(None, statuses), 502), message, map(str, given)))
+        status, names = next(filter(None, statuses), 502), map(str, given)
+        return Failure(UpstreamError(status, message, names, vendor_code=error.get("code")))
 
 
 class Messages(Adapter):
@@ -3296,7 +3339,7 @@ class Messages(Adapter):
             yield "tool_choice"
         # forced tools and thinking exclude each other, as do thinking and sampling
         thinks = request.thinking and forced == unforced and self.thinks(request)
-        if request.thinking and not thinks:
+        if (request.thinking and not thinks) or self.always(request):
             yield "thinking"
         if thinks or "unsampled" in self.can:
             yield from ("temperature", "top_p", "top_k")
@@ -3412,10 +3455,6 @@ class OpenAI(Adapter):
             return None if self.reasons and "-pro" in self.model else "medium"
         return "none" if request.thinking is False and "on" in self.can else None
 
-    def always(self, request: Request) -> bool:
-        """Is the model told not to reason, and cannot but do it?"""
-        return request.effort == "none" and "always" in self.can
-
     def rejects(self, request: Request) -> Iterator[str]:
         effort = self.effort(request)
         idle = effort == "none" or (effort is None and "off" in self.can)
@@ -3501,7 +3540,10 @@ class Responses(OpenAI):
             case "failed" | "error", _:
                 told = event.get("response", event)
                 self.count(told)  # nested, as recorded, or flat, as the SDK has it
-                yield self.fail(told.get("error") or event | {"type": None})
+                failure = self.fail(error := told.get("error") or event | {"type": None})
+                # an SDK wants the response that failed; but what is secret in it is not for others
+                failure.error.told = kind == "failed" and not SECRET.search(str(error))
+                yield failure
 
 
 class Chat(OpenAI):
@@ -3667,9 +3709,9 @@ class Writer:
         choice = {"index": 0, "message": {"role": "assistant"} | said, "finish_reason": finish}
         return msgspec.json.encode(said | {"finish_reason": finish, "choices": [choice]} | report)
 
-    def error(self, error: ProxyError, request_id: str) -> bytes:
-        """The end of a failed reply already begun; none where only a missing end can say it."""
-        return b""
+    def error(self, error: ProxyError, request_id: str) -> bytes | None:
+        """The end of a failed reply already begun; None where only a missing end can say it."""
+        return None
 
 
 class FrameWriter(Writer):
@@ -3718,13 +3760,17 @@ class NativeWriter(Writer):
     def end(self, finish: str, report: dict[str, Any]) -> bytes:
         return self.held
 
-    def error(self, error: ProxyError, request_id: str) -> bytes:
+    def error(self, error: ProxyError, request_id: str) -> bytes | None:
+        if not self.early:
+            return None
+        if isinstance(error, UpstreamError) and error.told:
+            return b""
         event = b"event: error\n" if self.dialect != "chat" else b""
         body = error_body(error, request_id, self.dialect)
         if self.dialect == "responses":  # whose events are numbered
             known = re.findall(rb'"sequence_number":\s*(\d{1,9})\b', self.last)
             body = b'{"sequence_number":%d,%b' % (int(known[-1]) + 1 if known else 0, body[1:])
-        return b"%bdata: %b\n\n" % (event, body) if self.early else b""
+        return b"%bdata: %b\n\n" % (event, body)
 
 
 class ChatWriter(NativeWriter):
@@ -3879,11 +3925,9 @@ TOOL_TOKENS = 1000  # what a vendor writes before the tools
 def input_bound(request: Request, model: str = "") -> int:
     """The most tokens a request can be billed for as input: a token is at least a byte."""
     image = MINI_IMAGE_TOKENS if "gpt-4o-mini" in model else IMAGE_TOKENS
-    images, native = request.images(), request.native or {}
-    size = len(msgspec.json.encode(request)) - sum(map(len, images))
-    tools = TOOL_TOKENS if request.tools or native.get("tools") else 0
-    largest = [block for block in blocks(request.said()) if block.get("detail") == "original"]
-    size += image * len(images) + ORIGINAL_IMAGE_TOKENS * len(largest) + tools
+    asked, native = request.measure(), request.native or {}
+    size = asked.size + image * asked.images + ORIGINAL_IMAGE_TOKENS * asked.large
+    size += TOOL_TOKENS if request.tools or native.get("tools") else 0
     # a page of a document may be a few bytes, as may be what a search is for; but no model reads
     # more than its context holds, after each use of a tool anew
     if not (request.documents or request.hosted):
@@ -4120,8 +4164,8 @@ class Call:
         else:
             return
         if not self.begun:
-            await self.begin({"content-length": str(len(data))} | more)
-        if data or not failure:  # else the missing end of the body says that it failed
+            await self.begin({"content-length": str(len(data or b""))} | more)
+        if data is not None:  # else the missing end of the body says that it failed
             await self.write(data, last=True)
 
 
@@ -4259,7 +4303,9 @@ async def read_refusal(response: httpx.Response) -> UpstreamError:
     wait, advice = read_retry_after(response.headers), response.headers.get("x-should-retry", "")
     status, billed = response.status_code, response.status_code < 400
     status = 502 if status == 504 else status  # which says that a deadline of ours has passed
-    return UpstreamError(status, message, names, wait=wait, advice=advice, sent=billed)
+    return UpstreamError(
+        status, message, names, wait=wait, advice=advice, sent=billed, vendor_code=error.get("code")
+    )
 
 
 def read_retry_after(headers: Map[str, str]) -> float | None:
@@ -4629,8 +4675,8 @@ class Proxy:
             message = f"model: {allowed}, not {redact(request.model)!r}"
             raise ProxyError(403, "model_not_allowed", message)
         call.entry.provider, call.entry.model = targets[0]
-        tokens = request.max_tokens * request.n
-        estimate = request.characters() // 4 + 1000 * len(request.images()) + tokens
+        asked, tokens = request.measure(), request.max_tokens * request.n
+        estimate = asked.characters // 4 + 1000 * asked.images + tokens
         if estimate > limits.tokens_per_minute:
             allowed = f"{limits.tokens_per_minute} a minute are allowed; send less"
             raise BadRequest(f"max_tokens: about {estimate} tokens are needed, {allowed}")
@@ -4999,6 +5045,7 @@ class Proxy:
         if not isinstance(failed, UpstreamError):
             raise failed
         failed.message = redact(failed.message, self.secrets)
+        failed.vendor_code = redact(failed.vendor_code, self.secrets)
         if failed.status == 504:
             self.metrics.timeouts.labels(provider).inc()
         return failed

@@ -2493,6 +2493,68 @@ def test_a_vendors_key_in_its_headers_is_removed(vendors: Server, upstream: Upst
     assert (got.status_code, got.headers["request-id"]) == (200, "req_[removed]")
 
 
+@pytest.mark.parametrize("path", ["/api/anthropic", "/v1/messages"])
+def test_a_vendors_key_that_json_spells_in_another_way_is_removed(
+    vendors: Server, upstream: Upstream, path: str
+) -> None:
+    some = "".join(f"\\u{ord(c):04x}" if i % 3 else c for i, c in enumerate(ANTHROPIC_KEY))
+    every = "".join(f"\\u00{ord(c):02X}" for c in ANTHROPIC_KEY)
+    for spelled in (some, every):
+        assert json.loads(f'"{spelled}"') == ANTHROPIC_KEY
+        data = b"".join(messages_events("Your key is HERE, I \u00e9 think."))
+        upstream.play(stream(data.replace(b"HERE", spelled.encode())))
+        got = vendors.post(path, ask(stream=True))
+        said = "".join(map(str, frames(got.text))) if path.startswith("/api") else got.text
+        assert ANTHROPIC_KEY not in said and spelled not in said
+        assert "[removed], I" in said
+
+
+FAILED_RESPONSES = [
+    pytest.param("The model failed", True, id="as it came"),
+    pytest.param("Bad key sk-abcdefgh", False, id="but nothing secret"),
+]
+
+
+@pytest.mark.parametrize(("message", "passed"), FAILED_RESPONSES)
+def test_a_response_that_fails_reaches_an_sdk_as_it_does_from_the_vendor(
+    vendors: Server, upstream: Upstream, message: str, passed: bool
+) -> None:
+    *events, _ = responses_events(["Hel", "lo"])
+    error = {"code": "server_error", "message": message}
+    failed = {"id": "resp_1", "status": "failed", "error": error}
+    events += sse({"type": "response.failed", "response": failed, "sequence_number": 9})
+    number = next(IDS)
+    upstream.play(stream(events[0], 0.05, *events[1:]))
+    body = native("responses", stream=True)
+    got = vendors.post("/v1/responses", body, headers={"x-request-id": number})
+    assert (got.content == b"".join(events)) == passed
+    assert "sk-abc" not in got.text and ("event: error" in got.text) != passed
+    upstream.play(stream(events[0], 0.05, *events[1:]))
+    seen: list[Any] = []
+    with contextlib.suppress(openai.APIError):
+        seen.extend(call_responses(vendors.url, stream=True))
+    assert (seen[-1].type == "response.failed") == passed
+    row = last_row(vendors, number)
+    assert (row["outcome"], row["status"], row["code"]) == ("error", 502, "upstream_error")
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_an_sdk_reads_the_vendors_own_code_of_an_error(
+    vendors: Server, upstream: Upstream, streamed: bool
+) -> None:
+    long, wrong = "context_length_exceeded", "invalid_api_key"
+    for status, code, shown in ((400, long, long), (401, wrong, "upstream_auth"),
+                                (400, "sk_abcdefgh", "[removed]"),
+                                (400, f"{OPENAI_KEY}", "upstream_rejected"),
+                                (400, 17, "upstream_rejected")):  # fmt: skip
+        script = reply(status, {"error": {"message": "No", "code": code}})
+        upstream.play(script)
+        for caller in ("chat", "responses"):
+            assert raised(caller, vendors.url, stream=streamed).code == shown
+        plain = vendors.post("/api/openai", ask(model="gpt-4o"))
+        assert plain.json()["code"] == ("upstream_auth" if status == 401 else "upstream_rejected")
+
+
 @pytest.mark.parametrize("dialect", NATIVE)
 def test_the_vendors_id_of_a_request_it_refused_comes_down(
     vendors: Server, upstream: Upstream, dialect: str
@@ -2596,6 +2658,10 @@ def test_strict_tools_and_efforts_are_passed_on_or_named(
     assert "effort" not in body.get("reasoning", {})
     assert {"detail", "reasoning_effort"} <= set(dropped.split(", "))
     assert "strict" in sent("claude-haiku-4-5", tools=[tool])[1]
+    for model in ("claude-opus-5-5", "claude-fable-5", "claude-sonnet-4-6"):  # the last one can
+        off, dropped = sent(model, reasoning_effort="none")
+        assert "thinking" not in off
+        assert ("reasoning_effort" in dropped) == (model != "claude-sonnet-4-6")
     budgets = [
         sent("claude-haiku-4-5", max_tokens=4000, reasoning_effort=effort)[0]["thinking"]
         for effort in ("low", "medium", "high")
@@ -6058,6 +6124,14 @@ def test_each_scope_that_a_client_has_is_capped(client: dict[str, Any], scopes: 
     table = proxy.BudgetTable(group_per_day=proxy.Usd(1))
     caps = proxy.client_caps(caller, table, 1795305600)
     assert [(cap.scope, cap.window) for cap in caps] == [(scope, "2026-11-22") for scope in scopes]
+
+
+def test_a_session_over_midnight_has_one_budget() -> None:
+    caller = proxy.Client("ip:1", proxy.Limits(), session="s", since=1795305600 - 60)
+    caller = msgspec.structs.replace(caller, per_session=proxy.Usd(1), per_day=proxy.Usd(1))
+    caps = proxy.client_caps(caller, proxy.BudgetTable(), 1795305600)
+    days = {cap.scope.partition(" ")[0]: cap.window for cap in caps}
+    assert days == {"all": "2026-11-22", "client": "2026-11-22", "session": "2026-11-21"}
 
 
 def test_zero_allows_only_what_is_free_and_unlimited_allows_all(
@@ -9648,6 +9722,7 @@ def test_the_capabilities_agree_with_the_public_table(model: str, can: dict[str,
         assert ("temperature" in sampled.body) == known.sampling
         thinks = sent("anthropic", model, THINKS).body["thinking"]["type"]
         assert thinks == {"budget": "enabled"}.get(known.thinking, "adaptive")
+        assert adapter("anthropic", model).reasons == can.get("thinking_always_on", False)
         assert ("tool_choice" in sent("anthropic", model, asks("required")).body) == (
             known.forced_tools
         )
@@ -9968,10 +10043,13 @@ def test_an_sdk_raises_the_error_of_a_recorded_stream(
     path, _ = NATIVE[dialect]
     first, end, rest = recorded(file).partition(b"\n\n")
     upstream.play(stream(first + end, 0.05, rest))
+    streamed = vendors.post(path, native(dialect, stream=True))
+    if "/failed" in name:  # which is an event like others to an SDK
+        assert streamed.content == recorded(file)
+        return
     kind, message = accumulated(dialect, vendors.url)
     assert message == fed(dialect, recorded(file)).error
     assert kind in ("APIError", "RateLimitError", "BadRequestError")
-    streamed = vendors.post(path, native(dialect, stream=True))
     whole, _, error = streamed.content.rpartition(b"data: ")
     if streamed.status_code == 200:  # what came before it is the vendor's
         whole = whole.removesuffix(b"event: error\n")
