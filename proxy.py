@@ -4216,7 +4216,9 @@ class Attempt:
         limits = {"timeout": {"connect": self.times.connect, "pool": self.times.connect}}
         body, self.body = self.body, b""  # a long stream need not keep it
         url = parse_url(self.adapter.url(self.request.path))
-        request = httpx.Request("POST", url, headers=headers, content=body, extensions=limits)
+        whole = httpx.ByteStream(body)  # as `content`, httpx would add what aiohttp adds anyway
+        request = httpx.Request("POST", url, headers=headers, stream=whole, extensions=limits)
+        request.read()
         response = await self.transport.handle_async_request(request)
         self.stream = response.stream  # not the response: it would keep the request's body, too
         if response.status_code != 200:
