@@ -3969,7 +3969,8 @@ class Metrics:
         self.cache = counter("proxy_cache", "Cache results", ("result",))
         self.rejections = counter("proxy_rejections", "Requests refused by us", ("code",))
         self.streams = gauge("proxy_streams_in_flight", "Requests being answered")
-        self.clients = gauge("proxy_active_clients", "Clients with a request being answered")
+        active = "Clients with a request being answered"
+        self.clients = gauge("proxy_active_clients", active, multiprocess_mode="livemostrecent")
         self.waiting = gauge("proxy_waiting", "Requests in line for a place", ("provider",))
         self.seen: dict[str, set[str]] = {"client": set(), "model": set()}
         # prometheus_client checks and locks at every look-up
@@ -3981,14 +3982,24 @@ class Metrics:
         if directory:
             multiprocess: Any = importlib.import_module("prometheus_client.multiprocess")
             for file in Path(directory).glob("gauge_live*.db"):
-                process = int(file.stem.rpartition("_")[2])
-                try:
-                    os.kill(process, 0)
-                except ProcessLookupError:  # it can take nothing back
-                    multiprocess.mark_process_dead(process, directory)
+                if not is_alive(process := int(file.stem.rpartition("_")[2])):
+                    multiprocess.mark_process_dead(process, directory)  # it can take nothing back
             registry = prometheus_client.CollectorRegistry()
             multiprocess.MultiProcessCollector(registry, directory)
         return prometheus_client.generate_latest(registry)
+
+    def show_places(self, clients: list[str]) -> None:
+        """The client of each request being answered here. One may be at several workers."""
+        self.streams.set(len(clients))
+        known, directory = {*clients}, os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+        if directory:
+            own = Path(directory, f"clients_{os.getpid()}")
+            own.with_suffix(".new").write_bytes(msgspec.json.encode(known))
+            own.with_suffix(".new").replace(own)  # nobody reads half of it
+            for file in own.parent.glob("clients_*[0-9]"):
+                if is_alive(int(file.name.rpartition("_")[2])):
+                    known |= msgspec.json.decode(file.read_bytes(), type=set[str])
+        self.clients.set(len(known))
 
     def label(self, kind: str, name: str) -> str:
         if name not in self.seen[kind] and len(self.seen[kind]) >= self.NAMES:
@@ -4015,6 +4026,14 @@ class Metrics:
                 self.of(self.tokens, *served, kind).inc(tokens)
         if entry.cost and entry.cost != "0":
             self.of(self.cost, self.label("client", entry.client), served[1]).inc(float(entry.cost))
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 class LogFormat(logging.Formatter):
@@ -4607,9 +4626,7 @@ class Proxy:
         return [call.client.id for call in self.live if not call.settled]
 
     def show_places(self) -> None:
-        places = self.places()
-        self.metrics.streams.set(len(places))
-        self.metrics.clients.set(len(set(places)))
+        self.metrics.show_places(self.places())
         for name, line in self.lines.items():
             self.metrics.waiting.labels(name).set(line.waiting())
 

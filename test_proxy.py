@@ -16332,6 +16332,7 @@ def test_metrics_are_those_of_all_workers_and_rows_of_all_are_in_one_file(
         assert len(names) == len(set(names))
         counted = re.findall(r'(?m)^proxy_requests_total\{.*status="200".* (\S+)$', text)
         assert sum(map(float, counted)) == len(served)
+        assert "proxy_active_clients 1.0" in text.splitlines()  # at both of them
     gate.set()
     for connection in held:
         connection.close()
