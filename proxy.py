@@ -1942,7 +1942,7 @@ class Ledger:
                 for statement, rows in statements:
                     self.database.executemany(statement, rows)
             self.healthy = True
-        except sqlite3.Error as error:
+        except Exception as error:  # the disk, or a row that SQLite cannot hold
             self.healthy = False
             LOG.error("the ledger cannot be written: %s", error)
 
@@ -3278,7 +3278,7 @@ class Adapter:
             usage.web_searches = kinds.count("web_search_call")
         for key, tokens in itertools.chain(*map(dict.items, [self.counts, *details])):
             name = FIGURES.get(key)
-            if name and isinstance(tokens, int):
+            if name and isinstance(tokens, int) and 0 <= tokens <= 10**9:  # else it is nonsense
                 setattr(usage, name, max(getattr(usage, name), tokens))
                 usage.known = usage.known or name == "output_tokens"
         if self.apart:

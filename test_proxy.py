@@ -9920,6 +9920,8 @@ ODD_USAGE = [
     pytest.param("messages", {"output_tokens": 5, "cache_creation": "none"}, id="no split"),
     pytest.param("messages", {"output_tokens": 5, "server_tool_use": [1]}, id="tools a list"),
     pytest.param("messages", {"output_tokens": None, "input_tokens": None}, id="nulls"),
+    pytest.param("messages", {"output_tokens": 2**70, "input_tokens": 2**63}, id="too large"),
+    pytest.param("chat", {"prompt_tokens": 5, "completion_tokens": 10**10}, id="Chat too large"),
     pytest.param("responses", {"output_tokens": "many"}, id="Responses words"),
     pytest.param("responses", {"input_tokens_details": {"cached_tokens": "x"}}, id="cached words"),
     pytest.param("responses", {"input_tokens_details": {"cached_tokens": None}}, id="cached null"),
@@ -9951,6 +9953,7 @@ def test_odd_usage_does_not_break_the_end_of_an_answer(
     assert row["outcome"] in ("ok", "error")
     assert row["code"] != "internal_error"
     assert isinstance(row["output_tokens"], int) and row["output_tokens"] >= 0
+    assert Decimal(row["cost"] or 0) < 1  # nobody's budget is at its end for it
 
 
 # The vendors' own dialects: what an SDK reads through the proxy is what it reads off the vendor.
