@@ -473,6 +473,9 @@ def convert(value: Any, kind: Any, path: str) -> Any:
 def read_environment(environ: Map[str, str]) -> dict[str, Any]:
     """The settings that variables hold, by their key paths."""
     found: dict[str, Any] = {k: environ.get(name, "").strip() for k, name in ENVIRONMENT.items()}
+    for key, value in found.items():
+        if not value.isprintable():
+            raise ConfigError(f"{ENVIRONMENT[key]}: holds a character that cannot be printed")
     level = found["server.log_level"].lower()
     found["server.log_level"] = "warning" if level == "warn" else level
     found["server.cors_origins"] = split_list(found["server.cors_origins"])

@@ -1438,6 +1438,7 @@ def test_a_wrong_setting_names_its_key_and_the_fix(
         pytest.param({"OPENAI_BASE_URL": "nowhere"}, "OPENAI_BASE_URL", id="OPENAI_BASE_URL"),
         pytest.param({"CORS_ORIGIN": "a.example"}, "CORS_ORIGIN", id="CORS_ORIGIN"),
         pytest.param({"LOG_LEVEL": "loud"}, "LOG_LEVEL", id="LOG_LEVEL"),
+        pytest.param({"JWT_SECRET": "\udcff" * 40}, "JWT_SECRET", id="not UTF-8"),
     ],
 )
 def test_a_wrong_variable_is_named_as_the_source(environ: dict[str, str], said: str) -> None:
