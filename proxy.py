@@ -4757,12 +4757,13 @@ class Proxy:
         return given
 
     async def take(self, call: Call) -> Admission:
-        """Count what asks nothing of a vendor as one of the client's requests. Raises 429."""
-        limits = call.client.limits
-        given = await self.store.admit(Ask("", call.client.id, limits))
+        """Find out who is calling, and count what asks nothing of a vendor as one of its requests.
+        Raises 401, 403 or 429."""
+        call.client = client = await self.clients.identify(call.peer, call.headers)
+        given = await self.store.admit(Ask("", client.id, client.limits))
         call.show_rates(given)
         if given.refused:
-            raise refusal(given, limits)
+            raise refusal(given, client.limits)
         return given
 
     async def keep(self, call: Call, held: Decimal) -> None:
@@ -5619,7 +5620,6 @@ def create_app(
     @litestar.get("/v1/models")
     async def models(scope: Scope) -> dict[str, Any]:
         call = scope["state"]["call"]
-        call.client = await proxy.clients.identify(call.peer, call.headers)
         await proxy.take(call)
         return proxy.list_models(call.client)
 
@@ -5650,9 +5650,9 @@ def create_app(
     @litestar.get("/usage")
     async def usage(scope: Scope) -> dict[str, Any]:
         call = scope["state"]["call"]
-        call.client = client = await proxy.clients.identify(call.peer, call.headers)
         taken = await proxy.take(call)
-        spent, limits = await proxy.used_today(client.id), client.limits
+        client, limits = call.client, call.client.limits
+        spent = await proxy.used_today(client.id)
         caps = [c for c in client_caps(client, config.budget, proxy.now()) if c.scope != "all"]
         used = await proxy.store.spent(caps)
         return {
