@@ -4221,6 +4221,7 @@ class Attempt:
         self.transport, self.times = proxy.transport, proxy.config.upstream
         self.account = call.account
         self.deadline, self.key = call.started + self.times.total, key
+        self.began = time.monotonic() - self.account.seconds  # as if right after those before it
         settings, self.request = proxy.config.providers[provider], call.request
         adapter = ADAPTERS[self.request.dialect or settings.adapter](settings, model)
         self.adapter, self.more, self.headers = adapter, call.passed, dict[str, str]()
@@ -4298,6 +4299,9 @@ class Attempt:
     async def close(self) -> None:
         """The end of the HTTP message may come after the last event: only when it has been read
         can the connection serve again."""
+        self.account.seconds = time.monotonic() - self.began
+        for tool in self.adapter.calls.values():  # the vendor has said them, we not yet
+            self.account.produced += len((tool.name + tool.arguments).encode())
         if self.stream:
             try:
                 if self.adapter.complete:
@@ -4884,15 +4888,14 @@ class Proxy:
 
     async def upstream(self, call: Call, targets: list[Target]) -> AsyncGenerator[Batch, None]:
         """The vendor's answer, from its first batch to its end."""
-        account, now = call.account, time.monotonic
+        account = call.account
         attempt, batch = await self.connect(call, targets)
-        began = now() - account.seconds
         call.request.forget()
         try:
             attempt.task = asyncio.current_task()  # type: ignore[assignment]
             self.reading.add(attempt)
             while True:
-                account.seconds = now() - began
+                account.seconds = time.monotonic() - attempt.began
                 account.usage = attempt.adapter.usage
                 last = batch[-1] if batch else None
                 if isinstance(last, Failure):
@@ -4906,7 +4909,7 @@ class Proxy:
             raise self.explain(failed, account.provider) from None
         finally:
             self.reading.discard(attempt)
-            await self.leave(call, attempt, began)
+            await attempt.close()
 
     async def connect(self, call: Call, targets: list[Target]) -> tuple[Attempt, Batch]:
         """An attempt whose answer has begun, and its first batch, after retries and fallbacks."""
@@ -4961,14 +4964,13 @@ class Proxy:
             if error := failure or error:
                 await self.prepare_again(call, provider, model, error)
             self.enter(call, attempt, provider, model)
-            began = now() - account.seconds
             try:
                 async with asyncio.timeout(limit - now()):
                     batch = await attempt.open()
             except BaseException as failed:
-                await self.leave(call, attempt, began)
+                await attempt.close()
                 failure = self.explain(failed, provider)
-                self.lose(call, failure, model)
+                self.lose(call, failure)
                 self.rest(provider, attempt.key, failure)
             else:
                 account.headers = attempt.headers
@@ -5055,12 +5057,6 @@ class Proxy:
         account.hidden = attempt.adapter.reasons or bool(asked) or not request.stream
         account.billed = True
 
-    async def leave(self, call: Call, attempt: Attempt, began: float) -> None:
-        call.account.seconds = time.monotonic() - began
-        for tool in attempt.adapter.calls.values():  # the vendor has said them, we not yet
-            call.account.produced += len((tool.name + tool.arguments).encode())
-        await attempt.close()
-
     def explain(self, failed: BaseException, provider: str) -> UpstreamError:
         """What the caller is told of it; whatever is not the vendor's failure is raised again."""
         if isinstance(failed, httpx.HTTPError | aiohttp.ClientError | OSError):
@@ -5073,11 +5069,11 @@ class Proxy:
             self.metrics.timeouts.labels(provider).inc()
         return failed
 
-    def lose(self, call: Call, error: UpstreamError, model: str) -> None:
+    def lose(self, call: Call, error: UpstreamError) -> None:
         """Add what an attempt that never answered may be billed, all the same."""
         account, request = call.account, call.request
         account.billed = False
-        price = self.prices.of(account.provider, model)
+        price = self.prices.of(account.provider, account.model)
         fee = self.prices.fee(account.provider, request)
         if error.sent and price:
             fixed, each = cost_bound(price, account.bound)

@@ -11383,7 +11383,7 @@ def test_metrics_after_every_kind_of_request(serve: Serve, upstream: Upstream) -
     upstream.play(stream(messages_sse(usage=CACHED, output_tokens=500)))
     server.post(headers=key)  # a miss
     server.post(headers=key)  # a hit
-    upstream.play(reply(500, vendor_error(), AGAIN), answer)
+    upstream.play(reply(500, vendor_error(), AGAIN), [0.3, answer])
     server.post("/api/openai", ask(model="gpt-5-mini"), headers=key)  # a retry
     upstream.play([HANG])
     server.post(json=fresh(), headers=key)  # a deadline
@@ -11417,6 +11417,7 @@ def test_metrics_after_every_kind_of_request(serve: Serve, upstream: Upstream) -
         assert metric(server, f"proxy_{name}", **labels) == value, (name, labels)
     spent = metric(server, "proxy_cost_usd_total", model="claude-haiku-4-5")
     assert spent >= 0.00415
+    assert metric(server, "proxy_upstream_seconds_sum", provider="openai") > 0.3  # silence counts
     assert 'model="gpt-of-somebody"' not in server.get("/metrics").text
     assert server.get("/metrics").headers["content-type"].count("charset") <= 1
 
