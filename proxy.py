@@ -4797,10 +4797,9 @@ class Proxy:
         prefix, _, rest = name.partition("/")
         offers = {p: self.config.providers[p].models for p in self.keys}
         homes = [provider] if provider else sorted(offers, key=lambda p: "*" in offers[p])
-        named = [(home, name) for home in homes]
-        if prefix == (provider or prefix):  # before o* takes openai/…
-            named.insert(0, (prefix, rest))
-        for home, model in (*named, (prefix, rest)):
+        named, prefixed = [(home, name) for home in homes], [(prefix, rest)]
+        first = provider in ("", prefix)  # before o* takes openai/…
+        for home, model in prefixed + named if first else named + prefixed:
             if model and matches(model, offers.get(home, ())):
                 return [(home, model)]
         home = homes[0]
