@@ -4669,22 +4669,21 @@ class Proxy:
         targets = self.resolve(str(raw.get("model") or ""))
         dialect = dialect if dialect in ADAPTERS else "chat"
         own = [t for t in targets if dialect in SPEAKS[self.config.providers[t[0]].adapter]]
-        can, home = capability(targets[0][1]), self.config.providers[targets[0][0]].adapter
+        provider, can = self.config.providers[targets[0][0]], capability(targets[0][1])
         elsewhere = "elsewhere" in can and bool(raw.get("tools") or raw.get("functions"))
-        elsewhere = elsewhere or ("only" in can and home == "responses")
-        options = raw.get("stream_options")
-        asked = isinstance(options, dict) and options.get("include_usage") is True
+        elsewhere = elsewhere or ("only" in can and provider.adapter == "responses")
         if targets[0] in own and not (kind == "chat" and elsewhere):
             targets = own  # those of another dialect could not answer
-            provider = self.config.providers[targets[0][0]]
             request = parse_native(raw, kind, limits, provider.allow, call.dropped)
             request.dialect = dialect
             call.passed = passed_headers(call.headers, dialect, provider.allow)
             call.writer = NativeWriter(dialect, request.stream)
         elif kind == "chat":
             request = parse_body(raw, limits, call.dropped, chat=True)
+            asked = (raw.get("stream_options") or {}).get("include_usage") is True
             call.writer = ChatWriter(request.model, raw.get("stream") is True, asked)
         else:
+            home = provider.adapter
             place = "/v1/chat/completions" if home == "chat" else f"/v1/{home}"
             raise BadRequest(f"model: {redact(targets[0][1])} is served at {place}, not here")
         call.request = request
