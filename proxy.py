@@ -5582,7 +5582,7 @@ NATIVE_PATHS = {
 
 
 async def no_answer(scope: Scope, receive: Receive, send: Send) -> None:
-    """App.__call__ has it sent."""
+    """App.__call__ has the request served once Litestar is done with it."""
 
 
 def create_app(
@@ -5598,18 +5598,15 @@ def create_app(
     # a proxy in front of a loopback bind means that others get in
     proxy = Proxy(config, environ, public or bool(config.server.trusted_proxies), clock)
 
-    def serve_later(scope: Scope, provider: str, kind: str) -> ASGIApp:
-        """Have the request served once Litestar is done with it."""
-        scope["state"]["call"].route = provider, kind
-        return no_answer
-
     @litestar.post("/api/{provider:str}")
     async def api(scope: Scope, provider: FromPath[str]) -> ASGIApp:
-        return serve_later(scope, provider, "")
+        scope["state"]["call"].route = provider, ""
+        return no_answer
 
     @litestar.post([*NATIVE_PATHS])
     async def native(scope: Scope) -> ASGIApp:
-        return serve_later(scope, "", NATIVE_PATHS[scope["path_template"]])
+        scope["state"]["call"].route = "", NATIVE_PATHS[scope["path_template"]]
+        return no_answer
 
     @litestar.get("/v1/models")
     async def models(scope: Scope) -> dict[str, Any]:
