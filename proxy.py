@@ -4434,8 +4434,7 @@ class Proxy:
                     task.cancel()
             if self.replicas:
                 await self.replicas.close()
-            await transport.aclose()
-            await http.aclose()
+            await http.aclose()  # and with it the vendors' connections
             if self.ledger:
                 await asyncio.to_thread(self.ledger.close)
 
