@@ -4468,12 +4468,11 @@ class Proxy:
         defaults = [(p, config.providers[p].default_model) for p in self.keys]
         named = itertools.chain(defaults, *aliases, *self.templates.values())
         by_address = config.session or not self.clients.closed
-        caller = self.clients.client("ip:" if by_address else "key:", group="any")
-        limits = [cap.limit for cap in client_caps(caller, config.budget, 0)]
-        usd = itertools.chain(*(astuple(key.budget) for key in config.clients.values()))
-        limits += [cap for cap in usd if cap is not None]
-        limits += [config.session.budget] if config.session else []
-        self.capped = capped = min(limits, default=UNLIMITED) < UNLIMITED and not config.demo
+        callers = [self.clients.client("ip:" if by_address else "key:", group="any")]
+        callers += [client for _, client in self.clients.keys]
+        capped = any(client_caps(caller, config.budget, 0) for caller in callers)
+        capped = capped or bool(config.session and config.session.budget < UNLIMITED)
+        self.capped = capped = capped and not config.demo
         for provider, model in named:
             if capped and model and self.prices.of(provider, model) is None:
                 raise ConfigError(f'prices."{model}": {unpriced(model)}')
