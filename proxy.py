@@ -811,7 +811,9 @@ class Message(Struct):
     content: list[Part]
 
 
-class Tool(Struct):
+class Tool(Struct, omit_defaults=True):
+    """`strict` is not written where it is False: servers compatible with Chat may not know it."""
+
     name: str
     description: str
     parameters: dict[str, Any]
@@ -3113,8 +3115,8 @@ def image_url(image: Image) -> str:
     return image.source.get("url") or "data:{media_type};base64,{data}".format(**image.source)
 
 
-# What both are in the chunk of a Chat stream that only the proxy asked for.
 read_json = msgspec.json.Decoder().decode  # built once: this is the way of every token
+# What both are in the chunk of a Chat stream that only the proxy asked for.
 SOME_USAGE, NO_CHOICES = re.compile(rb'"usage":\s*\{'), re.compile(rb'"choices":\s*\[\s*\]')
 
 
@@ -3122,11 +3124,6 @@ def function_call(call: ToolUse) -> dict[str, Any]:
     """As OpenAI Chat has it, and the browser's contract too."""
     function = {"name": call.name, "arguments": call.arguments}
     return {"id": call.id, "type": "function", "function": function}
-
-
-def chat_tool(tool: Tool) -> dict[str, Any]:
-    """Compatible servers may not know `strict`."""
-    return {name: value for name, value in asdict(tool).items() if name != "strict" or value}
 
 
 def said(content: Any, kind: type[Text | Thinking]) -> Iterator[Event]:
@@ -3578,7 +3575,7 @@ class Chat(OpenAI):
             "response_format": request.output_format,
             "parallel_tool_calls": request.parallel if request.tools else None,
             "messages": [turn for message in messages for turn in self.turns(message)],
-            "tools": [{"type": "function", "function": chat_tool(t)} for t in request.tools],
+            "tools": [{"type": "function", "function": t} for t in request.tools],
             "tool_choice": choice,
             "reasoning_effort": self.effort(request),
             "stop": [] if self.cut else request.stop,
