@@ -4210,7 +4210,6 @@ class Attempt:
     where the answer was complete, hands it back for the next one."""
 
     stream: Any = None
-    task: asyncio.Task[Any]  # that reads the answer
     waiting_since = math.inf
     silent = False
 
@@ -4219,6 +4218,7 @@ class Attempt:
         self.account = call.account
         self.deadline, self.key = call.started + self.times.total, key
         self.began = time.monotonic() - self.account.seconds  # as if right after those before it
+        self.task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
         settings, self.request = proxy.config.providers[provider], call.request
         adapter = ADAPTERS[self.request.dialect or settings.adapter](settings, model)
         self.adapter, self.more, self.headers = adapter, call.passed, dict[str, str]()
@@ -4277,7 +4277,7 @@ class Attempt:
         except asyncio.CancelledError:
             if not self.silent:
                 raise
-            asyncio.current_task().uncancel()  # type: ignore[union-attr]
+            self.task.uncancel()
             raise UpstreamError(504, "the vendor stopped in the middle of its answer") from None
         self.waiting_since = math.inf
         for event in batch:  # before the cut: what the caller does not get is billed, too
@@ -4885,7 +4885,6 @@ class Proxy:
         attempt, batch = await self.connect(call, targets)
         call.request.forget()
         try:
-            attempt.task = asyncio.current_task()  # type: ignore[assignment]
             self.reading.add(attempt)
             while True:
                 account.seconds = time.monotonic() - attempt.began
