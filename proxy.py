@@ -5977,16 +5977,8 @@ def check_lines(config: Config, environ: Map[str, str], public: bool) -> Iterato
         yield "missing", str(error)
 
 
-def read_replicas(table: RedisTable, since: float, by: str) -> list[Totals]:
-    """The same from Redis, where the rows of all replicas are."""
-    with contextlib.closing(sqlite3.connect(":memory:")) as database:
-        database.executescript(SCHEMA)
-        for row in asyncio.run(fetch_rows(table, since)):
-            database.execute(INSERT, astuple(row))  # of two with one id the later one counts
-        return read_totals(database, since, by)
-
-
 async def fetch_rows(table: RedisTable, since: float) -> list[Entry]:
+    """The rows of all replicas."""
     redis, rows, start = connect_redis(table.url), list[Entry](), str(int(since * 1000))
     try:
         while page := await redis.xrange(f"{{{table.namespace}}}:rows", start, count=1000):
@@ -6003,7 +5995,11 @@ def show_usage(config: Config, options: argparse.Namespace) -> str:
     since = time.time() - convert(options.since, Duration, "--since")
     path = Path(__file__).parent / config.ledger.path
     if is_shared(config):
-        rows = read_replicas(config.redis, since, options.by)
+        entries = asyncio.run(fetch_rows(config.redis, since))
+        with contextlib.closing(open_ledger(None)) as database:
+            # of two rows with one id the later one counts
+            database.executemany(INSERT, map(astuple, entries))
+            rows = read_totals(database, since, options.by)
     elif path.is_file():
         rows = read_ledger(path, since, options.by)
     else:
