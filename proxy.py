@@ -1906,8 +1906,8 @@ class Ledger:
         self.healthy = True
         self.rows: list[tuple[Any, ...]] = []
         self.thread, self.turn = ThreadPoolExecutor(1), asyncio.Lock()
-        self.lock = lock_ledger(path) if path and not shared else io.BytesIO()
         self.database = open_ledger(path)
+        self.lock = lock_ledger(path) if path and not shared else io.BytesIO()
 
     def record(self, entry: Entry) -> Awaitable[None]:
         """Done when the row is on disk. Never raises: a full disk must not end an answer."""
@@ -5894,12 +5894,9 @@ def serve(config: Config, public: bool) -> None:
 
     # whatever is wrong is said here: a worker is not heard
     create_app(config, public=public)
-    shared = is_shared(config)
     if config.ledger.path and not config.demo:
         path = Path(__file__).parent / config.ledger.path
-        open_ledger(path).close()
-        if not shared:
-            lock_ledger(path).close()
+        Ledger(path, config.ledger.keep, time.time, is_shared(config)).close()
     server, places = config.server, max(1024, 2 * config.limits.concurrent_total)
     check_files(config.limits.concurrent_total)
     address = check_port(server.host, server.port)
