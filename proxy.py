@@ -568,11 +568,6 @@ def is_short(secret: str) -> bool:
     return len(secret.encode()) < 32
 
 
-def is_shared(config: Config) -> bool:
-    """Are there, or may there be, other processes that share limits and budgets with this one?"""
-    return bool(config.redis.url) and not config.demo
-
-
 def signing_secrets(config: Config) -> list[str]:
     tables = (config.jwt or Jwt(), config.session or Session(), config.budget)
     return [text for t in tables for name, text in asdict(t).items() if name.endswith("secret")]
@@ -4371,7 +4366,7 @@ class Proxy:
     ) -> None:
         self.config, self.clock = config, clock
         redis: dict[str, Any] = {}
-        if is_shared(config):  # is it a URL, and the package there?
+        if config.redis.url:  # is it one, and the package there?
             redis = connect_redis(config.redis.url).connection_pool.connection_kwargs
         self.keys = vendor_keys(config, environ)
         self.warnings = examine(config, environ, public)
@@ -4404,8 +4399,8 @@ class Proxy:
             LOG.info("%s", room)
         self.transport, table = transport, self.config.ledger
         self.http = self.clients.http = http
-        shared = is_shared(self.config)
-        if shared or (table.path and not self.config.demo):
+        shared = bool(self.config.redis.url)
+        if shared or table.path:
             path = Path(__file__).parent / table.path if table.path else None
             self.ledger = Ledger(path, table.keep, self.clock, shared)
         if shared and self.ledger:
@@ -5849,13 +5844,13 @@ def main(arguments: list[str] | None = None) -> int:
 def configure(options: argparse.Namespace, environ: Map[str, str]) -> Config:
     given: dict[str, Any] = {}
     if options.demo:
-        given = {"demo": True, "server.host": "127.0.0.1"}
+        given = {"demo": True, "server.host": "127.0.0.1", "redis.url": "", "ledger.path": ""}
     elif environ.get("PORT"):
         given = {"server.host": "0.0.0.0"}  # a PaaS says so
     named = {name: getattr(options, name) for name in ("host", "port", "workers")}
     given |= {f"server.{name}": value for name, value in named.items() if value is not None}
     config = load_config(options.config, environ, **given)
-    if config.server.workers == 1 or is_shared(config):
+    if config.server.workers == 1 or config.redis.url:
         return config
     reason = "limits are in one process's memory"
     if options.workers is not None or not environ.get("WEB_CONCURRENCY"):
@@ -5894,9 +5889,9 @@ def serve(config: Config, public: bool) -> None:
 
     # whatever is wrong is said here: a worker is not heard
     create_app(config, public=public)
-    if config.ledger.path and not config.demo:
+    if config.ledger.path:
         path = Path(__file__).parent / config.ledger.path
-        Ledger(path, config.ledger.keep, time.time, is_shared(config)).close()
+        Ledger(path, config.ledger.keep, time.time, bool(config.redis.url)).close()
     server, places = config.server, max(1024, 2 * config.limits.concurrent_total)
     check_files(config.limits.concurrent_total)
     address = check_port(server.host, server.port)
@@ -5960,7 +5955,7 @@ def check_lines(config: Config, environ: Map[str, str], public: bool) -> Iterato
     kept = "kept over restarts" if config.ledger.persistent else "begins anew if it is lost"
     yield "ledger", f"{config.ledger.path}, {kept}" if config.ledger.path else "none"
     yield "cache", "on" if config.cache.enabled else "off"
-    if is_shared(config):
+    if redis.url:
         url = httpx.URL(redis.url)
         away = f"limits {redis.limits_when_away} and budgets {redis.budget_when_away}"
         yield "redis", f"{url.host}:{url.port or 6379}; while it is away, {away}"
@@ -5991,7 +5986,7 @@ async def fetch_rows(table: RedisTable, since: float) -> list[Entry]:
 def show_usage(config: Config, options: argparse.Namespace) -> str:
     since = time.time() - convert(options.since, Duration, "--since")
     path = Path(__file__).parent / config.ledger.path
-    if is_shared(config):
+    if config.redis.url:
         entries = asyncio.run(fetch_rows(config.redis, since))
         with contextlib.closing(open_ledger(None)) as database:
             # of two rows with one id the later one counts
