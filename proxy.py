@@ -1891,13 +1891,12 @@ def open_ledger(path: Path | None) -> sqlite3.Connection:
 
 
 class Ledger:
-    """`path` None keeps the rows only as long as the process lives. Where Redis counts what is
-    spent, several processes may write to one file, and it holds what Redis has not heard of yet."""
+    """Without a path the rows live only as long as the process. Where Redis counts what is spent,
+    several processes may write to one file, and it holds what Redis has not heard of yet."""
 
-    def __init__(
-        self, path: Path | None, keep: float, clock: Callable[[], float], shared: bool = False
-    ) -> None:
-        self.path, self.keep, self.clock = path, keep, clock
+    def __init__(self, table: LedgerTable, clock: Callable[[], float], shared: bool) -> None:
+        self.path = path = Path(__file__).parent / table.path if table.path else None
+        self.keep, self.clock = table.keep, clock
         self.healthy = True
         self.rows: list[tuple[Any, ...]] = []
         self.thread, self.turn = ThreadPoolExecutor(1), asyncio.Lock()
@@ -4401,8 +4400,7 @@ class Proxy:
         self.http = self.clients.http = http
         shared = bool(self.config.redis.url)
         if shared or table.path:
-            path = Path(__file__).parent / table.path if table.path else None
-            self.ledger = Ledger(path, table.keep, self.clock, shared)
+            self.ledger = Ledger(table, self.clock, shared)
         if shared and self.ledger:
             self.store = self.replicas = RedisStore(self.config, self.webhook.tell, self.ledger)
             await self.replicas.open()
@@ -5890,8 +5888,7 @@ def serve(config: Config, public: bool) -> None:
     # whatever is wrong is said here: a worker is not heard
     create_app(config, public=public)
     if config.ledger.path:
-        path = Path(__file__).parent / config.ledger.path
-        Ledger(path, config.ledger.keep, time.time, bool(config.redis.url)).close()
+        Ledger(config.ledger, time.time, bool(config.redis.url)).close()
     server, places = config.server, max(1024, 2 * config.limits.concurrent_total)
     check_files(config.limits.concurrent_total)
     address = check_port(server.host, server.port)

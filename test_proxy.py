@@ -950,7 +950,7 @@ async def redis_store(
 ) -> AsyncIterator[Any]:
     """A process's store, that all of the same namespace share."""
     settings_of = proxy.RedisTable(url=url, namespace=namespace or next(NAMESPACES), **table)
-    rows = proxy.Ledger(None, 90 * 86400, clock, shared=True)
+    rows = proxy.Ledger(proxy.LedgerTable(path=""), clock, shared=True)
     store = proxy.RedisStore(proxy.Config(redis=settings_of, cache=cache), tell, rows)
     await store.open()
     await asyncio.sleep(0)
