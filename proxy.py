@@ -79,11 +79,6 @@ from litestar.types import ASGIApp, Receive, Scope, Send
 from msgspec import Meta, Struct, field
 from msgspec.structs import asdict, astuple, replace
 
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None  # type: ignore[assignment]
-
 __version__ = "0.1.0"
 
 Headers = dict[str, str]  # lower-case names; repeated headers joined with ", "
@@ -1866,19 +1861,18 @@ def read_spending(database: sqlite3.Connection, now: float) -> dict[tuple[str, s
     return spending
 
 
-def lock_ledger(path: Path) -> Any:
+def lock_ledger(path: Path) -> sqlite3.Connection:
     """What is spent is counted in one process's memory: two on one file would spend it twice. The
     lock is held until what is returned is closed, or the process ends."""
-    if fcntl is None:
-        return io.BytesIO()
     try:
-        file = open(f"{path}.lock", "w")  # noqa: SIM115 - for as long as the process lives
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        lock = sqlite3.connect(f"{path}.lock", timeout=0, check_same_thread=False)
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.Error as error:
+        busy = error.sqlite_errorcode == sqlite3.SQLITE_BUSY
+        wrong = f"another process has {path}" if busy else f"{path}.lock: {error}"
         fix = "stop that one, or give this one another file"
-        wrong = f"another process has {path}" if isinstance(error, BlockingIOError) else str(error)
         raise ConfigError(f"ledger.path: {wrong}; {fix}") from None
-    return file
+    return lock
 
 
 def open_ledger(path: Path | None) -> sqlite3.Connection:
