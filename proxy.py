@@ -5876,7 +5876,7 @@ def check_files(streams: int) -> None:
 
 def serve(config: Config, public: bool) -> None:
     from granian import Granian
-    from granian.constants import HTTPModes, Interfaces, Loops
+    from granian.constants import HTTPModes, Interfaces
     from granian.http import HTTP1Settings
 
     # whatever is wrong is said here: a worker is not heard
@@ -5889,8 +5889,7 @@ def serve(config: Config, public: bool) -> None:
     LOG.info("serving http://%s:%s", f"[{address}]" if ":" in address else server.host, server.port)
     granian = Granian(
         "proxy", address=address, port=server.port, interface=Interfaces.ASGI, websockets=False,
-        loop=Loops.asyncio if sys.platform == "win32" else Loops.uvloop, http=HTTPModes.http1,
-        workers=server.workers,
+        http=HTTPModes.http1, workers=server.workers,
         backlog=places, backpressure=places,  # of connections; beyond it the next client hangs
         # so whoever says nothing for 10 s, in a head or between two requests, loses its place
         http1_settings=HTTP1Settings(header_read_timeout=10_000),
