@@ -674,7 +674,7 @@ class ProxyError(Exception):
         self.type = ERROR_TYPES.get(status, other)
         self.headers = {} if retry else {"x-should-retry": "false"}
         if after is not None:  # official SDKs sleep whatever they are told
-            self.headers["Retry-After"] = str(-int(-min(60, max(1, after)) // 1))
+            self.headers["Retry-After"] = str(math.ceil(min(60, max(1, after))))
 
 
 class BadRequest(ProxyError):
