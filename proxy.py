@@ -819,20 +819,20 @@ class Sampling(Struct):
 
 class Measure(Struct):
     """How much is asked: characters of text and tools, bytes but for the data of images, images,
-    and those of them that are to be seen in their original size."""
+    those of them that are to be seen in their original size, and documents."""
 
     characters: int
     size: int
     images: int
     large: int
+    documents: int
 
 
 class Request(Sampling, kw_only=True, omit_defaults=True):
     """What is asked of a model, whoever serves it. `thinking` None leaves it to the model. A
     `native` body is sent as it is, in its `dialect`: `path` says where, if not where the dialect is
-    at home. `documents` says that it holds some, and `hosted` names the tools that run at the
-    vendor, with how often each may be used (0: as often as the model likes). `stream` is about the
-    vendor's answer."""
+    at home. `hosted` names the tools that run at the vendor, with how often each may be used (0: as
+    often as the model likes). `stream` is about the vendor's answer."""
 
     model: str
     max_tokens: int
@@ -840,7 +840,6 @@ class Request(Sampling, kw_only=True, omit_defaults=True):
     native: dict[str, Any] | None = None
     dialect: str = ""
     path: str = ""
-    documents: bool = False
     hosted: list[tuple[str, int]] = []
     stream: bool = True
     output_format: dict[str, Any] | None = None  # as Chat has it
@@ -871,7 +870,10 @@ class Request(Sampling, kw_only=True, omit_defaults=True):
             images = [data for data in map(image_data, conversation) if data is not None]
             size = len(msgspec.json.encode(self)) - sum(map(len, images))
             large = sum(block.get("detail") == "original" for block in conversation)
-            self.measured = Measure(sum(map(len, strings(said))), size, len(images), large)
+            files = ("document", "input_file", "file")
+            documents = sum(block.get("type") in files for block in conversation)
+            characters = sum(map(len, strings(said)))
+            self.measured = Measure(characters, size, len(images), large, documents)
         return self.measured
 
 
@@ -1429,7 +1431,7 @@ def parse_native(
         raise BadRequest(f"{key}: is missing")
     check_texts(raw, limits)
     known = NATIVE_BLOCKS.get(kind.partition("/")[0], "")
-    kinds = check_conversation(raw, key, limits, {*known.split(), *allowed})
+    check_conversation(raw, key, limits, {*known.split(), *allowed})
     hosted = []
     for i, tool in enumerate(given.tools or ()):
         if (name := str(tool.get("type", "custom"))) not in ("function", "custom"):
@@ -1453,7 +1455,6 @@ def parse_native(
     return Request(
         model=raw["model"], max_tokens=0 if path else read_length(given, limits, dropped),
         n=given.n or 1, hosted=hosted, native=native, path=path, stream=given.stream is True,
-        documents=not kinds.isdisjoint(("document", "input_file", "file")),
     )  # fmt: skip
 
 
@@ -1482,9 +1483,9 @@ def is_kept(block: dict[str, Any]) -> bool:
 ROLES = (None, "user", "assistant", "system", "developer", "tool", "function")
 
 
-def check_conversation(raw: Map[str, Any], key: str, limits: Limits, known: set[str]) -> set[str]:
-    """The types of all that a conversation is made of."""
-    system, kinds = bool(raw.get("system") or raw.get("instructions")), set()
+def check_conversation(raw: Map[str, Any], key: str, limits: Limits, known: set[str]) -> None:
+    """Is it made of what is known, and does the system say nothing where it must not?"""
+    system = bool(raw.get("system") or raw.get("instructions"))
     for i, item in enumerate(raw[key] if isinstance(raw[key], list) else ()):
         for block in blocks(item):
             system = system or block.get("role") in ("system", "developer")
@@ -1494,10 +1495,8 @@ def check_conversation(raw: Map[str, Any], key: str, limits: Limits, known: set[
             if kind is not None and str(kind) not in known:
                 wrong = f"{redact(str(kind), length=50)} is not passed on by this proxy"
                 raise BadRequest(f"{key}[{i}]: {wrong}; {ALLOW}")
-            kinds.add(str(block.get("type")))
     if system and not limits.allow_system:
         raise BadRequest("system: a system prompt is not allowed here")
-    return kinds
 
 
 def lock_prompt(prompt: str, given: Any) -> Any:
@@ -3918,7 +3917,7 @@ def input_bound(request: Request, model: str = "") -> int:
     size += TOOL_TOKENS if request.tools or native.get("tools") else 0
     # a page of a document may be a few bytes, as may be what a search is for; but no model reads
     # more than its context holds, after each use of a tool anew
-    if not (request.documents or request.hosted):
+    if not (asked.documents or request.hosted):
         return size
     turns = 1 + sum(uses for _, uses in request.hosted)
     return max(size, context_size(model) or 2_000_000) * turns
