@@ -5973,7 +5973,7 @@ async def fetch_rows(table: RedisTable, since: float) -> list[Entry]:
 
 
 def show_usage(config: Config, options: argparse.Namespace) -> str:
-    since = time.time() - convert(options.since, Duration, "--since")
+    since = max(0.0, time.time() - convert(options.since, Duration, "--since"))
     path = Path(__file__).parent / config.ledger.path
     if config.redis.url:
         entries = asyncio.run(fetch_rows(config.redis, since))
