@@ -2480,12 +2480,11 @@ class StoreAway(ProxyError):
 
 class Link:
     """This process's way to Redis. What is asked for in the same moment goes in one pipeline and
-    comes back in one round trip. While Redis is away nobody waits for it: `up` is False until a
+    comes back in one round trip. While Redis is away nobody waits for it: `up` is True only once a
     sign of life has got through."""
 
     patience, step = 6, 0.02  # steps that an answer may take, and seconds of each
-    up = False
-    missed: bool | None = None  # True: the log says that it is away; None: nobody has asked yet
+    up: bool | None = None  # False: the log says that it is away; None: nobody has asked yet
     sender: asyncio.Task[None] | None = None
 
     def __init__(self, config: Config) -> None:
@@ -2509,7 +2508,7 @@ class Link:
         if isinstance(reply := await answer, StoreAway):
             raise reply
         if isinstance(reply, Exception):
-            if not self.missed:  # else the log has it
+            if self.up is not False:  # else the log has it
                 LOG.error("redis: %s failed (%s)", args[0], redact(str(reply)))
             raise StoreAway("what all replicas share cannot be changed")
         return reply
@@ -2548,14 +2547,14 @@ class Link:
 
     def fall(self, reason: str) -> None:
         """Nobody waits any longer, and nobody new until Redis is back."""
-        if not self.missed:
+        if self.up is not False:
             LOG.error("redis is away: %s", reason)
         for _, answer in self.batch + self.queue:
             if not answer.done():
                 answer.set_result(StoreAway())
         if self.sender:
             self.sender.cancel()
-        self.up, self.missed, self.queue, self.sender = False, True, [], None
+        self.up, self.queue, self.sender = False, [], None
 
 
 def connect_redis(url: str) -> Any:
@@ -2634,19 +2633,19 @@ class RedisStore:
         try:
             seconds, micros, policy, told = await link.run("beat", ids, lease)
         except StoreAway as away:  # there, but it takes no writes
-            if not link.missed:
+            if link.up is not False:
                 link.fall(away.message)
             return
         self.offset = int(seconds) + int(micros) / 1e6 - self.ledger.clock()
         evicts = policy not in (b"noeviction", b"")
-        if not policy and link.missed is not False:
+        if not policy and not link.up:
             LOG.warning("redis: does not tell its maxmemory-policy; it must be noeviction")
         if evicts and not self.evicts:
             fix = "so budgets are closed; set it to noeviction"
             LOG.error("redis: its maxmemory-policy may evict what was spent, %s", fix)
-        if link.missed:
+        if link.up is False:
             LOG.info("redis is there")
-        link.up, link.missed, self.evicts = True, False, evicts
+        link.up, self.evicts = True, evicts
         self.tell_all(told)
 
     def tell_all(self, told: bytes) -> None:
@@ -2662,7 +2661,7 @@ class RedisStore:
         await self.link.redis.aclose()
 
     def is_there(self, capped: bool) -> bool:
-        return self.link.up and not (capped and self.evicts)
+        return self.link.up is True and not (capped and self.evicts)
 
     def is_needed(self, capped: bool) -> bool:
         table = self.table
@@ -5604,7 +5603,7 @@ def create_app(
         shared = proxy.replicas
         good = written and not proxy.draining and (not shared or shared.serving(proxy.capped))
         body = {"status": "ready" if good else "not ready", "ledger": written}
-        body |= {"draining": proxy.draining} | ({"redis": shared.link.up} if shared else {})
+        body |= {"draining": proxy.draining} | ({"redis": bool(shared.link.up)} if shared else {})
         return litestar.Response(body, status_code=200 if good else 503)
 
     @litestar.get("/metrics")
