@@ -2505,8 +2505,7 @@ class Link:
         self.queue.append((args, answer))
         if self.sender is None:
             self.sender = asyncio.create_task(self.send())
-        if isinstance(reply := await answer, StoreAway):
-            raise reply
+        reply = await answer
         if isinstance(reply, Exception):
             if self.up is not False:  # else the log has it
                 LOG.error("redis: %s failed (%s)", args[0], redact(str(reply)))
@@ -2551,7 +2550,7 @@ class Link:
             LOG.error("redis is away: %s", reason)
         for _, answer in self.batch + self.queue:
             if not answer.done():
-                answer.set_result(StoreAway())
+                answer.set_exception(StoreAway())
         if self.sender:
             self.sender.cancel()
         self.up, self.queue, self.sender = False, [], None
