@@ -2559,10 +2559,9 @@ class Link:
 def connect_redis(url: str) -> Any:
     """A client that asks once: whoever waits would rather know. Raises ConfigError."""
     redis = load_optional("redis.url", "redis", "redis.asyncio")
-    once = redis.retry.Retry(importlib.import_module("redis.backoff").NoBackoff(), 0)
     times = {"socket_connect_timeout": 2, "socket_timeout": 5}
     try:
-        return redis.Redis.from_url(url, retry=once, protocol=2, **times)
+        return redis.Redis.from_url(url, retry=None, protocol=2, **times)
     except ValueError:  # which may show the password
         wanted = "must look like redis://:PASSWORD@HOST:6379/0, or rediss:// for TLS"
         raise ConfigError(f"redis.url: {wanted}; write a / in the password as %2F") from None
