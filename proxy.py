@@ -2051,7 +2051,6 @@ class Settlement(Struct):
     usd: Decimal = Decimal(0)
     caps: list[Cap] = []
     row: bytes = b""
-    used: dict[str, int] = {}
 
 
 class Store(Protocol):
@@ -2409,8 +2408,10 @@ function run.settle(text, row)
   call('DEL', open)
   if row ~= '' then
     append(row)
-    local used = 'used:' .. done.day .. ':' .. done.client
-    for name, value in pairs(done.used) do write(2 * day, 'HINCRBY', used, name, value) end
+    local used, entry = 'used:' .. done.day .. ':' .. done.client, cjson.decode(row)
+    local sums = {requests = 1, cost = done.usd}
+    sums.input_tokens, sums.output_tokens = entry.input_tokens, entry.output_tokens
+    for name, value in pairs(sums) do write(2 * day, 'HINCRBY', used, name, value) end
   end
   return cjson.encode(told)
 end
@@ -2742,7 +2743,7 @@ class RedisStore:
         message = msgspec.json.encode({
             "id": end.id, "client": sha256(end.client)[:32], "tpm": end.limits.tokens_per_minute,
             "unused": 0 if alone else end.unused, "usd": billionths(end.usd),
-            "caps": to_redis(end.caps), "used": end.used, "day": self.today(),
+            "caps": to_redis(end.caps), "day": self.today(),
         })  # fmt: skip
         try:
             await self.deliver(message, end.row)
@@ -5131,11 +5132,9 @@ class Proxy:
             written = self.ledger.record(entry)
             row = msgspec.json.encode(entry) if self.replicas else b""
         if call.asked or row:
-            used = {"requests": 1, "input_tokens": entry.input_tokens, "cost": billionths(usd)}
-            used |= {"output_tokens": entry.output_tokens}
             unused = call.estimate and call.estimate - entry.input_tokens - entry.output_tokens
             who = entry.id, entry.client, call.client.limits
-            await self.store.settle(Settlement(*who, unused, usd, call.caps, row, used))
+            await self.store.settle(Settlement(*who, unused, usd, call.caps, row))
         if written:
             await written
 

@@ -7688,7 +7688,7 @@ def test_keys_in_redis_are_in_one_slot_and_expire_and_name_nobody(redis_url: str
             store.rest("p", 60)
             await store.once("alice's token", 60)
             row = msgspec.json.encode(proxy.Entry(time.time(), "1", client="key:alice"))
-            await store.settle(end_of(asked, 0.9, row=row, used={"requests": 1}))
+            await store.settle(end_of(asked, 0.9, row=row))
             await store.admit(wish("3", "key:alice"))
 
             async def keys() -> Any:
@@ -7807,8 +7807,7 @@ def test_what_was_settled_is_not_settled_again_where_the_answer_was_lost(redis_u
             asked = wish("1", caps=[cap()], least=0.5, most=0.5)
             await store.admit(asked)
             relay.deaf = True
-            row, used = msgspec.json.encode(entry), {"requests": 1}
-            await store.settle(end_of(asked, 0.25, row=row, used=used))
+            await store.settle(end_of(asked, 0.25, row=msgspec.json.encode(entry)))
             assert not store.link.up
             assert len(await store.ledger.due()) == 1
             relay.deaf = False
