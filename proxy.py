@@ -61,7 +61,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from collections.abc import Mapping as Map
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from decimal import ROUND_CEILING, Decimal
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
 
@@ -1993,7 +1993,7 @@ def client_caps(client: Client, table: BudgetTable, now: float) -> list[Cap]:
 
 class BudgetExceeded(ProxyError):
     def __init__(self, cap: Cap, left: Decimal) -> None:
-        message = f"budget: {max(left, Decimal(0)).normalize():f} USD are left of {cap}, and this "
+        message = f"budget: {left.normalize():f} USD are left of {cap}, and this "
         message += f"request may cost more; the budget is whole again at {cap.resets()}"
         super().__init__(402, "budget_exceeded", message, retry=False)
 
@@ -2175,7 +2175,7 @@ class MemoryStore:
 
     async def hold(self, id: str, caps: list[Cap], least: Decimal, most: Decimal) -> Decimal:
         left = [cap.limit - self.of(cap).settled - self.of(cap).held for cap in caps]
-        granted = min(most, *(max(usd, Decimal(0)) for usd in left))
+        granted = max(Decimal(0), min(most, *left))
         if granted < least:
             tightest = caps[left.index(min(left))]
             spending = self.of(tightest)
@@ -2198,8 +2198,7 @@ class MemoryStore:
 
     def forget(self, window: dict[str, Spending]) -> None:
         """Those who have spent least begin anew: what they spent stays spent for all."""
-        small = ("client ", "session ", "group ")
-        idle = [name for name in window if name.startswith(small) and not window[name].held]
+        idle = [name for name in window if name != "all" and not window[name].held]
         for name in sorted(idle, key=lambda name: window[name].settled)[: self.scopes // 2]:
             del window[name]
 
@@ -2569,7 +2568,7 @@ def connect_redis(url: str) -> Any:
 
 
 def billionths(usd: Decimal) -> int:
-    return int((usd * 10**9).to_integral_value(ROUND_CEILING))
+    return math.ceil(usd * 10**9)
 
 
 def to_redis(caps: Iterable[Cap]) -> list[dict[str, Any]]:
