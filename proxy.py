@@ -2111,9 +2111,11 @@ class Spending(Struct):
 
 
 class MemoryStore:
-    """For one process. Its spending starts from `settled`, what the ledger remembers by scope and
-    window. `tell` hears of each cap once when 80 % of it are spent, and once when it is at its end.
-    Of clients it remembers those seen last; one it has forgotten has full buckets again."""
+    """For one process, or for one of `share` that cannot ask each other: it has so small a part of
+    all rates, places and caps. Its spending starts from `settled`, what the ledger remembers by
+    scope and window. `tell` hears of each cap once when 80 % of it are spent, and once when it is
+    at its end. Of clients it remembers those seen last; one it has forgotten has full buckets
+    again."""
 
     offset, pause = 0.0, 0.005
     scopes = 50_000  # that a window remembers the spending of
@@ -2124,8 +2126,9 @@ class MemoryStore:
         tell: Callable[[Cap, int], None],
         cache: CacheTable,
         settled: Map[tuple[str, str], Decimal] = {},
+        share: int = 1,
     ) -> None:
-        self.clock, self.tell = clock, tell
+        self.clock, self.tell, self.share = clock, tell, share
         self.buckets: cachetools.LRUCache[str, tuple[Bucket, Bucket]] = cachetools.LRUCache(50_000)
         self.holds: dict[str, tuple[list[Cap], Decimal]] = {}
         self.windows: dict[str, dict[str, Spending]] = {}
@@ -2137,12 +2140,16 @@ class MemoryStore:
         self.taken: dict[str, str] = {}  # the provider where a request has a place
         self.shown: cachetools.TTLCache[str, bool] = cachetools.TTLCache(100_000, 600, timer=clock)
 
+    def part(self, count: int) -> int:
+        return max(1, count // self.share)
+
     def rates(self, client: str, limits: Limits) -> tuple[Bucket, Bucket]:
         """The client's requests and its tokens."""
         now = self.clock()
         if not (buckets := self.buckets.get(client)):
-            rate, tokens = limits.requests_per_minute, limits.tokens_per_minute
-            requests = Bucket(rate, limits.burst, limits.burst, now)
+            rate, burst = limits.requests_per_minute / self.share, self.part(limits.burst)
+            tokens = self.part(limits.tokens_per_minute)
+            requests = Bucket(rate, burst, burst, now)
             buckets = self.buckets[client] = requests, Bucket(tokens, tokens, tokens, now)
         for bucket in buckets:
             bucket.refill(now)
@@ -2174,6 +2181,7 @@ class MemoryStore:
         return given
 
     async def hold(self, id: str, caps: list[Cap], least: Decimal, most: Decimal) -> Decimal:
+        caps = [replace(cap, limit=cap.limit / self.share) for cap in caps]
         left = [cap.limit - self.of(cap).settled - self.of(cap).held for cap in caps]
         granted = max(Decimal(0), min(most, *left))
         if granted < least:
@@ -2225,7 +2233,7 @@ class MemoryStore:
             self.answers[key] = answer
 
     async def enter(self, id: str, provider: str, places: int, waiting: bool) -> bool:
-        if free := list(self.taken.values()).count(provider) < places:
+        if free := list(self.taken.values()).count(provider) < self.part(places):
             self.taken[id] = provider
         return free
 
@@ -2594,8 +2602,8 @@ class RedisStore:
     def __init__(self, config: Config, tell: Callable[[Cap, int], None], ledger: Ledger) -> None:
         self.table, self.tell, self.ledger = config.redis, tell, ledger
         self.link, self.tasks = Link(config), set[asyncio.Task[Any]]()
-        self.share = config.redis.replicas * config.server.workers
-        self.local = MemoryStore(time.monotonic, tell, config.cache)
+        share = config.redis.replicas * config.server.workers
+        self.local = MemoryStore(time.monotonic, tell, config.cache, share=share)
         self.alone: set[str] = set()  # requests that were admitted without Redis
         self.asked: set[str] = set()  # those that Redis may know of
 
@@ -2688,7 +2696,8 @@ class RedisStore:
         except StoreAway:
             if self.is_needed(capped):
                 raise
-            return await self.admit_alone(ask)
+            self.alone.add(ask.id)
+            return await self.local.admit(ask)
         given = msgspec.json.decode(said, type=Admission)
         given.answer = answer
         try:
@@ -2707,27 +2716,9 @@ class RedisStore:
             raise BudgetExceeded(cap, usd)
         return usd
 
-    async def admit_alone(self, ask: Ask) -> Admission:
-        limits = ask.limits
-        limits = replace(
-            limits,
-            requests_per_minute=limits.requests_per_minute / self.share,
-            tokens_per_minute=self.part(limits.tokens_per_minute),
-            burst=self.part(limits.burst),
-        )
-        self.alone.add(ask.id)
-        places, caps = self.part(ask.places), self.shares(ask.caps)
-        return await self.local.admit(replace(ask, limits=limits, places=places, caps=caps))
-
-    def part(self, count: int) -> int:
-        return max(1, count // self.share) if count else 0
-
-    def shares(self, caps: list[Cap]) -> list[Cap]:
-        return [replace(cap, limit=cap.limit / self.share) for cap in caps]
-
     async def hold(self, id: str, caps: list[Cap], least: Decimal, most: Decimal) -> Decimal:
         if id in self.alone:
-            return await self.local.hold(id, self.shares(caps), least, most)
+            return await self.local.hold(id, caps, least, most)
         wanted: dict[str, Any] = {"id": id, "caps": to_redis(caps)}
         wanted |= {"least": billionths(least), "most": billionths(most)}
         return self.granted(await self.link.run("hold", msgspec.json.encode(wanted)))
@@ -2766,7 +2757,7 @@ class RedisStore:
                 raise StoreAway
             return bool(await self.link.run("enter", id, provider, places, int(waiting)))
         except StoreAway:
-            return await self.local.enter(id, provider, self.part(places), waiting)
+            return await self.local.enter(id, provider, places, waiting)
 
     async def leave(self, id: str, provider: str) -> None:
         await self.local.leave(id, provider)
@@ -4549,7 +4540,7 @@ class Proxy:
     async def check_places(self, call: Call) -> None:
         """Take one of the client's and of the server's places, from before the body to the end."""
         client, limits, taken = call.client, call.client.limits, self.places()
-        part = self.replicas.part if self.replicas and not self.replicas.link.up else int
+        part = self.replicas.local.part if self.replicas and not self.replicas.link.up else int
         full = len(taken) >= part(self.config.limits.concurrent_total)
         if full or taken.count(client.id) >= part(limits.concurrent):
             with contextlib.suppress(StoreAway):
