@@ -2813,13 +2813,12 @@ class Line:
             async with asyncio.timeout(patience):
                 await turn
         except BaseException as error:
+            self.drop(client, id)
             await self.store.leave(id, self.name)  # its turn may have come in the very moment
             if not isinstance(error, TimeoutError):
                 raise
             message = f"no place at {self.name} came free in time; try again"
             raise ProxyError(503, "queue_timeout", message, after=5) from None
-        finally:
-            self.drop(client, id)
 
     def drop(self, client: str, id: str) -> None:
         waiting = self.turns.get(client, {})
@@ -2840,9 +2839,8 @@ class Line:
                     await self.store.leave(id, self.name)
                 else:
                     turn.set_result(None)
+                    self.turns[client] = self.turns.pop(client)  # behind all the others now
                     self.drop(client, id)
-                    if client in self.turns:  # it stands behind all the others now
-                        self.turns[client] = self.turns.pop(client)
         finally:
             self.calling = None
 
