@@ -2638,10 +2638,8 @@ class RedisStore:
         link, ids = self.link, msgspec.json.encode(self.asked)
         try:
             seconds, micros, policy, told = await link.run("beat", ids, lease)
-        except StoreAway as away:  # there, but it takes no writes
-            if link.up is not False:
-                link.fall(away.message)
-            return
+        except StoreAway as away:  # it may be there, but take no writes
+            return link.fall(away.message)
         self.offset = int(seconds) + int(micros) / 1e6 - self.ledger.clock()
         evicts = policy not in (b"noeviction", b"")
         if not policy and not link.up:
