@@ -4020,9 +4020,8 @@ class LogFormat(logging.Formatter):
             fields["exception"] = redact(self.formatException(record.exc_info), self.known, 4000)
         level, event = record.levelname.lower(), record.getMessage()
         if self.terminal:
-            clock = time.strftime("%H:%M:%S", time.localtime(record.created))
             shown = (f"{name}={redact(str(value), length=4000)}" for name, value in fields.items())
-            return " ".join((clock, level, event, *shown))
+            return " ".join((self.formatTime(record, "%H:%M:%S"), level, event, *shown))
         line = {"time": round(record.created, 3), "level": level, "event": event}
         return msgspec.json.encode(line | fields).decode()
 
