@@ -2914,16 +2914,13 @@ class Account(Struct):
 
 class Flight:
     """One upstream call and the requests that read its batches. It is cancelled when the last of
-    them leaves, and not before; `keep` is called when it has arrived whole."""
+    them leaves, and not before."""
 
     error: Exception | None = None
     readers = 0
 
-    def __init__(
-        self, source: AsyncGenerator[Batch, None], account: Account, keep: Callable[[Account], None]
-    ) -> None:
-        self.account, self.keep = account, keep
-        self.changed = asyncio.Event()
+    def __init__(self, source: AsyncGenerator[Batch, None], account: Account) -> None:
+        self.account, self.changed = account, asyncio.Event()
         self.task = asyncio.create_task(self.run(source))
 
     async def run(self, source: AsyncGenerator[Batch, None]) -> None:
@@ -2931,9 +2928,6 @@ class Flight:
             async with aclosing(source):
                 async for batch in source:
                     self.account.batches.append(batch)
-                    match batch:
-                        case [*_, Finish("stop" | "tool_calls")]:
-                            self.keep(self.account)
                     self.wake()
         except Exception as error:  # for its readers
             self.error = error
@@ -3951,11 +3945,11 @@ class Metrics:
         """For Prometheus: of all workers, where there are several."""
         registry, directory = self.registry, os.environ.get("PROMETHEUS_MULTIPROC_DIR")
         if directory:
-            multiprocess: Any = importlib.import_module("prometheus_client.multiprocess")
             for file in Path(directory).glob("gauge_live*.db"):
-                if not is_alive(process := int(file.stem.rpartition("_")[2])):
-                    multiprocess.mark_process_dead(process, directory)  # it can take nothing back
+                if not is_alive(int(file.stem.rpartition("_")[2])):
+                    file.unlink(missing_ok=True)  # it can take nothing back
             registry = prometheus_client.CollectorRegistry()
+            multiprocess = importlib.import_module("prometheus_client.multiprocess")
             multiprocess.MultiProcessCollector(registry, directory)
         return prometheus_client.generate_latest(registry)
 
@@ -4841,15 +4835,14 @@ class Proxy:
                 call.entry.cache, call.account = "hit", account
                 return replay(account.batches)
             call.entry.cache = "miss"
-            flight = Flight(self.upstream(call, targets), call.account, self.keep_answer(key))
+            flight = Flight(self.upstream(call, targets, key), call.account)
             call.leads = self.flights[key] = flight
         return flight.read()
 
-    def keep_answer(self, key: str) -> Callable[[Account], None]:
-        return lambda account: self.store.put(key, msgspec.msgpack.encode(account))
-
-    async def upstream(self, call: Call, targets: list[Target]) -> AsyncGenerator[Batch, None]:
-        """The vendor's answer, from its first batch to its end."""
+    async def upstream(
+        self, call: Call, targets: list[Target], key: str = ""
+    ) -> AsyncGenerator[Batch, None]:
+        """The vendor's answer, from its first batch to its end. A whole one is kept under `key`."""
         account = call.account
         attempt, batch = await self.connect(call, targets)
         call.request.forget()
@@ -4864,6 +4857,8 @@ class Proxy:
                     raise last.error
                 yield batch
                 if isinstance(last, Finish):
+                    if key and last.reason in ("stop", "tool_calls"):  # batches has all of it now
+                        self.store.put(key, msgspec.msgpack.encode(account))
                     return
                 batch = await attempt.next()
         except Exception as failed:
