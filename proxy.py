@@ -2491,7 +2491,7 @@ class Link:
     comes back in one round trip. While Redis is away nobody waits for it: `up` is True only once a
     sign of life has got through."""
 
-    patience, step = 6, 0.02  # steps that an answer may take, and seconds of each
+    patience, step = 6, 0.02  # steps that a few answers may take, and seconds of each
     up: bool | None = None  # False: the log says that it is away; None: nobody has asked yet
     sender: asyncio.Task[None] | None = None
 
@@ -2526,11 +2526,13 @@ class Link:
             while self.queue:
                 self.batch, self.queue = self.queue, []
                 earlier, steps = steps, 0  # they may have waited as long for those before them
+                crowd = len(self.batch) // 50  # which takes even a quick Redis a while
+                most = min(2 * self.patience, self.patience + crowd) if self.up else 100
                 work = asyncio.create_task(self.execute(self.batch))
                 try:  # a process that is too busy to read the answer counts fewer steps
                     while not (await asyncio.wait((work,), timeout=self.step))[0]:
                         steps += 1
-                        if earlier + steps >= (self.patience if self.up else 100):
+                        if earlier + steps >= most:
                             raise TimeoutError(f"no answer in {steps * self.step:g} s")
                     work.result()
                 finally:
@@ -5109,7 +5111,7 @@ class Proxy:
         entry, usd, row = call.entry, Decimal(call.entry.cost or 0), b""
         written: Awaitable[None] | None = None
         if self.ledger and (call.held or self.worth_a_row(entry)):
-            written = self.ledger.record(entry)
+            written = self.ledger.record(entry) if self.ledger.path else None
             row = msgspec.json.encode(entry) if self.replicas else b""
         if call.asked or row:
             unused = call.estimate and call.estimate - entry.input_tokens - entry.output_tokens

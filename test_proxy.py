@@ -7798,6 +7798,25 @@ class Relay:
         return f"redis://127.0.0.1:{self.server.sockets[0].getsockname()[1]}/0"
 
 
+def test_without_a_file_of_its_own_a_ledger_keeps_no_rows_in_memory(redis_url: str) -> None:
+    environ = {"ANTHROPIC_API_KEY": "k", "REDIS_URL": redis_url}
+    namespace = f"rows-{time.monotonic_ns()}"
+    more = {"ledger.path": "", "redis.namespace": namespace}
+    config = proxy.load_config(None, environ, **more)
+
+    async def play() -> tuple[int, int]:
+        vendor = proxy.DemoTransport()
+        app = proxy.create_app(config, environ, public=False, transport=vendor)
+        async with app.lifespan():
+            assert (await ask_app(app, "/api/anthropic", ask())).startswith("200")
+            count = "SELECT count(*) FROM entries"
+            rows = app.proxy.ledger.database.execute(count).fetchone()
+            link = app.proxy.replicas.link
+            return rows[0], await link.redis.xlen(f"{link.prefix}rows")
+
+    assert asyncio.run(play()) == (0, 1)
+
+
 def test_what_was_settled_is_not_settled_again_where_the_answer_was_lost(redis_url: str) -> None:
     async def play() -> None:
         relay = Relay()
