@@ -2506,7 +2506,7 @@ class Link:
         self.batch = self.queue
 
     async def run(self, *args: Any) -> Any:
-        """What a step of the script returns. Raises StoreAway, after twice `patience` at the latest."""
+        """What a step of the script returns. Raises StoreAway, after twice `patience` at most."""
         if not self.up and args[0] != "beat":
             raise StoreAway
         answer = asyncio.get_running_loop().create_future()
