@@ -3189,7 +3189,8 @@ class Adapter:
         """What the events that `chunk` completes say, up to the terminal one. For a caller that
         speaks the dialect the events come first, as they came, but for what tells of a failure: of
         that only what an SDK makes more of than an error."""
-        passed, batch = b"", list[Event]()
+        passed = b""
+        batch: Batch = []
         for event in map(self.hide_key, self.sse.feed(chunk)):
             if self.complete:
                 break
@@ -4187,7 +4188,8 @@ class Attempt:
         self.task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
         settings, self.request = proxy.config.providers[provider], call.request
         adapter = ADAPTERS[self.request.dialect or settings.adapter](settings, model)
-        self.adapter, self.more, self.headers = adapter, call.passed, dict[str, str]()
+        self.adapter, self.more = adapter, call.passed
+        self.headers: Headers = {}
         if len(self.key) > 15:  # a shorter one, like "ollama", is a word that may be said
             adapter.secret = self.key.encode()
         self.body = msgspec.json.encode(adapter.encode(self.request))
