@@ -4023,13 +4023,8 @@ class LogFormat(logging.Formatter):
         return msgspec.json.encode(line | fields).decode()
 
 
-# ---- Proxy -------------------------------------------------------------------------------------
-# The story of a request: one funnel, in one order, for every endpoint that can reach a vendor.
-
-Target = tuple[str, str]  # a provider and a model of it: where an attempt goes
-
-# The dialects that a provider with some adapter understands: OpenAI itself has both of its own.
-SPEAKS = {"messages": ("messages",), "responses": ("responses", "chat"), "chat": ("chat",)}
+# ---- Calls -------------------------------------------------------------------------------------
+# A request from its arrival to its ledger row, as its caller sees it: what is sent, and when.
 
 
 class Call:
@@ -4168,6 +4163,9 @@ def spell(usage: Usage) -> dict[str, int]:
     cached = {"cacheReadTokens": usage.cache_read_tokens, "reasoningTokens": usage.reasoning_tokens}
     return both | cached
 
+
+# ---- Upstream ----------------------------------------------------------------------------------
+# One attempt at one target: what it asks, what it hears, and what its failures mean.
 
 parse_url = functools.lru_cache(100)(httpx.URL)
 
@@ -4323,6 +4321,15 @@ def classify(error: BaseException) -> UpstreamError:
         case aiohttp.ServerDisconnectedError() | aiohttp.ClientPayloadError() | OSError():
             return UpstreamError(502, "the connection to the vendor broke", code=gone)
     return UpstreamError(502, "the vendor's answer is not HTTP")
+
+
+# ---- Proxy -------------------------------------------------------------------------------------
+# The story of a request: one funnel, in one order, for every endpoint that can reach a vendor.
+
+Target = tuple[str, str]  # a provider and a model of it: where an attempt goes
+
+# The dialects that a provider with some adapter understands: OpenAI itself has both of its own.
+SPEAKS = {"messages": ("messages",), "responses": ("responses", "chat"), "chat": ("chat",)}
 
 
 class Proxy:
