@@ -431,7 +431,8 @@ def load_config(
     tables = {name: convert(table, dict[str, Any], name) for name, table in tables.items()}
     given = tables.get("providers", {})  # which go first
     tables["providers"] = merge(given, merge(BUILT_IN_PROVIDERS, given))
-    for key, value in (read_environment(environ) | overrides).items():
+    alone = {"redis.url": "", "ledger.path": ""} if overrides.get("demo") else {}
+    for key, value in (read_environment(environ) | alone | overrides).items():
         if key.partition(".")[0] in {"jwt", "session"} - tables.keys():
             continue  # a secret by itself asks for nothing
         for name in reversed(key.split(".")):
@@ -469,8 +470,8 @@ def read_environment(environ: Map[str, str]) -> dict[str, Any]:
     """The settings that variables hold, by their key paths."""
     found: dict[str, Any] = {k: environ.get(name, "").strip() for k, name in ENVIRONMENT.items()}
     for key, value in found.items():
-        if not value.isprintable():
-            raise ConfigError(f"{ENVIRONMENT[key]}: holds a character that cannot be printed")
+        if value.encode(errors="replace").decode() != value:
+            raise ConfigError(f"{ENVIRONMENT[key]}: is not UTF-8")
     level = found["server.log_level"].lower()
     found["server.log_level"] = "warning" if level == "warn" else level
     found["server.cors_origins"] = split_list(found["server.cors_origins"])
@@ -749,7 +750,9 @@ class UpstreamError(ProxyError):
     ) -> None:  # fmt: skip
         shown, known_code = UPSTREAM_CODES.get(status, (502, "upstream_error"))
         self.sent, self.wait, self.moved, self.told = sent, wait, False, False
-        if known_code != "upstream_auth" and re.fullmatch(r"[a-z_]{1,64}", str(vendor_code or "")):
+        if known_code != "upstream_auth" and re.fullmatch(
+            r"[A-Za-z][\w.-]{0,63}", str(vendor_code or "")
+        ):
             self.vendor_code = str(vendor_code)
         passing = status >= 500 or status in (408, 409, 429)
         self.retryable = passing and advice != "false" and EXHAUSTED.isdisjoint(names)
@@ -1441,6 +1444,8 @@ def parse_native(
             # the vendor's own way of saying it: it ignores another's, and too little would be held
             uses = raw.get("max_tool_calls") if kind == "responses" else tool.get("max_uses")
             hosted.append((name, max(0, uses) if isinstance(uses, int) else 0))
+            if hosted[-1][1] > 1000:
+                raise BadRequest(f"tools[{i}]: at most 1000 uses are allowed")
     for block in blocks([raw[key], raw.get("tools"), raw.get("tool_choice")]):
         if isinstance(block.get("name"), str):
             block["name"] = clean(block["name"])
@@ -1963,7 +1968,10 @@ class Cap(Struct, frozen=True):
         whose = "all clients" if self.scope == "all" else f"this {self.scope.partition(' ')[0]}"
         return f"{self.limit:f} USD for {whose} in {self.window}"
 
-    def resets(self) -> str:
+    def resets(self) -> str | None:
+        """When it begins anew. A session's ends with the session."""
+        if self.scope.startswith("session "):
+            return None
         start = datetime.date.fromisoformat(f"{self.window}-01"[:10])
         later = start + datetime.timedelta(1 if str(start) == self.window else 32)
         return f"{later if str(start) == self.window else later.replace(day=1)}T00:00:00Z"
@@ -1971,30 +1979,26 @@ class Cap(Struct, frozen=True):
 
 def client_caps(client: Client, table: BudgetTable, now: float) -> list[Cap]:
     """Every cap that holds for what `client` spends at `now`, in seconds since 1970."""
-    scopes = {
-        "all": (table.total_per_day, table.total_per_month),
-        f"client {client.id}": (client.per_day, client.per_month),
-        f"group {client.group}": (table.group_per_day, table.group_per_month),
-        f"session {client.session}": (client.per_session, UNLIMITED),
-    }
-    forms = ("%Y-%m-%d", "%Y-%m")
-    today = [time.strftime(form, time.gmtime(now)) for form in forms]
+    today, month = (time.strftime(form, time.gmtime(now)) for form in ("%Y-%m-%d", "%Y-%m"))
     # a session over midnight has one budget, and so the day it began
-    began = [time.strftime(form, time.gmtime(client.since or now)) for form in forms]
-    return [
-        Cap(scope, window, limit)
-        for scope, limits in scopes.items()
-        for window, limit in zip(
-            began if scope.startswith("session ") else today, limits, strict=True
-        )
-        if limit < UNLIMITED and scope not in ("group ", "session ")  # of nobody
-    ]
+    began = time.strftime("%Y-%m-%d", time.gmtime(client.since or now))
+    whose, group = f"client {client.id}", f"group {client.group}"
+    caps = [
+        Cap("all", today, table.total_per_day), Cap("all", month, table.total_per_month),
+        Cap(whose, today, client.per_day), Cap(whose, month, client.per_month),
+        Cap(group, today, table.group_per_day), Cap(group, month, table.group_per_month),
+        Cap(f"session {client.session}", began, client.per_session),
+    ]  # fmt: skip
+    nobody = ("group ", "session ")
+    return [cap for cap in caps if cap.limit < UNLIMITED and cap.scope not in nobody]
 
 
 class BudgetExceeded(ProxyError):
     def __init__(self, cap: Cap, left: Decimal) -> None:
-        message = f"budget: {left.normalize():f} USD are left of {cap}, and this "
-        message += f"request may cost more; the budget is whole again at {cap.resets()}"
+        message = f"budget: {left.normalize():f} USD are left of {cap}, and this request "
+        message += "may cost more"
+        if again := cap.resets():
+            message += f"; the budget is whole again at {again}"
         super().__init__(402, "budget_exceeded", message, retry=False)
 
 
@@ -2521,13 +2525,14 @@ class Link:
         return reply
 
     async def send(self) -> None:
-        steps = 0
+        steps = size = 0
         try:
             while self.queue:
                 self.batch, self.queue = self.queue, []
                 earlier, steps = steps, 0  # they may have waited as long for those before them
-                crowd = len(self.batch) // 50  # which takes even a quick Redis a while
-                most = min(2 * self.patience, self.patience + crowd) if self.up else 100
+                crowd, size = max(size, len(self.batch)), len(self.batch)
+                # which takes even a quick Redis a while
+                most = min(2 * self.patience, self.patience + crowd // 50) if self.up else 100
                 work = asyncio.create_task(self.execute(self.batch))
                 try:  # a process that is too busy to read the answer counts fewer steps
                     while not (await asyncio.wait((work,), timeout=self.step))[0]:
@@ -3106,7 +3111,7 @@ def said(content: Any, kind: type[Text | Thinking]) -> Iterator[Event]:
 @functools.cache
 def escaped(secret: bytes) -> re.Pattern[bytes]:
     """Characters of ASCII as JSON may spell them."""
-    spelled = (b"(?:%b|\\\\u00%02x)" % (re.escape(bytes((c,))), c) for c in secret)
+    spelled = (b"(?:\\\\?%b|\\\\u00%02x)" % (re.escape(bytes((c,))), c) for c in secret)
     return re.compile(b"".join(spelled), re.IGNORECASE)
 
 
@@ -3180,10 +3185,11 @@ class Adapter:
 
     def hide_key(self, data: bytes) -> bytes:
         """What the vendor sent, but for our key: should it say that, nobody hears it."""
-        if not self.secret:
+        if len(self.secret) < 16:  # a word that may be said, like "ollama"
             return data
         data = data.replace(self.secret, b"[removed]")
-        return escaped(self.secret).sub(b"[removed]", data) if b"\\u00" in data else data
+        spelled = b"\\u00" in data or b"\\/" in data
+        return escaped(self.secret).sub(b"[removed]", data) if spelled else data
 
     def feed(self, chunk: bytes) -> Batch:
         """What the events that `chunk` completes say, up to the terminal one. For a caller that
@@ -3509,8 +3515,10 @@ class Responses(OpenAI):
                 told = event.get("response", event)
                 self.count(told)  # nested, as recorded, or flat, as the SDK has it
                 failure = self.fail(error := told.get("error") or event | {"type": None})
-                # an SDK wants the response that failed; but what is secret in it is not for others
-                failure.error.told = kind == "failed" and not SECRET.search(str(error))
+                # an SDK wants the response that failed, but nobody what is ours alone
+                text, ours = str(error), failure.error.code == "upstream_auth"
+                plain = redact(text, [self.secret.decode()], len(text)) == text and not ours
+                failure.error.told = self.passing and kind == "failed" and plain
                 yield failure
 
 
@@ -3998,9 +4006,10 @@ class Metrics:
 
 def is_alive(process: int) -> bool:
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
+        if sys.platform != "win32":  # where it would be a Ctrl-C
+            os.kill(process, 0)
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 
@@ -4188,8 +4197,7 @@ class Attempt:
         adapter = ADAPTERS[self.request.dialect or settings.adapter](settings, model)
         self.adapter, self.more = adapter, call.passed
         self.headers: Headers = {}
-        if len(self.key) > 15:  # a shorter one, like "ollama", is a word that may be said
-            adapter.secret = self.key.encode()
+        adapter.secret = self.key.encode()
         self.body = msgspec.json.encode(adapter.encode(self.request))
         self.cutter = StopCutter(adapter.cut) if adapter.cut else None
 
@@ -4202,9 +4210,7 @@ class Attempt:
         limits = {"timeout": {"connect": self.times.connect, "pool": self.times.connect}}
         body, self.body = self.body, b""  # a long stream need not keep it
         url = parse_url(self.adapter.url(self.request.path))
-        whole = httpx.ByteStream(body)  # as `content`, httpx would add what aiohttp adds anyway
-        request = httpx.Request("POST", url, headers=headers, stream=whole, extensions=limits)
-        request.read()
+        request = httpx.Request("POST", url, headers=headers, content=body, extensions=limits)
         response = await self.transport.handle_async_request(request)
         self.stream = response.stream  # not the response: it would keep the request's body, too
         if response.status_code != 200:
@@ -4216,14 +4222,14 @@ class Attempt:
         self.headers = self.told(response)
         if not self.request.stream:
             return self.adapter.read(b"".join([chunk async for chunk in self.chunks]))
-        batch: Batch = []
-        events: Batch = []
-        while not (events or self.adapter.heard):  # comments and pings are passed on, but are none
-            batch += await self.next()
-            events = [event for event in batch if not isinstance(event, Raw)]
-        if events and isinstance(events[0], Failure):
-            raise events[0].error
-        return batch
+        passed, batch = b"", list[Event]()
+        while not (batch or self.adapter.heard):  # comments and pings are passed on, but are none
+            heard = await self.next()
+            passed += b"".join(event.data for event in heard if isinstance(event, Raw))
+            batch = [event for event in heard if not isinstance(event, Raw)]
+        if batch and isinstance(batch[0], Failure):
+            raise batch[0].error
+        return [Raw(passed), *batch] if passed else batch
 
     def told(self, response: httpx.Response) -> Headers:
         """What a caller who speaks the vendor's dialect hears of its headers."""
@@ -4609,7 +4615,8 @@ class Proxy:
     async def keep_showing(self) -> None:
         """Another worker may be asked for what is in flight here."""
         while self.config.server.workers > 1:
-            self.show_places()
+            with contextlib.suppress(OSError):
+                self.show_places()
             await asyncio.sleep(1)
 
     def read(self, call: Call, provider: str, kind: str, body: bytes) -> list[Target]:
@@ -5822,7 +5829,7 @@ def main(arguments: list[str] | None = None) -> int:
 def configure(options: argparse.Namespace, environ: Map[str, str]) -> Config:
     given: dict[str, Any] = {}
     if options.demo:
-        given = {"demo": True, "server.host": "127.0.0.1", "redis.url": "", "ledger.path": ""}
+        given = {"demo": True, "server.host": "127.0.0.1"}
     elif environ.get("PORT"):
         given = {"server.host": "0.0.0.0"}  # a PaaS says so
     named = {name: getattr(options, name) for name in ("host", "port", "workers")}

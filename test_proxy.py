@@ -1446,6 +1446,12 @@ def test_a_wrong_variable_is_named_as_the_source(environ: dict[str, str], said: 
         proxy.load_config(None, environ)
 
 
+def test_a_demo_keeps_no_ledger_and_knows_no_redis() -> None:
+    environ = {"REDIS_URL": "redis://127.0.0.1:1/0", "LEDGER_PATH": "rows.sqlite3"}
+    config = proxy.load_config(None, environ, demo=True)
+    assert (config.redis.url, config.ledger.path) == ("", "")
+
+
 def test_secrets_in_the_environment_ask_for_nothing_by_themselves(tmp_path: Path) -> None:
     environ = {"JWT_SECRET": "short", "SESSION_SECRET": "short", "TURNSTILE_SECRET_KEY": "x"}
     config = proxy.load_config(Path(write(tmp_path, "")), environ)
@@ -2889,6 +2895,13 @@ def test_a_vendors_key_that_json_spells_in_another_way_is_removed(
         assert "[removed], I" in said
 
 
+def test_a_slash_in_a_key_may_be_escaped() -> None:
+    speaks = adapter("anthropic")
+    speaks.secret = b"sk-ant/0123456789/abcdef"
+    for spelled in (speaks.secret, speaks.secret.replace(b"/", b"\\/")):
+        assert speaks.hide_key(b'{"key": "%b"}' % spelled) == b'{"key": "[removed]"}'
+
+
 FAILED_RESPONSES = [
     pytest.param("The model failed", True, id="as it came"),
     pytest.param("Bad key sk-abcdefgh", False, id="but nothing secret"),
@@ -2918,6 +2931,51 @@ def test_a_response_that_fails_reaches_an_sdk_as_it_does_from_the_vendor(
     assert (row["outcome"], row["status"], row["code"]) == ("error", 502, "upstream_error")
 
 
+def test_a_response_that_fails_is_an_error_to_a_chat(vendors: Server, upstream: Upstream) -> None:
+    """Which gets no events of Responses."""
+    *events, _ = responses_events(["Hel", "lo"])
+    failed = {"id": "resp_1", "error": {"code": "server_error", "message": "It broke"}}
+    events += sse({"type": "response.failed", "response": failed})
+    upstream.play(stream(*events[:2], 0.05, *events[2:]))
+    seen = []
+    with pytest.raises(openai.APIError, match="It broke"):
+        seen.extend(map(str, call_chat(vendors.url, stream=True, model="gpt-5-pro")))
+    assert "Hel" in "".join(seen)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        pytest.param({"code": "billing_error", "message": "Acme owes 1,200 USD"}, id="account"),
+        pytest.param({"code": "server_error", "message": "k-short is over its quota"}, id="key"),
+    ],
+)
+def test_a_failed_response_says_nothing_that_is_the_proxys_alone(
+    serve: Serve, upstream: Upstream, error: dict[str, str]
+) -> None:
+    server = serve(NO_BUDGET, environ={"OPENAI_API_KEY": "k-short"})
+    *events, _ = responses_events(["Hel", "lo"])
+    events += sse({"type": "response.failed", "response": {"id": "resp_1", "error": error}})
+    upstream.play(stream(*events[:2], 0.05, *events[2:]))
+    got = server.post("/v1/responses", native("responses", stream=True))
+    assert "Hel" in got.text and "event: error" in got.text
+    assert "Acme" not in got.text and "k-short" not in got.text
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["in one read", "event by event"])
+@pytest.mark.parametrize("dialect", NATIVE)
+def test_what_follows_a_comment_that_came_alone_is_not_lost(
+    vendors: Server, upstream: Upstream, dialect: str, together: bool
+) -> None:
+    path, _ = NATIVE[dialect]
+    data = MAKE[dialect](["Hel", "lo"])
+    events = [data] if together else re.split(rb"(?<=\n\n)", data)[:-1]
+    upstream.play(stream(b": PROCESSING\n\n", 0.05, *events))
+    got = vendors.post(path, native(dialect, stream=True))
+    shown = without_usage(data) if dialect == "chat" else data
+    assert got.content == b": PROCESSING\n\n" + shown
+
+
 @pytest.mark.parametrize("streamed", [True, False])
 def test_an_sdk_reads_the_vendors_own_code_of_an_error(
     vendors: Server, upstream: Upstream, streamed: bool
@@ -2925,7 +2983,8 @@ def test_an_sdk_reads_the_vendors_own_code_of_an_error(
     long, wrong = "context_length_exceeded", "invalid_api_key"
     for status, code, shown in ((400, long, long), (401, wrong, "upstream_auth"),
                                 (400, "sk_abcdefgh", "[removed]"),
-                                (400, f"{OPENAI_KEY}", "upstream_rejected"),
+                                (400, OPENAI_KEY, "[removed]"),
+                                (400, "DataInspection.Failed2", "DataInspection.Failed2"),
                                 (400, 17, "upstream_rejected")):  # fmt: skip
         script = reply(status, {"error": {"message": "No", "code": code}})
         upstream.play(script)
@@ -3093,6 +3152,7 @@ SEARCH = {"type": "web_search_20250305", "name": "web_search"}
         pytest.param(SEARCH, "max_uses", id="no end"),
         pytest.param(SEARCH | {"max_uses": -1}, "max_uses", id="less than none"),
         pytest.param(SEARCH | {"max_uses": "3"}, "max_uses", id="no number"),
+        pytest.param(SEARCH | {"max_uses": 2**62}, "at most 1000 uses", id="no end in sight"),
     ],
 )
 def test_what_runs_at_the_vendor_is_held_back_by_a_budget(
@@ -5661,7 +5721,8 @@ def test_collecting_sessions_buys_no_money(
     first, second, third = (new_session(shared_secret, address) for _ in range(3))
     assert shared_secret.post(json=body, headers=with_session(first)).status_code == 200
     refused = shared_secret.post(json=body, headers=with_session(first))
-    assert "this session" in check_error(refused, 402, "budget_exceeded")["error"]
+    error = check_error(refused, 402, "budget_exceeded")["error"]
+    assert "this session" in error and "whole again" not in error
     assert shared_secret.post(json=body, headers=with_session(second)).status_code == 200
     refused = shared_secret.post(json=body, headers=with_session(third))
     assert "this client" in check_error(refused, 402, "budget_exceeded")["error"]
@@ -6481,9 +6542,10 @@ def test_who_leaves_while_redis_is_asked_leaves_nothing(redis_url: str) -> None:
 
 
 class Relay:
-    """Between a store and its Redis. What comes back is lost while it is `deaf`."""
+    """Between a store and its Redis. What comes back is lost while it is `deaf`, and comes not
+    before `opens`, by the monotonic clock."""
 
-    deaf = False
+    deaf, opens = False, 0.0
 
     async def connected(self, reader: Any, writer: Any) -> None:
         inwards, outwards = await asyncio.open_connection("127.0.0.1", self.target)
@@ -6492,6 +6554,7 @@ class Relay:
             with contextlib.suppress(OSError):
                 while data := await source.read(65536):
                     if not (back and self.deaf):
+                        await asyncio.sleep(back * max(0, self.opens - time.monotonic()))
                         sink.write(data)
             sink.close()
 
@@ -6501,6 +6564,25 @@ class Relay:
         self.target = target
         self.server = await asyncio.start_server(self.connected, "127.0.0.1", 0)
         return f"redis://127.0.0.1:{self.server.sockets[0].getsockname()[1]}/0"
+
+
+def test_who_comes_after_a_crowd_has_its_patience(redis_url: str) -> None:
+    async def play() -> None:
+        relay = Relay()
+        url = await relay.start(int(redis_url.rpartition(":")[2].partition("/")[0]))
+        async with redis_store(url) as store:
+            store.link.patience = 20  # 0.4 s for a few, and 0.6 s for 500
+            relay.opens = time.monotonic() + 0.45
+            wishes = [wish(str(n), f"key:{n}") for n in range(500)]
+            crowd = asyncio.gather(*map(store.admit, wishes))
+            await asyncio.sleep(0.1)
+            after = asyncio.create_task(store.admit(wish("after")))
+            await crowd
+            relay.opens = time.monotonic() + 0.03
+            assert not (await after).refused
+            assert store.link.up
+
+    asyncio.run(play())
 
 
 def test_without_a_file_of_its_own_a_ledger_keeps_no_rows_in_memory(redis_url: str) -> None:
