@@ -2530,8 +2530,8 @@ class Link:
             while self.queue:
                 self.batch, self.queue = self.queue, []
                 earlier, steps = steps, 0  # they may have waited as long for those before them
+                # a crowd takes even a quick Redis a while
                 crowd, size = max(size, len(self.batch)), len(self.batch)
-                # which takes even a quick Redis a while
                 most = min(2 * self.patience, self.patience + crowd // 50) if self.up else 100
                 work = asyncio.create_task(self.execute(self.batch))
                 try:  # a process that is too busy to read the answer counts fewer steps
