@@ -515,12 +515,17 @@ def check_values(config: Config) -> None:
                 raise ConfigError(f"clients.{name}.limits.{setting}: {wanted}")
     for pattern, price in config.prices.items():
         of_model = bool(price.input or price.output or price.free)
+        if price.above and price.output and not price.above.output:
+            raise ConfigError(f'prices."{pattern}".above.output: is not set')
         if of_model == (price.per_use is not None):
             wanted = "set input and output of a model, or free = true, or per_use of a tool"
             raise ConfigError(f'prices."{pattern}": {wanted}')
+        free = price.free and pattern.partition("/")[0] not in config.providers
+        sellers = [n for n, p in config.providers.items() if may_overlap(pattern, p.models)]
         for name, provider in config.providers.items():
-            sold = price.free and provider.variables and not config.demo
-            if sold and any(fnmatch.fnmatchcase(model, pattern) for model in provider.models):
+            sold = free and provider.variables and not config.demo
+            whole = any(fnmatch.fnmatchcase(model, pattern) for model in provider.models)
+            if sold and (whole or (name in sellers and len(sellers) > 1)):
                 wanted = f'would make those of {name} free, too; write "PROVIDER/{pattern}"'
                 raise ConfigError(f'prices."{pattern}": {wanted}')
     for name, template in config.templates.items():
@@ -558,6 +563,16 @@ def check_values(config: Config) -> None:
     for wrong, path, fix in rules:
         if wrong:
             raise ConfigError(f"{path}: {fix}")
+
+
+def may_overlap(pattern: str, others: Iterable[str]) -> bool:
+    """Is there a name that the pattern and another match? Going by what they begin with, where
+    they have wildcards; an exact name is meant as it is."""
+    begins, *rest = re.split(r"[*?\[]", pattern)
+    heads = [re.split(r"[*?\[]", other)[0] for other in others]
+    return bool(rest and begins) and any(
+        head.startswith(begins) or begins.startswith(head) for head in heads
+    )
 
 
 def is_short(secret: str) -> bool:
@@ -859,7 +874,7 @@ class Request(Sampling, kw_only=True, omit_defaults=True):
     def said(self) -> Any:
         """What a model reads of it, as JSON."""
         said = {"system": self.system, "tools": self.tools, "messages": self.messages}
-        return self.native or msgspec.to_builtins(said)
+        return self.native or msgspec.to_builtins(said | {"schema": self.output_format or ""})
 
     def forget(self) -> None:
         """What was said: once it is answered, a long stream need not keep it."""
@@ -899,7 +914,8 @@ class Thinking(Struct, tag=True):
 
 
 class Finish(Struct, tag=True):
-    """The last event of a complete answer: stop, length, tool_calls or content_filter."""
+    """The last event of a complete answer: stop, length, tool_calls or content_filter; or failed,
+    where a native answer in one piece says so itself, and is passed on."""
 
     reason: str
 
@@ -1026,8 +1042,8 @@ OPAQUE = {"input", "arguments", "parameters", "input_schema", "schema"}
 
 
 def readable(value: Any) -> str:
-    """As JSON, whatever is in it, but with quotes and line breaks as a model reads them."""
-    text = msgspec.json.encode(value).decode()
+    """As JSON, or what is JSON already, but with quotes and line breaks as a model reads them."""
+    text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
     return text.replace('\\"', '"').replace("\\n", "\n").replace("\\\\", "\\")
 
 
@@ -1051,7 +1067,7 @@ def strings(value: Any) -> Iterator[str]:
             for key, inner in reversed(value.items()):
                 if key in hidden or (listed and key == "text" and isinstance(inner, str)):
                     continue
-                opaque = key in OPAQUE and isinstance(inner, dict)
+                opaque = key == "arguments" or (key in OPAQUE and isinstance(inner, dict))
                 todo.append((readable(inner) if opaque else inner, False))
 
 
@@ -1074,7 +1090,9 @@ def image_data(block: dict[str, Any]) -> str | None:
             return str(source.get("data") or "")
         case {"type": "input_image" | "image_url", "image_url": given}:
             url = str(given.get("url") if isinstance(given, dict) else given)
-            return url if url.startswith("data:") else ""
+            if url.startswith("data:"):
+                return url if url.startswith("data:image/") else None
+            return ""
     return None
 
 
@@ -1432,6 +1450,9 @@ def parse_native(
     key = "messages" if "messages" in NATIVE_FIELDS[kind] else "input"
     if not raw.get(key):
         raise BadRequest(f"{key}: is missing")
+    for block in blocks([raw[key], raw.get("tools"), raw.get("tool_choice")]):
+        if isinstance(block.get("name"), str):
+            block["name"] = clean(block["name"])
     check_texts(raw, limits)
     known = NATIVE_BLOCKS.get(kind.partition("/")[0], "")
     check_conversation(raw, key, limits, {*known.split(), *allowed})
@@ -1446,9 +1467,6 @@ def parse_native(
             hosted.append((name, max(0, uses) if isinstance(uses, int) else 0))
             if hosted[-1][1] > 1000:
                 raise BadRequest(f"tools[{i}]: at most 1000 uses are allowed")
-    for block in blocks([raw[key], raw.get("tools"), raw.get("tool_choice")]):
-        if isinstance(block.get("name"), str):
-            block["name"] = clean(block["name"])
     native = {name: value for name, value in raw.items() if name != "store"}
     dropped += ["store"] if raw.get("store") else []
     prompt, system = limits.system_prompt, "system" if kind == "messages" else "instructions"
@@ -1480,6 +1498,8 @@ def is_kept(block: dict[str, Any]) -> bool:
             | {"type": "item_reference" | "container_upload" | "input_audio"}
         ):  # fmt: skip
             return True
+        case {"image_url": _} | {"input_audio": _} | {"video_url": _} if "type" not in block:
+            return True  # which some vendors take for what it looks like
         case {"id": _}:  # where Responses is told neither type nor role, it looks the id up
             return not any(block.get(key) for key in ("type", "role", "function"))
     return False
@@ -1760,7 +1780,10 @@ def read_claim(claims: dict[str, Any], name: str) -> str | None:
 # One row per request: what it cost and how it ended. A thread of its own, which no slow DNS lookup
 # shares, writes to SQLite in group commits; a request's last byte is sent after its row is on disk.
 
-OUTCOMES = {"stop": "ok", "tool_calls": "ok", "length": "truncated", "content_filter": "refused"}
+OUTCOMES = {
+    "stop": "ok", "tool_calls": "ok", "length": "truncated", "content_filter": "refused",
+    "failed": "error",
+}  # fmt: skip
 
 
 class Entry(Struct, omit_defaults=True):
@@ -2940,6 +2963,11 @@ class Flight:
             self.error = error
             self.wake()
 
+    def leave(self) -> None:
+        """One reader less. The next one may be about to begin: it is looked at a moment later."""
+        self.readers -= 1
+        asyncio.get_running_loop().call_soon(lambda: self.readers or self.task.cancel())
+
     def wake(self) -> None:
         self.changed.set()
         self.changed = asyncio.Event()
@@ -2955,9 +2983,7 @@ class Flight:
                     await self.changed.wait()
                 yield self.account.batches[position]
         finally:
-            self.readers -= 1
-            if not self.readers:
-                self.task.cancel()
+            self.leave()
 
 
 # ---- SSE ---------------------------------------------------------------------------------------
@@ -3120,7 +3146,8 @@ class Adapter:
     would have rejected, `cut` holds the stop texts the vendor does not know, and `passing` says
     that the caller speaks the dialect and gets the vendor's bytes, `usage_hidden` without the count
     that only we have asked for. While the answer comes, `heard` says whether it has begun, `usage`
-    what it counted, and `complete` whether the vendor's terminal event has arrived."""
+    what it counted, `unseen` how many bytes of it no event says, and `complete` whether the
+    vendor's terminal event has arrived."""
 
     path: ClassVar[str]
     limit: ClassVar[str]  # what the dialect calls max_tokens
@@ -3132,9 +3159,10 @@ class Adapter:
         self.account = provider.organization, provider.project
         self.can, self.own = capability(model), "api.openai.com" in self.base_url
         self.reasons = not self.can.isdisjoint(("always", "on", "off"))
-        self.sse, self.usage, self.secret = SSE(), Usage(), b""
+        self.sse, self.usage, self.secret, self.unseen = SSE(), Usage(), b"", 0
         self.counts: dict[str, Any] = {}
         self.calls: dict[Any, ToolUse] = {}
+        self.places: dict[Any, Any] = {}  # where Chat's calls are, if not where they say
         self.dropped: list[str] = []
         self.cut: list[str] = []
         self.reason = "stop"
@@ -3153,7 +3181,9 @@ class Adapter:
             native = request.native | {"model": self.model} | self.fit(request.native, request)
             if not request.path:
                 given = [name for name in MAX_TOKENS if native.pop(name, None)]
-                native[(given or [self.limit])[-1]] = request.max_tokens
+                # some compatible vendors ignore another name than theirs
+                name = given[-1] if given and self.own else self.limit
+                native[name] = request.max_tokens
             return native
         names = [*self.unknown, *self.rejects(request)]
         names = [name for name in names if getattr(request, name) is not None]
@@ -3224,6 +3254,7 @@ class Adapter:
             raise UpstreamError(502, "the vendor's answer is not a JSON object") from None
         if reply.get("error") and "id" not in reply:
             raise self.fail(reply["error"]).error
+        failed = reply.get("status") == "failed"
         self.count(reply)
         # embeddings have no output, and counted tokens have no usage at all
         embedded = "data" in reply and isinstance(reply.get("usage"), dict)
@@ -3238,7 +3269,8 @@ class Adapter:
                 | {"incomplete_details": {"reason": str(end)}}
             ):
                 reason = REASONS.get(end, reason)
-        return [Raw(self.hide_key(body)), Finish(reason)]
+                failed = failed or end == "error"
+        return [Raw(self.hide_key(body)), Finish("failed" if failed else reason)]
 
     def count(self, told: dict[str, Any]) -> None:
         """Later figures replace the earlier ones, but may lack some of them."""
@@ -3255,6 +3287,9 @@ class Adapter:
             if name and isinstance(tokens, int) and 0 <= tokens <= 10**9:  # else it is nonsense
                 setattr(usage, name, max(getattr(usage, name), tokens))
                 usage.known = usage.known or name == "output_tokens"
+        total = self.counts.get("total_tokens")  # with thinking, where that is counted apart
+        if usage.known and isinstance(total, int) and total <= 10**9:
+            usage.output_tokens = max(usage.output_tokens, total - usage.input_tokens)
         if self.apart:
             usage.input_tokens += usage.cache_read_tokens + usage.cache_write_tokens
 
@@ -3264,7 +3299,9 @@ class Adapter:
         self.complete = True
         reason = "tool_calls" if self.calls and self.reason == "stop" else self.reason
         for call in self.calls.values():
-            arguments = call.arguments.strip() or ("" if reason == "length" else "{}")
+            arguments = call.arguments.strip()
+            if arguments in ("", "null") and reason not in ("length", "content_filter"):
+                arguments = "{}"
             try:
                 msgspec.json.decode(arguments, type=dict[str, Any])
                 yield ToolUse(call.id, call.name, arguments)
@@ -3394,7 +3431,9 @@ class Messages(Adapter):
             case "content_block_delta", {"thinking": str(text)} if text:
                 yield Thinking(text)
             case "content_block_delta", {"partial_json": str(text)} if index in self.calls:
-                self.calls[index].arguments += text  # of no tool of the vendor's own
+                self.calls[index].arguments += text
+            case "content_block_delta", {"partial_json": str(text)}:  # of a tool of the vendor's
+                self.unseen += len(text.encode())
             case "content_block_start", {"type": "tool_use", "id": call, "name": name, **block}:
                 given = msgspec.json.encode(block["input"]).decode() if block.get("input") else ""
                 self.calls[index] = ToolUse(str(call), str(name), given)
@@ -3499,6 +3538,8 @@ class Responses(OpenAI):
                 yield Thinking(text)
             case "function_call_arguments.delta", str(text):
                 self.calls[event["item_id"]].arguments += text
+            case "custom_tool_call_input.delta", str(text):
+                self.unseen += len(text.encode())
             case "function_call_arguments.done", _:
                 self.calls[event["item_id"]].arguments = str(event["arguments"])
             case _, {"type": "function_call", "call_id": call, "name": name, **item}:
@@ -3584,7 +3625,8 @@ class Chat(OpenAI):
                 yield self.fail(error)
             case {"choices": [{"finish_reason": "error"}, *_]}:
                 yield self.fail(None)
-            case {"choices": [{"delta": dict(delta)} as choice, *_]}:
+            case {"choices": [dict(choice), *others]}:
+                delta = choice.get("delta") or {}  # which a content filter may leave out
                 self.ending = self.ending or bool(choice.get("finish_reason"))
                 if not self.ending:  # a running count, not the final one
                     self.usage.known = False
@@ -3592,6 +3634,9 @@ class Chat(OpenAI):
                 yield from said(delta.get("content") or delta.get("refusal"), Text)
                 reason = "refusal" if delta.get("refusal") else choice.get("finish_reason")
                 self.reason = REASONS.get(reason, self.reason)
+                if others or "function_call" in delta:
+                    unseen = [others, delta.get("function_call")]
+                    self.unseen += len(msgspec.json.encode(unseen))
                 for call in delta.get("tool_calls") or ():
                     self.add_call(call, choice.get("index") or 0)
             case {"type": "[DONE]"}:
@@ -3599,13 +3644,21 @@ class Chat(OpenAI):
 
     def add_call(self, delta: Any, choice: Any) -> None:
         """The id and the name come only with the first piece of a call."""
-        function, own = delta["function"], delta.get("index", delta.get("id"))
-        last = next(reversed(self.calls), (choice, None))
-        key = last if own is None else (choice, own)  # not every vendor counts them
+        if "custom" in delta:
+            self.unseen += len(msgspec.json.encode(delta))
+        function, id, own = delta.get("function") or {}, delta.get("id"), delta.get("index")
+        # not every vendor counts them, and some count all of them 0
+        place = self.places.get((choice, own), (choice, id if own is None else own))
+        last = next(reversed(self.calls), place)
+        key = last if own is None and id is None else place
+        other = key in self.calls and self.calls[key].id not in ("", id)
+        if other and id and function.get("name"):
+            key = self.places[choice, own] = (choice, id)
         call = self.calls.setdefault(key, ToolUse("", "", ""))
-        call.id = call.id or str(delta.get("id") or "")
+        call.id = call.id or str(id or "")
         call.name = call.name or str(function.get("name") or "")
-        call.arguments += function.get("arguments") or ""
+        given = function.get("arguments") or ""
+        call.arguments += given if isinstance(given, str) else msgspec.json.encode(given).decode()
 
 
 ADAPTERS: dict[str, type[Adapter]] = {"messages": Messages, "responses": Responses, "chat": Chat}
@@ -3729,7 +3782,7 @@ class NativeWriter(Writer):
             case [Raw(data), *_, Finish()]:
                 self.held = data  # the end waits for its row
             case [Raw(data), *_]:
-                self.last = data
+                self.last = data if b"sequence_number" in data else self.last
                 return data
         return b""
 
@@ -3840,15 +3893,19 @@ def built_in_prices() -> dict[str, Price]:
 
 
 class Prices:
-    """A pattern may begin with a provider, as in ollama/*: others may sell a model of that name."""
+    """A pattern may begin with a provider, as in ollama/*: others may sell a model of that name.
+    What is free there is free nowhere else."""
 
-    def __init__(self, configured: Map[str, Price]) -> None:
+    def __init__(self, configured: Map[str, Price], providers: Iterable[str] = ()) -> None:
         self.configured = sorted(configured.items(), key=lambda item: -len(item[0]))
+        self.providers = {*providers}
 
     def of(self, provider: str, name: str, tool: bool = False) -> Price | None:
         """The price of a model, or of a tool that runs at the vendor."""
         for pattern, price in self.configured:  # the longest, that is the most exact, first
-            known = matches(name, [pattern]) or matches(f"{provider}/{name}", [pattern])
+            there = price.free and pattern.partition("/")[0] in self.providers
+            named = not there and matches(name, [pattern])
+            known = named or matches(f"{provider}/{name}", [pattern])
             if known and tool == (price.per_use is not None):
                 return price
         built_in = {} if tool else built_in_prices()
@@ -4255,7 +4312,15 @@ class Attempt:
         for event in batch:  # before the cut: what the caller does not get is billed, too
             if isinstance(event, Text | Thinking):
                 self.account.produced += len(event.text.encode())
+        if self.adapter.complete:
+            self.count_calls()
         return self.cutter.cut(batch) if self.cutter else batch
+
+    def count_calls(self) -> None:
+        """Add what the vendor has written and no event has said, or not yet."""
+        for tool in self.adapter.calls.values():
+            self.account.produced += len((tool.name + tool.arguments).encode())
+        self.account.produced += self.adapter.unseen
 
     def check(self, now: float) -> None:
         """Once the answer has begun, end the wait for a vendor that has been silent for too long. A
@@ -4269,8 +4334,8 @@ class Attempt:
         """The end of the HTTP message may come after the last event: only when it has been read
         can the connection serve again."""
         self.account.seconds = time.monotonic() - self.began
-        for tool in self.adapter.calls.values():  # the vendor has said them, we not yet
-            self.account.produced += len((tool.name + tool.arguments).encode())
+        if not self.adapter.complete:
+            self.count_calls()
         if self.stream:
             try:
                 if self.adapter.complete:
@@ -4360,7 +4425,7 @@ class Proxy:
         self.secrets = (*secret, config.server.admin_token)
         self.secrets += (*signing_secrets(config), redis.get("password") or "")
         self.clients = Clients(config, environ, public)
-        self.prices, self.metrics = Prices(config.prices), Metrics()
+        self.prices, self.metrics = Prices(config.prices, config.providers), Metrics()
         self.webhook = Webhook(config.budget.webhook, config.budget.webhook_secret)
         self.store: Store = MemoryStore(time.monotonic, self.webhook.tell, config.cache)
         self.replicas: RedisStore | None = None
@@ -4511,7 +4576,7 @@ class Proxy:
             await self.check_places(call)
             try:  # in no variable of ours: a long stream need not keep the body
                 targets = self.read(call, provider, kind, await read_body(receive, call, self))
-            except (ProxyError, asyncio.CancelledError):  # a body not taken is a request, too
+            except (ProxyError, RecursionError, asyncio.CancelledError):  # is a request, too
                 await self.admit(call)
                 raise
             await self.work(call, targets, receive)
@@ -4728,7 +4793,7 @@ class Proxy:
         if not again:
             call.show_rates(given)
         if given.refused or given.exceeded:
-            call.estimate = 0
+            call.estimate = call.estimate if again else 0  # of what was taken the first time
             raise given.exceeded or refusal(given, limits)
         call.place = ask.provider if given.placed else ""
         if ask.caps and given.answer is None and not given.pending:
@@ -4835,11 +4900,15 @@ class Proxy:
             return self.upstream(call, targets)
         scope = "" if self.config.cache.shared else call.client.id
         version = [call.passed.get(f"anthropic-{name}") for name in ("version", "beta")]
-        call.key = key = sha256(repr((scope, targets, call.request, version)))
+        call.key = key = sha256(repr((scope, targets, call.request, version, call.chosen)))
         async with self.leading.setdefault(key, asyncio.Lock()):  # only one of them holds money
             flight = self.flights.get(key)
             if flight and flight.readers and not flight.task.done():
-                await self.admit(call)
+                flight.readers += 1  # the others may leave while the store is asked
+                try:
+                    await self.admit(call)
+                finally:
+                    flight.leave()
                 call.entry.cache, call.account = "coalesced", flight.account
                 return flight.read()
             given = await self.admit(call, targets)
@@ -5028,7 +5097,9 @@ class Proxy:
         request, native = call.request, call.request.native or {}
         asked = request.thinking and "enable_thinking" not in account.dropped
         asked = asked or native.get("thinking") or native.get("reasoning")
-        account.hidden = attempt.adapter.reasons or bool(asked) or not request.stream
+        known = capability(model.rpartition("/")[2])  # resellers put the maker in front
+        reasons = not known.isdisjoint(("always", "on", "off"))
+        account.hidden = reasons or bool(asked) or not request.stream
         account.billed = True
 
     def explain(self, failed: BaseException, provider: str) -> UpstreamError:
@@ -5110,9 +5181,12 @@ class Proxy:
             setattr(entry, name, getattr(usage, name))
         entry.provider, entry.model = account.provider, account.model
         entry.attempts = account.attempts
-        if entry.estimated:  # some vendors write all of it to a cache, at another price
-            usage = replace(usage, cache_read_tokens=0, cache_write_tokens=usage.input_tokens)
-        usd = cost(usage, self.prices.of(account.provider, account.model))
+        price = self.prices.of(account.provider, account.model)
+        usd = cost(usage, price)
+        if usd is not None and entry.estimated:  # all of it may be written to a cache
+            alike = replace(usage, cache_read_tokens=0, cache_write_1h_tokens=0)
+            kinds = (replace(alike, cache_write_tokens=n) for n in (0, usage.input_tokens))
+            usd = max(cost(kind, price) or Decimal(0) for kind in kinds)
         searches = None if entry.estimated else usage.web_searches
         fee = self.prices.fee(account.provider, call.request, searches)
         entry.cost = None if usd is None else f"{(usd + fee + account.lost).normalize():f}"

@@ -1452,6 +1452,53 @@ def test_a_demo_keeps_no_ledger_and_knows_no_redis() -> None:
     assert (config.redis.url, config.ledger.path) == ("", "")
 
 
+TWO_SELLERS = """
+[providers.groq]
+adapter = "chat"
+base_url = "https://groq.example/v1"
+key_env = "GROQ_API_KEY"
+models = {models}
+[providers.ollama]
+adapter = "chat"
+base_url = "http://127.0.0.1:11434/v1"
+[prices."{pattern}"]
+free = true
+"""
+
+
+@pytest.mark.parametrize(
+    ("models", "pattern", "good"),
+    [
+        pytest.param(["llama-*"], "llama-3*", False, id="some of it"),
+        pytest.param(["llama-*"], "llama*", False, id="all of it"),
+        pytest.param(["*"], "llama*", False, id="of anything"),
+        pytest.param(["llama-*"], "ollama/llama*", True, id="one provider's"),
+        pytest.param(["qwen*"], "llama*", True, id="what the other does not sell"),
+    ],
+)
+def test_what_is_free_at_one_provider_is_not_free_at_another(
+    tmp_path: Path, models: list[str], pattern: str, good: bool
+) -> None:
+    path = Path(write(tmp_path, TWO_SELLERS.format(models=models, pattern=pattern)))
+    if good:
+        assert proxy.load_config(path, {}).prices[pattern].free
+    else:
+        with pytest.raises(proxy.ConfigError, match="free, too"):
+            proxy.load_config(path, {})
+
+
+def test_a_free_providers_name_in_front_of_another_ones_model_is_not_free() -> None:
+    prices = proxy.Prices({"qwen/*": proxy.Price(free=True)}, ["qwen", "openrouter"])
+    assert prices.of("qwen", "qwen3") is not None
+    assert prices.of("openrouter", "qwen/qwen3-max") is None
+
+
+def test_a_price_above_has_one_of_output(tmp_path: Path) -> None:
+    text = '[prices."m"]\ninput = 1\noutput = 2\nabove = { tokens = 9, input = 2 }'
+    with pytest.raises(proxy.ConfigError, match=r'prices."m".above.output'):
+        proxy.load_config(Path(write(tmp_path, text)), {})
+
+
 def test_secrets_in_the_environment_ask_for_nothing_by_themselves(tmp_path: Path) -> None:
     environ = {"JWT_SECRET": "short", "SESSION_SECRET": "short", "TURNSTILE_SECRET_KEY": "x"}
     config = proxy.load_config(Path(write(tmp_path, "")), environ)
@@ -3988,6 +4035,45 @@ def result(content: Any) -> dict[str, Any]:
     return user([{"type": "tool_result", "tool_use_id": "1", "result": content}])
 
 
+def test_a_denied_text_is_refused_in_a_schema_a_name_or_quotes() -> None:
+    limits = proxy.Limits(denied=("bad word", 'say "boo"'))
+    schema = {"type": "json_schema", "json_schema": {"schema": {"description": "a bad word"}}}
+    ask_chat = ask(response_format=schema)
+    words = {"a": 'say "boo"'}
+    as_object, as_text = (called(arguments=given) for given in (words, json.dumps(words)))
+    for body, more in (
+        (ask_chat, {"chat": True}),
+        ({"model": "m", "messages": [*HI, as_object, result("")]}, {}),
+        ({"model": "m", "messages": [*HI, as_text, result("")]}, {}),
+    ):
+        with pytest.raises(proxy.BadRequest, match="not allowed here"):
+            parse(body, limits, **more)
+    tools = [{"name": "bad\u200e word", "input_schema": {"type": "object"}}]
+    with pytest.raises(proxy.BadRequest, match="not allowed here"):
+        proxy.parse_native(native("messages", tools=tools), "messages", limits, (), [])
+
+
+def test_what_is_no_image_is_not_counted_as_one() -> None:
+    pdf = {"type": "image_url", "image_url": {"url": "data:application/pdf;base64,QUFB"}}
+    assert proxy.image_data(pdf) is None
+    for block in ({"image_url": {"url": "https://x.example"}}, {"input_audio": {"data": "QUFB"}}):
+        with pytest.raises(proxy.BadRequest, match="files is not passed on"):
+            body = native("chat", messages=[user([block])])
+            proxy.parse_native(body, "chat", proxy.Limits(), (), [])
+
+
+def test_a_body_too_deep_to_be_measured_is_a_request(serve: Serve, upstream: Upstream) -> None:
+    server = serve("[limits]\nrequests_per_minute = 1\nburst = 3")
+    statuses = []
+    for depth in range(970, 996):
+        deep = '{"a":' * depth + "1" + "}" * depth
+        body = json.dumps(native("messages", metadata={"x": 0})).replace('{"x": 0}', deep)
+        headers = {"content-type": "application/json"}
+        got = httpx.post(f"{server.url}/v1/messages", content=body, headers=headers)
+        statuses.append(got.status_code)
+    assert statuses[3:] == [429] * 23
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -5801,6 +5887,16 @@ def priced(serve_module: Serve, upstream_module: Upstream) -> Server:
     above = {{ tokens = 1000, input = 10, output = 20 }}
     [prices."local*"]
     free = true
+    [prices."mine-kept"]
+    input = 1
+    output = 2
+    cache_write_5m = 0
+    [providers.reseller]
+    adapter = "chat"
+    base_url = "{upstream_module.url}/v1"
+    [prices."reseller/*"]
+    input = 1
+    output = 2
     """
     return serve_module(config + NO_BUDGET)
 
@@ -5936,6 +6032,92 @@ def test_a_stream_without_usage_is_estimated(priced: Server, upstream: Upstream)
     row = last_row(priced, number)
     assert (row["outcome"], row["estimated"]) == ("ok", 1)
     assert row["input_tokens"] > 0 and row["output_tokens"] >= 1
+
+
+def chat_frames(*chunks: list[dict[str, Any]]) -> list[bytes]:
+    """A Chat stream of the choices of each chunk, without usage."""
+    told = [*chunks, [{"delta": {}, "finish_reason": "stop"}]]
+    events = [{"choices": [{"index": 0} | choice for choice in choices]} for choices in told]
+    return [*(b"data: %b\n\n" % json.dumps(e).encode() for e in events), b"data: [DONE]\n\n"]
+
+
+ARGUMENTS = json.dumps({"text": "word " * 1000})
+UNCOUNTED = {
+    "a call": chat_events("", tools=(("a", "f", ARGUMENTS),), usage=None),
+    "an older call": chat_frames([{"delta": {"function_call": {"arguments": ARGUMENTS}}}]),
+    "a call of another kind": chat_frames([{"delta": {"tool_calls": [
+        {"index": 0, "id": "a", "custom": {"name": "f", "input": ARGUMENTS}}]}}]),
+    "several choices": chat_frames(
+        [{"index": n, "delta": {"content": "word " * 500}} for n in range(2)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["to the end", "left"])
+@pytest.mark.parametrize("kind", UNCOUNTED)
+def test_what_the_vendor_does_not_count_is_charged_by_its_bytes(
+    priced: Server, upstream: Upstream, kind: str, whole: bool
+) -> None:
+    *events, end = UNCOUNTED[kind]
+    upstream.play(stream(*events, *([end] if whole else [HANG])))
+    number = next(IDS)
+    body = native("chat", model="compatible/mine-1", max_tokens=4000, stream=True)
+    path = "/v1/chat/completions"
+    with priced.connect(path, json_body=body, headers={"X-Request-ID": number}) as connection:
+        read_until(connection, b"0\r\n\r\n" if whole else b"word word")
+    row = last_row(priced, number)
+    assert (row["outcome"], row["estimated"]) == ("ok" if whole else "cancelled", 1)
+    assert 4000 >= row["output_tokens"] >= (4000 if "call" in kind else 2000)
+
+
+def test_what_a_reseller_calls_a_reasoning_model_is_one(priced: Server, upstream: Upstream) -> None:
+    """Its thinking is billed, but not to be seen."""
+    upstream.play(stream(*chat_events("Hello", usage=None)))
+    for model, tokens in (("openai/gpt-5", 700), ("openai/other", 5)):
+        number = next(IDS)
+        body = native("chat", model=f"reseller/{model}", max_tokens=700, stream=True)
+        priced.post("/v1/chat/completions", body, headers={"x-request-id": number})
+        assert last_row(priced, number)["output_tokens"] == tokens
+
+
+def test_an_estimate_is_not_nothing_where_writing_a_cache_is_free(
+    priced: Server, upstream: Upstream
+) -> None:
+    upstream.play(stream(*chat_events("Hello", usage=None)))
+    number = next(IDS)
+    body = ask("word " * 500, model="mine-kept", max_tokens=10)
+    priced.post("/api/compatible", body, headers={"x-request-id": number})
+    assert Decimal(last_row(priced, number)["cost"]) > Decimal("0.0025")
+
+
+def test_a_compatible_vendor_is_told_the_length_by_the_name_it_knows(
+    priced: Server, upstream: Upstream
+) -> None:
+    body = native("chat", model="compatible/mine-1", max_completion_tokens=7)
+    body.pop("max_tokens", None)
+    upstream.play(reply(200, {"id": "x", "choices": []}))
+    priced.post("/v1/chat/completions", body)
+    sent_up = upstream.requests[0].json
+    assert (sent_up.get("max_tokens"), sent_up.get("max_completion_tokens")) == (7, None)
+
+
+FAILED_ANSWERS = {
+    "/v1/responses": {"id": "r", "status": "failed", "error": {"message": "No"}, "output": []},
+    "/v1/chat/completions": {"id": "c", "choices": [
+        {"index": 0, "finish_reason": "error", "message": {"content": "half an ans"}}]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", FAILED_ANSWERS)
+def test_an_answer_that_says_it_failed_is_passed_on_and_not_kept(
+    caching: Server, upstream: Upstream, key: dict[str, str], path: str
+) -> None:
+    upstream.play(reply(200, FAILED_ANSWERS[path]))
+    dialect = "chat" if "chat" in path else "responses"
+    for _ in range(2):
+        number = next(IDS)
+        got = caching.post(path, native(dialect), headers={**key, "x-request-id": number})
+        assert (got.status_code, got.json()) == (200, FAILED_ANSWERS[path])
+        assert (last_row(caching, number)["outcome"], got.headers["x-cache"]) == ("error", "miss")
 
 
 @pytest.mark.parametrize(
@@ -8482,6 +8664,23 @@ def test_identical_requests_in_flight_share_one_upstream_call(
     assert [Decimal(row["cost"]) > 0 for row in rows] == [True, False, False]
 
 
+def test_who_joins_while_the_last_one_leaves_hears_all_of_it(
+    serve: Serve, upstream: Upstream, kept_in: str
+) -> None:
+    server = serve("[cache]\nenabled = true\n" + NO_LIMITS + kept_in)
+    for _ in range(20):
+        body, gate = fresh(), threading.Event()
+        events = messages_events("Hello")
+        upstream.play(stream(*events[:4], until(gate), *events[4:]))
+        first = server.connect(json_body=body)
+        read_until(first, b"Hello")
+        with server.connect(json_body=body) as second:
+            first.close()
+            read_until(second, b"Hello")
+            gate.set()
+            read_until(second, b"[DONE]")
+
+
 def test_a_leader_that_leaves_pays_and_disturbs_nobody(
     caching: Server, upstream: Upstream, key: dict[str, str]
 ) -> None:
@@ -8678,6 +8877,79 @@ def test_a_cut_before_the_last_blank_line_is_incomplete(dialect: str, line_end: 
             assert not answer.calls  # a call is told only when it is whole
         else:
             assert answer == WHOLE
+
+
+def chat_chunks(*choices: dict[str, Any]) -> bytes:
+    """A Chat stream of these choices, one a chunk."""
+    events = [{"choices": [{"index": 0} | choice]} for choice in choices]
+    frames = [b"data: %b\n\n" % json.dumps(event).encode() for event in events]
+    return b"".join([*frames, b"data: [DONE]\n\n"])
+
+
+def chat_calls(*deltas: dict[str, Any], reason: str = "tool_calls") -> bytes:
+    choices = [{"delta": {"tool_calls": [delta]}} for delta in deltas]
+    return chat_chunks(*choices, {"delta": {}, "finish_reason": reason})
+
+
+G = {"name": "g", "arguments": '{"b":2}'}
+ODD_CALLS = [
+    pytest.param(
+        chat_chunks(
+            {"delta": {"tool_calls": [{"index": 0, "id": "a"},
+                                      {"index": 1, "id": "b", "function": G}]}},
+            {"delta": {"tool_calls": [{"index": 0, "function": {"name": "f"}}]}},
+            {"delta": {}, "finish_reason": "tool_calls"},
+        ), [("a", "f", {}), ("b", "g", {"b": 2})], id="an id alone",
+    ),
+    pytest.param(
+        chat_calls({"index": 0, "id": "a", "function": {"name": "f", "arguments": '{"a":'}},
+               {"index": 0, "function": {"arguments": "1}"}},
+               {"index": 0, "id": "b", "function": {"name": "g", "arguments": '{"b":'}},
+               {"index": 0, "function": {"arguments": "2}"}}),
+        [("a", "f", {"a": 1}), ("b", "g", {"b": 2})], id="all of them 0",
+    ),
+    pytest.param(
+        chat_calls({"index": None, "id": "a", "function": {"name": "f", "arguments": "{}"}},
+               {"index": None, "id": "b", "function": G}),
+        [("a", "f", {}), ("b", "g", {"b": 2})], id="not counted",
+    ),
+    pytest.param(
+        chat_calls({"index": 0, "id": "a", "function": {"name": "f", "arguments": ""}},
+               {"index": 0, "id": "x", "function": {"arguments": "{}"}}),
+        [("a", "f", {})], id="another id for the same",
+    ),
+    pytest.param(chat_calls({"id": "a", "function": {"name": "f", "arguments": "null"}}),
+                 [("a", "f", {})], id="null"),
+    pytest.param(chat_calls({"id": "a", "function": {"name": "f", "arguments": {"a": 1}}}),
+                 [("a", "f", {"a": 1})], id="an object"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("data", "calls"), ODD_CALLS)
+def test_odd_pieces_of_calls_lose_none(data: bytes, calls: list[Any]) -> None:
+    answer = fed("chat", data)
+    assert (answer.calls, answer.finish) == (calls, "tool_calls")
+
+
+def test_a_refused_call_that_has_not_begun_is_none() -> None:
+    refused = chat_calls(
+        {"index": 0, "id": "a", "function": {"name": "f"}}, reason="content_filter"
+    )
+    answer = fed("chat", refused)
+    assert (answer.calls, answer.finish) == ([], "content_filter")
+
+
+@pytest.mark.parametrize("choice", [{}, {"delta": None}], ids=["no delta", "null"])
+@pytest.mark.parametrize("reason", ["content_filter", "length"])
+def test_a_reason_may_come_without_a_delta(choice: dict[str, Any], reason: str) -> None:
+    data = chat_chunks({"delta": {"content": "Hel"}}, choice | {"finish_reason": reason})
+    assert fed("chat", data)[:4] == ("Hel", "", [], reason)
+
+
+def test_thinking_that_is_counted_apart_is_output() -> None:
+    usage = {"total_tokens": 400, "completion_tokens_details": {"reasoning_tokens": 386}}
+    counted = fed("chat", chat_sse("Hello", output_tokens=4, usage=usage)).usage
+    assert counted and (counted["input_tokens"], counted["output_tokens"]) == (10, 390)
 
 
 @pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\r"], ids=["LF", "CRLF", "CR"])
@@ -12591,7 +12863,7 @@ def named(serve_module: Serve, upstream_module: Upstream) -> Server:
     target = "openai/gpt-6-astra"
     [prices]
     llama-4 = {{ free = true }}
-    "openai/*" = {{ free = true }}
+    "local/openai/*" = {{ free = true }}
     [clients.all]
     key_sha256 = "{digest("all")}"
     [clients.some]
@@ -13342,455 +13614,6 @@ def test_demo_fails_and_breaks_off(played: Played, provider: str) -> None:
     assert len(frames(cut.text)) > 2
     assert cut_line(cut.text)["statusCode"] == 502
     assert played[provider, "cut", False].status_code == 502
-
-
-# ---- Page --------------------------------------------------------------------------------------
-# A page from another origin, in a real Chromium, through the real server. testing/page.js reads
-# replies as the browser SDK does. These tests come last, though the page is an earlier section:
-# Playwright keeps an event loop running in this thread from the first of them on.
-
-TESTING = PROXY.with_name("testing")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-BROWSER_ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    # names for pages to live at, and no others: nothing leaves this machine
-    "--host-resolver-rules=MAP *.example 127.0.0.1, MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if program is None:
-        pytest.skip(f"there is no browser: none of {', '.join(BROWSERS)}")
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    with playwright.sync_playwright() as driver:
-        running = driver.chromium.launch(
-            executable_path=program, headless=True, args=BROWSER_ARGUMENTS
-        )
-        yield running
-        running.close()
-
-
-class QuietFiles(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-@contextlib.contextmanager
-def serve_files(folder: Path) -> Iterator[int]:
-    """Serves a folder at app.example, which the proxy knows, and anywhere else; yields the port."""
-    handler = functools.partial(QuietFiles, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
-        thread = threading.Thread(target=web.serve_forever, daemon=True)
-        thread.start()
-        yield web.server_address[1]
-        web.shutdown()
-        thread.join(5)
-
-
-@pytest.fixture(scope="module")
-def web_port() -> Iterator[int]:
-    with serve_files(TESTING) as port:
-        yield port
-
-
-Open = Callable[[str], Any]
-
-
-@pytest.fixture
-def open_page(browser: Any) -> Iterator[Open]:
-    """Opens a URL in a window of its own; `violations` then holds what its CSP refused."""
-    context = browser.new_context()
-    context.set_default_timeout(10_000)
-    context.add_init_script(
-        "window.violations = [];"
-        "addEventListener('securitypolicyviolation', e => violations.push(e.violatedDirective))"
-    )
-
-    def open_page(url: str) -> Any:
-        page = context.new_page()
-        page.goto(url)
-        return page
-
-    yield open_page
-    context.close()
-
-
-@pytest.fixture(scope="module")
-def app_server(serve_module: Serve, web_port: int) -> Server:
-    """A server that knows one web origin: app.example."""
-    return serve_module(f'[server]\ncors_origins = ["http://app.example:{web_port}"]')
-
-
-@pytest.fixture
-def app_page(open_page: Open, web_port: int, upstream: Upstream) -> Any:
-    """The page at the origin the server knows, with nothing left of the test before."""
-    return open_page(f"http://app.example:{web_port}/page.html")
-
-
-def start_asking(
-    page: Any, server: Server, path: str, body: dict[str, Any], **headers: str
-) -> None:
-    page.evaluate("([url, body, headers]) => ask(url, body, headers)",
-                  [server.url + path, body, headers])  # fmt: skip
-
-
-def seen_by(page: Any, condition: str = "seen.done") -> dict[str, Any]:
-    """What the page has seen, once `condition` is true in it."""
-    page.wait_for_function(condition)
-    seen: dict[str, Any] = page.evaluate("seen")
-    return seen
-
-
-def lines_of(server: Server, **fields: str) -> list[dict[str, Any]]:
-    """The log lines of requests that have these fields."""
-    return [line for line in server.log("request") if fields.items() <= line.items()]
-
-
-def events_of(file: Path) -> list[bytes]:
-    if not file.is_file():
-        pytest.skip(NO_RECORDINGS)
-    return re.findall(rb".+?(?:\r?\n){2,}", file.read_bytes(), re.DOTALL)
-
-
-def delta_of(event: bytes) -> str:
-    """The text an event of either dialect adds to the answer."""
-    data = next((line[5:] for line in event.splitlines() if line.startswith(b"data:")), b"{}")
-    fields = json.loads(data)
-    if fields.get("type") == "response.output_text.delta":
-        return str(fields["delta"])
-    delta = fields.get("delta")
-    return str(delta.get("text", "")) if isinstance(delta, dict) else ""
-
-
-def begun(events: list[bytes]) -> list[bytes]:
-    """The events as far as the first text, and that one."""
-    return events[: next(i for i, event in enumerate(events) if delta_of(event)) + 1]
-
-
-INPUT_BODY = {
-    "model": "gpt-5-mini",
-    "input": [{"type": "message", "role": "user", "content": "Hi"}],
-    "stream": True,
-}
-ENDPOINTS = [
-    pytest.param("/api/anthropic", ask(), messages_events, id="anthropic"),
-    pytest.param("/api/openai", INPUT_BODY, responses_events, id="openai"),
-]
-
-
-@pytest.mark.parametrize(
-    ("path", "body", "file"),
-    [
-        pytest.param(
-            "/api/anthropic",
-            ask(),
-            TESTING / "streams" / "messages.sse",
-            id="hand-written-messages",
-        ),
-        pytest.param(
-            "/api/openai",
-            INPUT_BODY,
-            TESTING / "streams" / "responses.sse",
-            id="hand-written-responses",
-        ),
-        pytest.param(
-            "/api/anthropic",
-            ask(),
-            RECORDINGS / "anthropic" / "text-opus-4-6.sse",
-            id="recorded-messages",
-        ),
-        pytest.param(
-            "/api/openai",
-            INPUT_BODY,
-            RECORDINGS / "openai-responses" / "text-gpt-4o-mini.sse",
-            id="recorded-responses",
-        ),
-    ],
-)
-def test_page_streams_an_answer(
-    app_page: Any,
-    app_server: Server,
-    upstream: Upstream,
-    path: str,
-    body: dict[str, Any],
-    file: Path,
-) -> None:
-    events = events_of(file)
-    texts = [i for i, event in enumerate(events) if delta_of(event)]
-    half = texts[len(texts) // 2] + 1
-    expected = "".join(map(delta_of, events))
-    first_half = "".join(map(delta_of, events[:half]))
-    assert 0 < len(first_half) < len(expected)
-    released = threading.Event()
-    upstream.play(stream(*events[:half], until(released), *events[half:]))
-
-    # the headers of an app: each of them makes the browser ask first
-    headers = {"Authorization": "Bearer app", "X-User-ID": "7", "X-Request-ID": "page-1"}
-    start_asking(app_page, app_server, path, body, **headers)
-    app_page.wait_for_function("length => seen.text.length >= length", arg=len(first_half))
-    early = seen_by(app_page, "true")
-    released.set()
-    seen = seen_by(app_page)
-
-    assert early["text"] == first_half, "the page has what the vendor has sent so far"
-    assert not early["done"]
-    assert seen["failure"] is None
-    assert seen["text"] == expected == app_page.text_content("#answer")
-    assert [chunk["tokenId"] for chunk in seen["chunks"]] == list(range(len(texts) + 1))
-    first, *middle, last = seen["chunks"]
-    assert first["isFirst"] and first["ttfbMs"] >= 0
-    assert not any("isFirst" in chunk or "isLast" in chunk for chunk in middle)
-    assert (last["token"], last["isLast"], last["finishReason"]) == ("", True, "stop")
-    assert last["usage"]["completionTokens"] > 0 and last["requestId"] == "page-1"
-    assert seen["headers"]["x-request-id"] == "page-1"
-    assert int(seen["headers"]["x-ratelimit-remaining-requests"]) > 0
-
-
-def test_page_of_a_foreign_origin_sees_a_failed_fetch(
-    open_page: Open,
-    web_port: int,
-    app_server: Server,
-    upstream: Upstream,
-) -> None:
-    page = open_page(f"http://other.example:{web_port}/page.html")
-
-    start_asking(page, app_server, "/api/anthropic", ask())
-    seen = seen_by(page)
-
-    assert seen["failure"]["name"] == "TypeError"  # "Failed to fetch": a page may not know more
-    assert seen["status"] == 0
-    assert upstream.requests == []
-
-
-def test_page_reads_why_it_is_limited_and_for_how_long(
-    app_page: Any,
-    web_port: int,
-    serve: Serve,
-    upstream: Upstream,
-) -> None:
-    server = serve(
-        f'[server]\ncors_origins = ["http://app.example:{web_port}"]\n'
-        "[limits]\nrequests_per_minute = 2\nburst = 1\n"
-    )
-    start_asking(app_page, server, "/api/anthropic", ask())
-    assert seen_by(app_page)["text"] == "Hello"
-
-    start_asking(app_page, server, "/api/anthropic", ask())
-    seen = seen_by(app_page)
-
-    assert (seen["status"], seen["failure"]) == (429, None)
-    assert seen["refusal"]["code"] == "rate_limited"
-    assert "too many requests" in seen["refusal"]["error"]
-    assert seen["refusal"]["requestId"] == seen["headers"]["x-request-id"]
-    assert 1 <= int(seen["headers"]["retry-after"]) <= 30
-    assert seen["headers"]["x-ratelimit-limit-requests"] == "2"
-    assert len(upstream.requests) == 1
-
-
-FAILED = {"code": "server_error", "message": "The model failed"}
-
-
-@pytest.mark.parametrize(
-    ("path", "body", "events", "status", "code"),
-    [
-        pytest.param(
-            "/api/anthropic",
-            ask(),
-            [
-                *begun(messages_events()),
-                *sse(vendor_error("overloaded_error", "Overloaded")),
-            ],
-            529,
-            "upstream_overloaded",
-            id="messages-error-event",
-        ),
-        pytest.param(
-            "/api/openai",
-            INPUT_BODY,
-            [
-                *begun(responses_events()),
-                b"data: %b\n\n"
-                % json.dumps({"type": "response.failed", "response": {"error": FAILED}}).encode(),
-            ],
-            502,
-            "upstream_error",
-            id="responses-failed-event",
-        ),
-        pytest.param(
-            "/api/anthropic",
-            ask(),
-            begun(messages_events()),
-            502,
-            "upstream_error",
-            id="messages-that-just-end",
-        ),
-    ],
-)
-def test_page_sees_an_error_in_the_middle(
-    app_page: Any,
-    app_server: Server,
-    upstream: Upstream,
-    path: str,
-    body: dict[str, Any],
-    events: list[bytes],
-    status: int,
-    code: str,
-) -> None:
-    upstream.play(stream(*events))
-
-    start_asking(app_page, app_server, path, body)
-    seen = seen_by(app_page)
-
-    assert seen["status"] == 200
-    assert seen["text"] == "Hello"
-    assert seen["failure"]["name"] == "ProviderAPIError"
-    assert (seen["failure"]["statusCode"], seen["failure"]["code"]) == (status, code)
-    assert seen["failure"]["message"]
-    assert not any(chunk.get("isLast") for chunk in seen["chunks"])
-
-
-@pytest.mark.parametrize(("path", "body", "events"), ENDPOINTS)
-def test_page_gets_tool_calls_as_json(
-    app_page: Any,
-    app_server: Server,
-    upstream: Upstream,
-    path: str,
-    body: dict[str, Any],
-    events: Callable[..., list[bytes]],
-) -> None:
-    calls = (("call_1", "get_weather", '{"city":"Paris"}'), ("call_2", "get_time", "{}"))
-    upstream.play(stream(*events("Let me see.", tools=calls)))
-    tools = [
-        {"type": "function", "name": name, "description": "", "parameters": {"type": "object"}}
-        for _, name, _ in calls
-    ]
-
-    start_asking(app_page, app_server, path, {**body, "tools": tools, "stream": False})
-    seen = seen_by(app_page)
-
-    reply, choice = seen["json"], seen["json"]["choices"][0]
-    named = [(c["id"], c["function"]["name"], c["function"]["arguments"])
-             for c in choice["message"]["tool_calls"]]  # fmt: skip
-    assert named == list(calls)
-    assert reply["tool_calls"] == choice["message"]["tool_calls"]
-    assert (reply["content"], reply["finish_reason"]) == ("Let me see.", "tool_calls")
-    assert "output" not in reply, "the SDK would read that alone, and lose a call"
-
-
-@pytest.mark.parametrize(("path", "body", "events"), ENDPOINTS)
-def test_page_that_aborts_closes_the_upstream(
-    app_page: Any,
-    app_server: Server,
-    upstream: Upstream,
-    path: str,
-    body: dict[str, Any],
-    events: Callable[..., list[bytes]],
-) -> None:
-    request_id = f"leaves-{path}"
-    upstream.play(stream(*begun(events()), HANG))
-    start_asking(app_page, app_server, path, body, **{"X-Request-ID": request_id})
-    assert seen_by(app_page, "seen.text")["text"] == "Hello"
-    assert not upstream.requests[0].closed.is_set()
-
-    app_page.evaluate("controller.abort()")
-
-    assert upstream.requests[0].closed.wait(3)
-    assert seen_by(app_page)["failure"]["name"] == "AbortError"
-    lines = wait_for(lambda: lines_of(app_server, request_id=request_id))
-    assert [line["outcome"] for line in lines] == ["cancelled"]
-
-
-# The page at /, which the server itself has.
-
-
-def complaints_of(page: Any) -> list[str]:
-    """What the console says of errors, and what the page's CSP refused, from now on."""
-    found: list[str] = []
-    page.on("console", lambda message: message.type == "error" and found.append(message.text))
-    page.on("pageerror", lambda error: found.append(str(error)))
-    return found
-
-
-def test_built_in_page_streams_a_demo_answer(open_page: Open, demo: Server) -> None:
-    page = open_page("about:blank")
-    complaints = complaints_of(page)
-    page.goto(demo.url)
-
-    page.fill("#prompt", "Say something.")
-    page.click("#send")
-    wait_for(lambda: len(page.text_content("#answer")) > 20)
-    early = page.text_content("#answer")
-    wait_for(lambda: page.text_content("#facts"))
-
-    answer = page.text_content("#answer")
-    assert answer.startswith(early) and len(answer) > len(early), "it came in pieces"
-    assert "no vendor was called" in answer
-    assert re.fullmatch(
-        r"first token \d+ ms · \d+ tokens · cost \$[\d.e-]+ · stop", page.text_content("#facts")
-    )
-    assert page.is_enabled("#send")
-    assert (complaints, page.evaluate("violations")) == ([], [])
-
-
-def test_built_in_page_stops_an_answer(open_page: Open, demo: Server) -> None:
-    before = len(lines_of(demo, outcome="cancelled"))
-    page = open_page(demo.url)
-    page.fill("#prompt", "/long")
-    page.click("#send")
-    wait_for(lambda: len(page.text_content("#answer")) > 20)
-
-    page.click("#stop")
-
-    wait_for(lambda: page.text_content("#facts") == "stopped")
-    assert page.is_enabled("#send")
-    wait_for(lambda: len(lines_of(demo, outcome="cancelled")) > before)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "expected"),
-    [
-        pytest.param("/error", "Error: The demo model is overloaded", id="error"),
-        pytest.param("/cut", "Error: the vendor ended the answer", id="cut-off"),
-    ],
-)
-def test_built_in_page_shows_errors(
-    open_page: Open, demo: Server, prompt: str, expected: str
-) -> None:
-    page = open_page(demo.url)
-    page.fill("#prompt", prompt)
-
-    page.click("#send")
-
-    wait_for(lambda: page.text_content("#facts"))
-    assert page.text_content("#facts").startswith(expected)
-
-
-def test_built_in_page_shows_markup_as_text(
-    open_page: Open,
-    app_server: Server,
-    upstream: Upstream,
-) -> None:
-    """What a model says, and what it was talked into saying, never becomes part of the page."""
-    markup = '<img src="x" onerror="window.owned = 1"><script>window.owned = 1</script>'
-    upstream.play(stream(messages_sse(markup)), stream(responses_sse(markup)))
-    page = open_page(app_server.url)
-
-    for provider, model in (("anthropic", "claude-haiku-4-5"), ("openai", "gpt-5-mini")):
-        page.select_option("#provider", provider)
-        page.fill("#model", model)
-        page.click("#send")
-        wait_for(lambda: page.text_content("#facts"))
-        assert page.text_content("#answer") == markup
-    assert page.locator("img").count() == 0
-    assert page.evaluate("[window.owned, violations]") == [None, []]
 
 
 # ---- HTTP --------------------------------------------------------------------------------------
@@ -15213,6 +15036,455 @@ def test_the_granian_command_counts_as_a_public_bind(tmp_path: Path) -> None:
         assert server.post(headers=local).status_code == 403
     finally:
         server.stop()
+
+
+# ---- Page --------------------------------------------------------------------------------------
+# A page from another origin, in a real Chromium, through the real server. testing/page.js reads
+# replies as the browser SDK does. These tests come last, though the page is an earlier section:
+# Playwright keeps an event loop running in this thread from the first of them on.
+
+TESTING = PROXY.with_name("testing")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSER_ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    # names for pages to live at, and no others: nothing leaves this machine
+    "--host-resolver-rules=MAP *.example 127.0.0.1, MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None:
+        pytest.skip(f"there is no browser: none of {', '.join(BROWSERS)}")
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    with playwright.sync_playwright() as driver:
+        running = driver.chromium.launch(
+            executable_path=program, headless=True, args=BROWSER_ARGUMENTS
+        )
+        yield running
+        running.close()
+
+
+class QuietFiles(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def serve_files(folder: Path) -> Iterator[int]:
+    """Serves a folder at app.example, which the proxy knows, and anywhere else; yields the port."""
+    handler = functools.partial(QuietFiles, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
+        thread = threading.Thread(target=web.serve_forever, daemon=True)
+        thread.start()
+        yield web.server_address[1]
+        web.shutdown()
+        thread.join(5)
+
+
+@pytest.fixture(scope="module")
+def web_port() -> Iterator[int]:
+    with serve_files(TESTING) as port:
+        yield port
+
+
+Open = Callable[[str], Any]
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Open]:
+    """Opens a URL in a window of its own; `violations` then holds what its CSP refused."""
+    context = browser.new_context()
+    context.set_default_timeout(10_000)
+    context.add_init_script(
+        "window.violations = [];"
+        "addEventListener('securitypolicyviolation', e => violations.push(e.violatedDirective))"
+    )
+
+    def open_page(url: str) -> Any:
+        page = context.new_page()
+        page.goto(url)
+        return page
+
+    yield open_page
+    context.close()
+
+
+@pytest.fixture(scope="module")
+def app_server(serve_module: Serve, web_port: int) -> Server:
+    """A server that knows one web origin: app.example."""
+    return serve_module(f'[server]\ncors_origins = ["http://app.example:{web_port}"]')
+
+
+@pytest.fixture
+def app_page(open_page: Open, web_port: int, upstream: Upstream) -> Any:
+    """The page at the origin the server knows, with nothing left of the test before."""
+    return open_page(f"http://app.example:{web_port}/page.html")
+
+
+def start_asking(
+    page: Any, server: Server, path: str, body: dict[str, Any], **headers: str
+) -> None:
+    page.evaluate("([url, body, headers]) => ask(url, body, headers)",
+                  [server.url + path, body, headers])  # fmt: skip
+
+
+def seen_by(page: Any, condition: str = "seen.done") -> dict[str, Any]:
+    """What the page has seen, once `condition` is true in it."""
+    page.wait_for_function(condition)
+    seen: dict[str, Any] = page.evaluate("seen")
+    return seen
+
+
+def lines_of(server: Server, **fields: str) -> list[dict[str, Any]]:
+    """The log lines of requests that have these fields."""
+    return [line for line in server.log("request") if fields.items() <= line.items()]
+
+
+def events_of(file: Path) -> list[bytes]:
+    if not file.is_file():
+        pytest.skip(NO_RECORDINGS)
+    return re.findall(rb".+?(?:\r?\n){2,}", file.read_bytes(), re.DOTALL)
+
+
+def delta_of(event: bytes) -> str:
+    """The text an event of either dialect adds to the answer."""
+    data = next((line[5:] for line in event.splitlines() if line.startswith(b"data:")), b"{}")
+    fields = json.loads(data)
+    if fields.get("type") == "response.output_text.delta":
+        return str(fields["delta"])
+    delta = fields.get("delta")
+    return str(delta.get("text", "")) if isinstance(delta, dict) else ""
+
+
+def begun(events: list[bytes]) -> list[bytes]:
+    """The events as far as the first text, and that one."""
+    return events[: next(i for i, event in enumerate(events) if delta_of(event)) + 1]
+
+
+INPUT_BODY = {
+    "model": "gpt-5-mini",
+    "input": [{"type": "message", "role": "user", "content": "Hi"}],
+    "stream": True,
+}
+ENDPOINTS = [
+    pytest.param("/api/anthropic", ask(), messages_events, id="anthropic"),
+    pytest.param("/api/openai", INPUT_BODY, responses_events, id="openai"),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "file"),
+    [
+        pytest.param(
+            "/api/anthropic",
+            ask(),
+            TESTING / "streams" / "messages.sse",
+            id="hand-written-messages",
+        ),
+        pytest.param(
+            "/api/openai",
+            INPUT_BODY,
+            TESTING / "streams" / "responses.sse",
+            id="hand-written-responses",
+        ),
+        pytest.param(
+            "/api/anthropic",
+            ask(),
+            RECORDINGS / "anthropic" / "text-opus-4-6.sse",
+            id="recorded-messages",
+        ),
+        pytest.param(
+            "/api/openai",
+            INPUT_BODY,
+            RECORDINGS / "openai-responses" / "text-gpt-4o-mini.sse",
+            id="recorded-responses",
+        ),
+    ],
+)
+def test_page_streams_an_answer(
+    app_page: Any,
+    app_server: Server,
+    upstream: Upstream,
+    path: str,
+    body: dict[str, Any],
+    file: Path,
+) -> None:
+    events = events_of(file)
+    texts = [i for i, event in enumerate(events) if delta_of(event)]
+    half = texts[len(texts) // 2] + 1
+    expected = "".join(map(delta_of, events))
+    first_half = "".join(map(delta_of, events[:half]))
+    assert 0 < len(first_half) < len(expected)
+    released = threading.Event()
+    upstream.play(stream(*events[:half], until(released), *events[half:]))
+
+    # the headers of an app: each of them makes the browser ask first
+    headers = {"Authorization": "Bearer app", "X-User-ID": "7", "X-Request-ID": "page-1"}
+    start_asking(app_page, app_server, path, body, **headers)
+    app_page.wait_for_function("length => seen.text.length >= length", arg=len(first_half))
+    early = seen_by(app_page, "true")
+    released.set()
+    seen = seen_by(app_page)
+
+    assert early["text"] == first_half, "the page has what the vendor has sent so far"
+    assert not early["done"]
+    assert seen["failure"] is None
+    assert seen["text"] == expected == app_page.text_content("#answer")
+    assert [chunk["tokenId"] for chunk in seen["chunks"]] == list(range(len(texts) + 1))
+    first, *middle, last = seen["chunks"]
+    assert first["isFirst"] and first["ttfbMs"] >= 0
+    assert not any("isFirst" in chunk or "isLast" in chunk for chunk in middle)
+    assert (last["token"], last["isLast"], last["finishReason"]) == ("", True, "stop")
+    assert last["usage"]["completionTokens"] > 0 and last["requestId"] == "page-1"
+    assert seen["headers"]["x-request-id"] == "page-1"
+    assert int(seen["headers"]["x-ratelimit-remaining-requests"]) > 0
+
+
+def test_page_of_a_foreign_origin_sees_a_failed_fetch(
+    open_page: Open,
+    web_port: int,
+    app_server: Server,
+    upstream: Upstream,
+) -> None:
+    page = open_page(f"http://other.example:{web_port}/page.html")
+
+    start_asking(page, app_server, "/api/anthropic", ask())
+    seen = seen_by(page)
+
+    assert seen["failure"]["name"] == "TypeError"  # "Failed to fetch": a page may not know more
+    assert seen["status"] == 0
+    assert upstream.requests == []
+
+
+def test_page_reads_why_it_is_limited_and_for_how_long(
+    app_page: Any,
+    web_port: int,
+    serve: Serve,
+    upstream: Upstream,
+) -> None:
+    server = serve(
+        f'[server]\ncors_origins = ["http://app.example:{web_port}"]\n'
+        "[limits]\nrequests_per_minute = 2\nburst = 1\n"
+    )
+    start_asking(app_page, server, "/api/anthropic", ask())
+    assert seen_by(app_page)["text"] == "Hello"
+
+    start_asking(app_page, server, "/api/anthropic", ask())
+    seen = seen_by(app_page)
+
+    assert (seen["status"], seen["failure"]) == (429, None)
+    assert seen["refusal"]["code"] == "rate_limited"
+    assert "too many requests" in seen["refusal"]["error"]
+    assert seen["refusal"]["requestId"] == seen["headers"]["x-request-id"]
+    assert 1 <= int(seen["headers"]["retry-after"]) <= 30
+    assert seen["headers"]["x-ratelimit-limit-requests"] == "2"
+    assert len(upstream.requests) == 1
+
+
+FAILED = {"code": "server_error", "message": "The model failed"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "events", "status", "code"),
+    [
+        pytest.param(
+            "/api/anthropic",
+            ask(),
+            [
+                *begun(messages_events()),
+                *sse(vendor_error("overloaded_error", "Overloaded")),
+            ],
+            529,
+            "upstream_overloaded",
+            id="messages-error-event",
+        ),
+        pytest.param(
+            "/api/openai",
+            INPUT_BODY,
+            [
+                *begun(responses_events()),
+                b"data: %b\n\n"
+                % json.dumps({"type": "response.failed", "response": {"error": FAILED}}).encode(),
+            ],
+            502,
+            "upstream_error",
+            id="responses-failed-event",
+        ),
+        pytest.param(
+            "/api/anthropic",
+            ask(),
+            begun(messages_events()),
+            502,
+            "upstream_error",
+            id="messages-that-just-end",
+        ),
+    ],
+)
+def test_page_sees_an_error_in_the_middle(
+    app_page: Any,
+    app_server: Server,
+    upstream: Upstream,
+    path: str,
+    body: dict[str, Any],
+    events: list[bytes],
+    status: int,
+    code: str,
+) -> None:
+    upstream.play(stream(*events))
+
+    start_asking(app_page, app_server, path, body)
+    seen = seen_by(app_page)
+
+    assert seen["status"] == 200
+    assert seen["text"] == "Hello"
+    assert seen["failure"]["name"] == "ProviderAPIError"
+    assert (seen["failure"]["statusCode"], seen["failure"]["code"]) == (status, code)
+    assert seen["failure"]["message"]
+    assert not any(chunk.get("isLast") for chunk in seen["chunks"])
+
+
+@pytest.mark.parametrize(("path", "body", "events"), ENDPOINTS)
+def test_page_gets_tool_calls_as_json(
+    app_page: Any,
+    app_server: Server,
+    upstream: Upstream,
+    path: str,
+    body: dict[str, Any],
+    events: Callable[..., list[bytes]],
+) -> None:
+    calls = (("call_1", "get_weather", '{"city":"Paris"}'), ("call_2", "get_time", "{}"))
+    upstream.play(stream(*events("Let me see.", tools=calls)))
+    tools = [
+        {"type": "function", "name": name, "description": "", "parameters": {"type": "object"}}
+        for _, name, _ in calls
+    ]
+
+    start_asking(app_page, app_server, path, {**body, "tools": tools, "stream": False})
+    seen = seen_by(app_page)
+
+    reply, choice = seen["json"], seen["json"]["choices"][0]
+    named = [(c["id"], c["function"]["name"], c["function"]["arguments"])
+             for c in choice["message"]["tool_calls"]]  # fmt: skip
+    assert named == list(calls)
+    assert reply["tool_calls"] == choice["message"]["tool_calls"]
+    assert (reply["content"], reply["finish_reason"]) == ("Let me see.", "tool_calls")
+    assert "output" not in reply, "the SDK would read that alone, and lose a call"
+
+
+@pytest.mark.parametrize(("path", "body", "events"), ENDPOINTS)
+def test_page_that_aborts_closes_the_upstream(
+    app_page: Any,
+    app_server: Server,
+    upstream: Upstream,
+    path: str,
+    body: dict[str, Any],
+    events: Callable[..., list[bytes]],
+) -> None:
+    request_id = f"leaves-{path}"
+    upstream.play(stream(*begun(events()), HANG))
+    start_asking(app_page, app_server, path, body, **{"X-Request-ID": request_id})
+    assert seen_by(app_page, "seen.text")["text"] == "Hello"
+    assert not upstream.requests[0].closed.is_set()
+
+    app_page.evaluate("controller.abort()")
+
+    assert upstream.requests[0].closed.wait(3)
+    assert seen_by(app_page)["failure"]["name"] == "AbortError"
+    lines = wait_for(lambda: lines_of(app_server, request_id=request_id))
+    assert [line["outcome"] for line in lines] == ["cancelled"]
+
+
+# The page at /, which the server itself has.
+
+
+def complaints_of(page: Any) -> list[str]:
+    """What the console says of errors, and what the page's CSP refused, from now on."""
+    found: list[str] = []
+    page.on("console", lambda message: message.type == "error" and found.append(message.text))
+    page.on("pageerror", lambda error: found.append(str(error)))
+    return found
+
+
+def test_built_in_page_streams_a_demo_answer(open_page: Open, demo: Server) -> None:
+    page = open_page("about:blank")
+    complaints = complaints_of(page)
+    page.goto(demo.url)
+
+    page.fill("#prompt", "Say something.")
+    page.click("#send")
+    wait_for(lambda: len(page.text_content("#answer")) > 20)
+    early = page.text_content("#answer")
+    wait_for(lambda: page.text_content("#facts"))
+
+    answer = page.text_content("#answer")
+    assert answer.startswith(early) and len(answer) > len(early), "it came in pieces"
+    assert "no vendor was called" in answer
+    assert re.fullmatch(
+        r"first token \d+ ms · \d+ tokens · cost \$[\d.e-]+ · stop", page.text_content("#facts")
+    )
+    assert page.is_enabled("#send")
+    assert (complaints, page.evaluate("violations")) == ([], [])
+
+
+def test_built_in_page_stops_an_answer(open_page: Open, demo: Server) -> None:
+    before = len(lines_of(demo, outcome="cancelled"))
+    page = open_page(demo.url)
+    page.fill("#prompt", "/long")
+    page.click("#send")
+    wait_for(lambda: len(page.text_content("#answer")) > 20)
+
+    page.click("#stop")
+
+    wait_for(lambda: page.text_content("#facts") == "stopped")
+    assert page.is_enabled("#send")
+    wait_for(lambda: len(lines_of(demo, outcome="cancelled")) > before)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        pytest.param("/error", "Error: The demo model is overloaded", id="error"),
+        pytest.param("/cut", "Error: the vendor ended the answer", id="cut-off"),
+    ],
+)
+def test_built_in_page_shows_errors(
+    open_page: Open, demo: Server, prompt: str, expected: str
+) -> None:
+    page = open_page(demo.url)
+    page.fill("#prompt", prompt)
+
+    page.click("#send")
+
+    wait_for(lambda: page.text_content("#facts"))
+    assert page.text_content("#facts").startswith(expected)
+
+
+def test_built_in_page_shows_markup_as_text(
+    open_page: Open,
+    app_server: Server,
+    upstream: Upstream,
+) -> None:
+    """What a model says, and what it was talked into saying, never becomes part of the page."""
+    markup = '<img src="x" onerror="window.owned = 1"><script>window.owned = 1</script>'
+    upstream.play(stream(messages_sse(markup)), stream(responses_sse(markup)))
+    page = open_page(app_server.url)
+
+    for provider, model in (("anthropic", "claude-haiku-4-5"), ("openai", "gpt-5-mini")):
+        page.select_option("#provider", provider)
+        page.fill("#model", model)
+        page.click("#send")
+        wait_for(lambda: page.text_content("#facts"))
+        assert page.text_content("#answer") == markup
+    assert page.locator("img").count() == 0
+    assert page.evaluate("[window.owned, violations]") == [None, []]
 
 
 # ---- Official SDKs -----------------------------------------------------------------------------
