@@ -3158,6 +3158,8 @@ class Adapter:
         self.base_url, self.model = provider.base_url.rstrip("/"), model
         self.account = provider.organization, provider.project
         self.can, self.own = capability(model), "api.openai.com" in self.base_url
+        # some of them ignore another name of max_tokens than theirs
+        self.compatible = provider.adapter == "chat" and not self.own
         self.reasons = not self.can.isdisjoint(("always", "on", "off"))
         self.sse, self.usage, self.secret, self.unseen = SSE(), Usage(), b"", 0
         self.counts: dict[str, Any] = {}
@@ -3181,8 +3183,7 @@ class Adapter:
             native = request.native | {"model": self.model} | self.fit(request.native, request)
             if not request.path:
                 given = [name for name in MAX_TOKENS if native.pop(name, None)]
-                # some compatible vendors ignore another name than theirs
-                name = given[-1] if given and self.own else self.limit
+                name = given[-1] if given and not self.compatible else self.limit
                 native[name] = request.max_tokens
             return native
         names = [*self.unknown, *self.rejects(request)]
