@@ -471,7 +471,7 @@ def read_environment(environ: Map[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {k: environ.get(name, "").strip() for k, name in ENVIRONMENT.items()}
     for key, value in found.items():
         if value.encode(errors="replace").decode() != value:
-            raise ConfigError(f"{ENVIRONMENT[key]}: is not UTF-8")
+            raise ConfigError(f"{ENVIRONMENT[key]}: is not UTF-8; set it anew")
     level = found["server.log_level"].lower()
     found["server.log_level"] = "warning" if level == "warn" else level
     found["server.cors_origins"] = split_list(found["server.cors_origins"])
@@ -516,7 +516,8 @@ def check_values(config: Config) -> None:
     for pattern, price in config.prices.items():
         of_model = bool(price.input or price.output or price.free)
         if price.above and price.output and not price.above.output:
-            raise ConfigError(f'prices."{pattern}".above.output: is not set')
+            wanted = "set it, too: what output costs above that many tokens"
+            raise ConfigError(f'prices."{pattern}".above.output: {wanted}')
         if of_model == (price.per_use is not None):
             wanted = "set input and output of a model, or free = true, or per_use of a tool"
             raise ConfigError(f'prices."{pattern}": {wanted}')
@@ -765,10 +766,9 @@ class UpstreamError(ProxyError):
     ) -> None:  # fmt: skip
         shown, known_code = UPSTREAM_CODES.get(status, (502, "upstream_error"))
         self.sent, self.wait, self.moved, self.told = sent, wait, False, False
-        if known_code != "upstream_auth" and re.fullmatch(
-            r"[A-Za-z][\w.-]{0,63}", str(vendor_code or "")
-        ):
-            self.vendor_code = str(vendor_code)
+        plain = re.fullmatch(r"[A-Za-z][\w.-]{0,63}", str(vendor_code or ""))
+        if plain and known_code != "upstream_auth":
+            self.vendor_code = plain[0]
         passing = status >= 500 or status in (408, 409, 429)
         self.retryable = passing and advice != "false" and EXHAUSTED.isdisjoint(names)
         if known_code == "upstream_auth":
@@ -3104,6 +3104,11 @@ def capability(model: str) -> frozenset[str]:
     return look_up(CAPABILITIES, model)
 
 
+def reasons(model: str) -> bool:
+    """May it think, whether anybody sees it or not?"""
+    return not capability(model).isdisjoint(("always", "on", "off"))
+
+
 def filled(**fields: Any) -> dict[str, Any]:
     """JSON without the keys that have nothing to say."""
     return {key: value for key, value in fields.items() if value not in (None, "", [], {})}
@@ -3160,11 +3165,11 @@ class Adapter:
         self.can, self.own = capability(model), "api.openai.com" in self.base_url
         # some of them ignore another name of max_tokens than theirs
         self.compatible = provider.adapter == "chat" and not self.own
-        self.reasons = not self.can.isdisjoint(("always", "on", "off"))
+        self.reasons = reasons(model)
         self.sse, self.usage, self.secret, self.unseen = SSE(), Usage(), b"", 0
         self.counts: dict[str, Any] = {}
         self.calls: dict[Any, ToolUse] = {}
-        self.places: dict[Any, Any] = {}  # where Chat's calls are, if not where they say
+        self.call_keys: dict[Any, Any] = {}  # of Chat's calls, where their index is another one's
         self.dropped: list[str] = []
         self.cut: list[str] = []
         self.reason = "stop"
@@ -3255,7 +3260,10 @@ class Adapter:
             raise UpstreamError(502, "the vendor's answer is not a JSON object") from None
         if reply.get("error") and "id" not in reply:
             raise self.fail(reply["error"]).error
-        failed = reply.get("status") == "failed"
+        if (failed := reply.get("status") == "failed") and reply.get("error"):
+            failure = self.fail(reply["error"]).error
+            if not self.showable(reply["error"], failure):
+                raise failure
         self.count(reply)
         # embeddings have no output, and counted tokens have no usage at all
         embedded = "data" in reply and isinstance(reply.get("usage"), dict)
@@ -3319,6 +3327,12 @@ class Adapter:
         message = str(error.get("message") or "the vendor reported an error")
         status, names = next(filter(None, statuses), 502), map(str, given)
         return Failure(UpstreamError(status, message, names, vendor_code=error.get("code")))
+
+    def showable(self, error: Any, failure: UpstreamError) -> bool:
+        """May a caller read it as it came: is it not our account's trouble, nor holds a key?"""
+        text = str(error)
+        plain = redact(text, [self.secret.decode()], len(text)) == text
+        return plain and failure.code != "upstream_auth"
 
 
 class Messages(Adapter):
@@ -3557,10 +3571,8 @@ class Responses(OpenAI):
                 told = event.get("response", event)
                 self.count(told)  # nested, as recorded, or flat, as the SDK has it
                 failure = self.fail(error := told.get("error") or event | {"type": None})
-                # an SDK wants the response that failed, but nobody what is ours alone
-                text, ours = str(error), failure.error.code == "upstream_auth"
-                plain = redact(text, [self.secret.decode()], len(text)) == text and not ours
-                failure.error.told = self.passing and kind == "failed" and plain
+                passed = self.passing and kind == "failed"  # an SDK wants the response
+                failure.error.told = passed and self.showable(error, failure.error)
                 yield failure
 
 
@@ -3649,12 +3661,12 @@ class Chat(OpenAI):
             self.unseen += len(msgspec.json.encode(delta))
         function, id, own = delta.get("function") or {}, delta.get("id"), delta.get("index")
         # not every vendor counts them, and some count all of them 0
-        place = self.places.get((choice, own), (choice, id if own is None else own))
+        place = self.call_keys.get((choice, own), (choice, id if own is None else own))
         last = next(reversed(self.calls), place)
         key = last if own is None and id is None else place
         other = key in self.calls and self.calls[key].id not in ("", id)
         if other and id and function.get("name"):
-            key = self.places[choice, own] = (choice, id)
+            key = self.call_keys[choice, own] = (choice, id)
         call = self.calls.setdefault(key, ToolUse("", "", ""))
         call.id = call.id or str(id or "")
         call.name = call.name or str(function.get("name") or "")
@@ -4577,8 +4589,8 @@ class Proxy:
             await self.check_places(call)
             try:  # in no variable of ours: a long stream need not keep the body
                 targets = self.read(call, provider, kind, await read_body(receive, call, self))
-            except (ProxyError, RecursionError, asyncio.CancelledError):  # is a request, too
-                await self.admit(call)
+            except (ProxyError, RecursionError, asyncio.CancelledError):
+                await self.admit(call)  # a body not taken is a request, too
                 raise
             await self.work(call, targets, receive)
         except ProxyError as error:
@@ -5098,9 +5110,8 @@ class Proxy:
         request, native = call.request, call.request.native or {}
         asked = request.thinking and "enable_thinking" not in account.dropped
         asked = asked or native.get("thinking") or native.get("reasoning")
-        known = capability(model.rpartition("/")[2])  # resellers put the maker in front
-        reasons = not known.isdisjoint(("always", "on", "off"))
-        account.hidden = reasons or bool(asked) or not request.stream
+        thinks = reasons(model.rpartition("/")[2])  # resellers put the maker in front
+        account.hidden = thinks or bool(asked) or not request.stream
         account.billed = True
 
     def explain(self, failed: BaseException, provider: str) -> UpstreamError:

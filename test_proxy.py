@@ -3006,7 +3006,11 @@ def test_a_failed_response_says_nothing_that_is_the_proxys_alone(
     upstream.play(stream(*events[:2], 0.05, *events[2:]))
     got = server.post("/v1/responses", native("responses", stream=True))
     assert "Hel" in got.text and "event: error" in got.text
-    assert "Acme" not in got.text and "k-short" not in got.text
+    upstream.play(reply(200, {"id": "resp_1", "status": "failed", "error": error, "output": []}))
+    whole = server.post("/v1/responses", native("responses"))
+    assert whole.status_code == 502
+    for text in (got.text, whole.text):
+        assert "Acme" not in text and "k-short" not in text
 
 
 @pytest.mark.parametrize("together", [True, False], ids=["in one read", "event by event"])
