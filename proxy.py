@@ -2924,8 +2924,9 @@ class Webhook:
 class Account(Struct):
     """What one upstream call came to, over all its attempts. `produced` counts the bytes of text
     the vendor sent, `bound` the most tokens its input can be billed as, `lost` the USD of
-    attempts that failed after they may have cost something; `hidden` is thinking nobody saw.
-    `batches` is the answer itself, where others may want it too."""
+    attempts that failed after they may have cost something; `hidden` is thinking nobody saw,
+    and `hour` a cache that is to last one. `batches` is the answer itself, where others may want it
+    too."""
 
     provider: str = ""
     model: str = ""
@@ -2936,6 +2937,7 @@ class Account(Struct):
     produced: int = 0
     bound: int = 0
     hidden: bool = False
+    hour: bool = False
     lost: Decimal = Decimal(0)
     dropped: list[str] = []
     headers: dict[str, str] = {}
@@ -3118,9 +3120,20 @@ def image_url(image: Image) -> str:
     return image.source.get("url") or "data:{media_type};base64,{data}".format(**image.source)
 
 
-read_json = msgspec.json.Decoder().decode  # built once: this is the way of every token
+decode_json = msgspec.json.Decoder().decode  # built once: this is the way of every token
+# Where a text was cut in the middle of a character; what is whole comes first, and is kept.
+HALF = re.compile(rb"(\\\\|\\u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w)|\\u[dD][89a-fA-F]\w\w")
 # What both are in the chunk of a Chat stream that only the proxy asked for.
 SOME_USAGE, NO_CHOICES = re.compile(rb'"usage":\s*\{'), re.compile(rb'"choices":\s*\[\s*\]')
+
+
+def read_json(data: bytes) -> Any:
+    """What a vendor wrote; half a character, which JSON must not hold, becomes U+FFFD."""
+    try:
+        return decode_json(data)
+    except NO_JSON:
+        whole = data.decode(errors="replace").encode()
+        return decode_json(HALF.sub(lambda found: found[1] or b"\\ufffd", whole))
 
 
 def function_call(call: ToolUse) -> dict[str, Any]:
@@ -3255,7 +3268,7 @@ class Adapter:
         """The same for an answer in one piece."""
         self.complete = True
         try:
-            reply = msgspec.json.decode(body, type=dict[str, Any])
+            reply = msgspec.convert(read_json(body), dict[str, Any])
         except NO_JSON:
             raise UpstreamError(502, "the vendor's answer is not a JSON object") from None
         if reply.get("error") and "id" not in reply:
@@ -5105,7 +5118,7 @@ class Proxy:
         account.attempts += 1
         account.provider, account.model = provider, model
         account.dropped = attempt.adapter.dropped
-        account.bound = input_bound(call.request, model)
+        account.bound, account.hour = input_bound(call.request, model), b'"1h"' in attempt.body
         # thinking that is not shown, or only its summary, is billed all the same
         request, native = call.request, call.request.native or {}
         asked = request.thinking and "enable_thinking" not in account.dropped
@@ -5196,9 +5209,11 @@ class Proxy:
         price = self.prices.of(account.provider, account.model)
         usd = cost(usage, price)
         if usd is not None and entry.estimated:  # all of it may be written to a cache
-            alike = replace(usage, cache_read_tokens=0, cache_write_1h_tokens=0)
-            kinds = (replace(alike, cache_write_tokens=n) for n in (0, usage.input_tokens))
-            usd = max(cost(kind, price) or Decimal(0) for kind in kinds)
+            tokens = usage.input_tokens
+            read = Usage(tokens, usage.output_tokens)
+            written = replace(read, cache_write_tokens=tokens)
+            written.cache_write_1h_tokens = tokens if account.hour else 0
+            usd = max(cost(kind, price) or Decimal(0) for kind in (read, written))
         searches = None if entry.estimated else usage.web_searches
         fee = self.prices.fee(account.provider, call.request, searches)
         entry.cost = None if usd is None else f"{(usd + fee + account.lost).normalize():f}"

@@ -8045,6 +8045,23 @@ def test_an_estimate_is_no_less_than_the_vendor_may_bill(
     assert Decimal(row["cost"]) == (millionths[0] * inputs + millionths[1]) / MILLION
 
 
+def test_an_estimate_counts_a_cache_for_an_hour_at_its_price(
+    plain_server: Server, upstream: Upstream
+) -> None:
+    upstream.play([*stream(*messages_events(["Hel", "lo"])[:3], end=False), RESET])
+    number = next(IDS)
+    block = {"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral", "ttl": "1h"}}
+    messages = [{"role": "user", "content": [block]}]
+    body = {"model": "claude-haiku-4-5", "max_tokens": 9, "messages": messages, "stream": True}
+    plain_server.post("/v1/messages", body, headers={"x-request-id": number})
+    row, limits = last_row(plain_server, number), CONFIG.limits
+    request = proxy.parse_native(body, "messages", limits, (), [])
+    request.dialect = "messages"
+    inputs = proxy.input_bound(request)
+    assert (row["outcome"], row["estimated"]) == ("error", 1)
+    assert Decimal(row["cost"]) == (2 * inputs + 5 * row["output_tokens"]) / MILLION
+
+
 def test_the_least_a_vendor_takes_is_what_may_be_billed(
     plain_server: Server, upstream: Upstream
 ) -> None:
@@ -8881,6 +8898,32 @@ def test_a_cut_before_the_last_blank_line_is_incomplete(dialect: str, line_end: 
             assert not answer.calls  # a call is told only when it is whole
         else:
             assert answer == WHOLE
+
+
+@pytest.mark.parametrize(
+    ("written", "seen"),
+    [
+        pytest.param(rb"\ud83d|\ude00", "\ufffd|\ufffd", id="halves of a pair"),
+        pytest.param(rb"\ud83d\ude00 \uDE00", "\U0001f600 \ufffd", id="beside a whole pair"),
+        pytest.param(rb"\\ud83d \ud83d", "\\ud83d \ufffd", id="beside an escaped backslash"),
+        pytest.param(b"\xf0\x9f|\x98\x80", "\ufffd|\ufffd\ufffd", id="bytes"),
+    ],
+)
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_half_a_character_is_shown_as_one_that_is_not_known(
+    dialect: str, written: bytes, seen: str
+) -> None:
+    """A vendor that counts its tokens in bytes cuts between any two of them, and JavaScript reads
+    it; the bytes that an SDK gets are the vendor's."""
+    first, second = (written + b"|").split(b"|")[:2]
+    texts = [text for text in (b"HALF1", b"HALF2") if text]
+    data = b"".join(MAKE_EVENTS[dialect]([text.decode() for text in texts]))
+    data = data.replace(b"HALF1", first).replace(b"HALF2", second)
+    assert fed(dialect, data).text == seen.replace("|", "")
+    passing = adapter(BY_DIALECT[dialect])
+    passing.passing = True
+    raw = [event.data for event in passing.feed(data) if isinstance(event, proxy.Raw)]
+    assert (b"".join(raw), passing.complete) == (data, True)
 
 
 def chat_chunks(*choices: dict[str, Any]) -> bytes:
