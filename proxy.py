@@ -2993,6 +2993,9 @@ class Flight:
 # them. An event counts only with the blank line that ends it.
 
 
+CR, BACKSLASH = b"\r\\"  # as numbers, which are quicker to look for
+
+
 class SSE:
     LIMIT = 32 * 2**20  # of one event: more than any vendor sends, and an end to garbage
     # a CR that ends what has come may be half of a CRLF
@@ -3001,7 +3004,7 @@ class SSE:
 
     def feed(self, chunk: bytes) -> list[bytes]:
         """The events that `chunk` completes, as they came."""
-        if not self.rest and 0 <= chunk.find(b"\n\n") == len(chunk) - 2 and b"\r" not in chunk:
+        if not self.rest and 0 <= chunk.find(b"\n\n") == len(chunk) - 2 and CR not in chunk:
             return [chunk]  # most often it is one event, and this is quicker
         seen, self.rest = max(0, len(self.rest) - 2), self.rest + chunk
         ends = [0, *(end.end() for end in self.END.finditer(self.rest, seen))]
@@ -3013,9 +3016,11 @@ class SSE:
 
 
 def event_data(event: bytes) -> bytes:
-    lines = event.removeprefix(b"\xef\xbb\xbf").splitlines()
-    data = [line[5:] for line in lines if line.startswith(b"data:")]
-    return b"\n".join(data).strip()
+    data = b""
+    for line in event.removeprefix(b"\xef\xbb\xbf").splitlines():
+        if line[:5] == b"data:":
+            data += line[5:] + b"\n"
+    return data.strip()
 
 
 # ---- Adapters ----------------------------------------------------------------------------------
@@ -3144,12 +3149,12 @@ def function_call(call: ToolUse) -> dict[str, Any]:
 
 def said(content: Any, kind: type[Text | Thinking]) -> Iterator[Event]:
     """Text of a kind; with Mistral it may be a list of what is thought and what is said."""
-    for part in content if isinstance(content, list) else [{"text": content}]:
+    for part in content if isinstance(content, list) else [content]:
         match part:
+            case (str() as text) | {"text": str() as text} if text:
+                yield kind(text)
             case {"thinking": thoughts}:
                 yield from said(thoughts, Thinking)
-            case {"text": str(text)} if text:
-                yield kind(text)
 
 
 @functools.cache
@@ -3229,7 +3234,8 @@ class Adapter:
         raise NotImplementedError
 
     def decode(self, event: dict[str, Any]) -> Iterable[Event]:
-        """The neutral events of one vendor event; unknown ones have none."""
+        """The neutral events of one vendor event; unknown ones have none. (Every token comes this
+        way, and a pattern `str(text)` takes as long as all the rest of it: `str() as text`.)"""
         raise NotImplementedError
 
     def hide_key(self, data: bytes) -> bytes:
@@ -3237,7 +3243,7 @@ class Adapter:
         if len(self.secret) < 16:  # a word that may be said, like "ollama"
             return data
         data = data.replace(self.secret, b"[removed]")
-        spelled = b"\\u00" in data or b"\\/" in data
+        spelled = BACKSLASH in data and (b"\\u00" in data or b"\\/" in data)
         return escaped(self.secret).sub(b"[removed]", data) if spelled else data
 
     def feed(self, chunk: bytes) -> Batch:
@@ -3246,7 +3252,8 @@ class Adapter:
         that only what an SDK makes more of than an error."""
         passed = b""
         batch: Batch = []
-        for event in map(self.hide_key, self.sse.feed(chunk)):
+        for event in self.sse.feed(chunk):
+            event = self.hide_key(event)
             if self.complete:
                 break
             try:
@@ -3258,10 +3265,10 @@ class Adapter:
                 batch.append(self.fail("the vendor's stream holds something that is not JSON"))
             except (AttributeError, LookupError, TypeError):
                 pass  # of a shape nobody expects: skipped
-            failed = batch and isinstance(batch[-1], Failure) and not batch[-1].error.told
-            if self.passing and not failed:
+            if self.passing:
+                failed = batch and isinstance(batch[-1], Failure) and not batch[-1].error.told
                 hidden = self.usage_hidden and SOME_USAGE.search(event) and NO_CHOICES.search(event)
-                passed += b"" if hidden else event
+                passed += b"" if failed or hidden else event
         return [Raw(passed), *batch] if passed else batch
 
     def read(self, body: bytes) -> Batch:
@@ -3454,13 +3461,13 @@ class Messages(Adapter):
     def decode(self, event: dict[str, Any]) -> Iterator[Event]:
         index = event.get("index")
         match event.get("type"), event.get("content_block", event.get("delta")):
-            case "content_block_delta" | "content_block_start", {"text": str(text)} if text:
+            case "content_block_delta" | "content_block_start", {"text": str() as text} if text:
                 yield Text(text)
-            case "content_block_delta", {"thinking": str(text)} if text:
+            case "content_block_delta", {"thinking": str() as text} if text:
                 yield Thinking(text)
-            case "content_block_delta", {"partial_json": str(text)} if index in self.calls:
+            case "content_block_delta", {"partial_json": str() as text} if index in self.calls:
                 self.calls[index].arguments += text
-            case "content_block_delta", {"partial_json": str(text)}:  # of a tool of the vendor's
+            case "content_block_delta", {"partial_json": str() as text}:  # a vendor's own tool's
                 self.unseen += len(text.encode())
             case "content_block_start", {"type": "tool_use", "id": call, "name": name, **block}:
                 given = msgspec.json.encode(block["input"]).decode() if block.get("input") else ""
@@ -3468,7 +3475,7 @@ class Messages(Adapter):
             case "message_start", _:
                 self.count(event["message"])
                 self.usage.known = False
-            case "message_delta", dict(delta):
+            case "message_delta", dict() as delta:
                 self.reason = REASONS.get(delta.get("stop_reason"), self.reason)
                 self.count(event)
             case "message_stop", _:
@@ -3557,16 +3564,16 @@ class Responses(OpenAI):
     def decode(self, event: dict[str, Any]) -> Iterator[Event]:
         kind = str(event.get("type")).removeprefix("response.")
         match kind, event.get("delta", event.get("item")):
-            case "output_text.delta", str(text) if text:
+            case "output_text.delta", str() as text if text:
                 yield Text(text)
-            case "refusal.delta", str(text) if text:
+            case "refusal.delta", str() as text if text:
                 self.reason = "content_filter"
                 yield Text(text)
-            case "reasoning_summary_text.delta" | "reasoning_text.delta", str(text) if text:
+            case "reasoning_summary_text.delta" | "reasoning_text.delta", str() as text if text:
                 yield Thinking(text)
-            case "function_call_arguments.delta", str(text):
+            case "function_call_arguments.delta", str() as text:
                 self.calls[event["item_id"]].arguments += text
-            case "custom_tool_call_input.delta", str(text):
+            case "custom_tool_call_input.delta", str() as text:
                 self.unseen += len(text.encode())
             case "function_call_arguments.done", _:
                 self.calls[event["item_id"]].arguments = str(event["arguments"])
@@ -3647,19 +3654,20 @@ class Chat(OpenAI):
     def decode(self, event: dict[str, Any]) -> Iterator[Event]:
         self.count(event)
         match event:
-            case {"error": error} | {"choices": [{"error": error}, *_]} if error:
+            case {"error": error} if error:
                 yield self.fail(error)
-            case {"choices": [{"finish_reason": "error"}, *_]}:
-                yield self.fail(None)
-            case {"choices": [dict(choice), *others]}:
-                delta = choice.get("delta") or {}  # which a content filter may leave out
-                self.ending = self.ending or bool(choice.get("finish_reason"))
+            case {"choices": [dict() as choice, *others]}:
+                # a content filter may leave out the delta
+                delta, end = choice.get("delta") or {}, choice.get("finish_reason")
+                if choice.get("error") or end == "error":
+                    yield self.fail(choice.get("error"))
+                    return
+                self.ending = self.ending or bool(end)
                 if not self.ending:  # a running count, not the final one
                     self.usage.known = False
                 yield from said(delta.get("reasoning_content") or delta.get("reasoning"), Thinking)
                 yield from said(delta.get("content") or delta.get("refusal"), Text)
-                reason = "refusal" if delta.get("refusal") else choice.get("finish_reason")
-                self.reason = REASONS.get(reason, self.reason)
+                self.reason = REASONS.get("refusal" if delta.get("refusal") else end, self.reason)
                 if others or "function_call" in delta:
                     unseen = [others, delta.get("function_call")]
                     self.unseen += len(msgspec.json.encode(unseen))
@@ -3744,13 +3752,13 @@ class Writer:
     def tokens(self, batch: Batch) -> Iterator[str]:
         """The texts to show, thinking between <think> and </think> where it was asked for."""
         for event in batch:
-            thinks = isinstance(event, Thinking)
+            thinks = type(event) is Thinking
             if self.show_thinking and thinks != self.thinking:
                 yield "<think>" if thinks else "</think>"
                 self.thinking = thinks
-            if isinstance(event, ToolUse):
+            if type(event) is ToolUse:
                 self.calls.append(function_call(event))
-            elif isinstance(event, Text | Thinking) and (self.show_thinking or not thinks):
+            elif type(event) is Text or (type(event) is Thinking and self.show_thinking):
                 yield event.text
 
     def write(self, batch: Batch, ttfb: float) -> bytes:
@@ -3777,8 +3785,10 @@ class FrameWriter(Writer):
     def write(self, batch: Batch, ttfb: float) -> bytes:
         data = b""
         for text in self.tokens(batch):
-            first = {"isFirst": True, "ttfbMs": int(ttfb * 1000)} if not self.count else {}
-            data += frame({"token": text, "tokenId": self.count} | first)
+            token: dict[str, Any] = {"token": text, "tokenId": self.count}
+            if not self.count:
+                token |= {"isFirst": True, "ttfbMs": int(ttfb * 1000)}
+            data += frame(token)
             self.count += 1
         return data
 
@@ -4204,7 +4214,7 @@ class Call:
     async def write(self, data: bytes, last: bool = False) -> None:
         self.wrote, self.writing = time.monotonic(), True
         await self.send({"type": "http.response.body", "body": data, "more_body": not last})
-        self.wrote, self.writing = time.monotonic(), False
+        self.writing = False
 
     async def deliver(self, batch: Batch) -> None:
         if batch:
@@ -4336,7 +4346,7 @@ class Attempt:
             raise UpstreamError(504, "the vendor stopped in the middle of its answer") from None
         self.waiting_since = math.inf
         for event in batch:  # before the cut: what the caller does not get is billed, too
-            if isinstance(event, Text | Thinking):
+            if type(event) is Text or type(event) is Thinking:
                 self.account.produced += len(event.text.encode())
         if self.adapter.complete:
             self.count_calls()
@@ -4965,11 +4975,11 @@ class Proxy:
                 account.seconds = time.monotonic() - attempt.began
                 account.usage = attempt.adapter.usage
                 last = batch[-1] if batch else None
-                if isinstance(last, Failure):
+                if type(last) is Failure:
                     yield batch[:-1]
                     raise last.error
                 yield batch
-                if isinstance(last, Finish):
+                if type(last) is Finish:
                     if key and last.reason in ("stop", "tool_calls"):  # batches has all of it now
                         self.store.put(key, msgspec.msgpack.encode(account))
                     return
