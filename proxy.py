@@ -525,7 +525,7 @@ def check_values(config: Config) -> None:
         sellers = [n for n, p in config.providers.items() if may_overlap(pattern, p.models)]
         for name, provider in config.providers.items():
             sold = free and provider.variables and not config.demo
-            whole = any(fnmatch.fnmatchcase(model, pattern) for model in provider.models)
+            whole = any(matches(model, [pattern]) for model in provider.models)
             if sold and (whole or (name in sellers and len(sellers) > 1)):
                 wanted = f'would make those of {name} free, too; write "PROVIDER/{pattern}"'
                 raise ConfigError(f'prices."{pattern}": {wanted}')
@@ -574,6 +574,10 @@ def may_overlap(pattern: str, others: Iterable[str]) -> bool:
     return bool(rest and begins) and any(
         head.startswith(begins) or begins.startswith(head) for head in heads
     )
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def is_short(secret: str) -> bool:
@@ -678,9 +682,10 @@ ERROR_TYPES = {
 
 class ProxyError(Exception):
     """An error as the caller sees it. `retry` False says that trying again is useless; an SDK that
-    knows the vendor's own code of it is told that."""
+    knows the vendor's own code of it, or Anthropic's `details`, is told that."""
 
     vendor_code = ""
+    details: dict[str, Any] | None = None
 
     def __init__(
         self, status: int, code: str, message: str, after: float | None = None, retry: bool = True
@@ -718,6 +723,7 @@ def error_body(error: ProxyError, request_id: str, dialect: str = "") -> bytes:
         case "":
             body: Any = ErrorBody(error.message, error.type, error.code, request_id)
         case "messages":
+            detail |= {"details": error.details} if error.details else {}
             body = {"type": "error", "error": detail, "request_id": request_id}
         case _:
             detail |= {"param": None, "code": error.vendor_code or error.code}
@@ -756,9 +762,9 @@ def redact(message: str, known: Iterable[str] = (), length: int = 500) -> str:
 
 class UpstreamError(ProxyError):
     """The vendor failed us. `status` here is the vendor's; `names` are what it calls the error;
-    `sent` says whether it may bill the attempt; `wait` is its retry-after in seconds; `moved`
-    that another key of ours may be taken at once; `told` that an SDK has the vendor's own event of
-    it."""
+    `sent` says whether it may bill the attempt; `wait` is its retry-after in seconds; `forbidden`
+    that what was asked may be at fault, or our key; `moved` that another key of ours may be taken
+    at once; `told` that an SDK has the vendor's own event of it."""
 
     def __init__(
         self, status: int, message: str, names: Iterable[str] = (), *, code: str = "",
@@ -766,6 +772,7 @@ class UpstreamError(ProxyError):
     ) -> None:  # fmt: skip
         shown, known_code = UPSTREAM_CODES.get(status, (502, "upstream_error"))
         self.sent, self.wait, self.moved, self.told = sent, wait, False, False
+        self.forbidden = status == 403
         plain = re.fullmatch(r"[A-Za-z][\w.-]{0,63}", str(vendor_code or ""))
         if plain and known_code != "upstream_auth":
             self.vendor_code = plain[0]
@@ -1038,7 +1045,7 @@ def convert_body(body: Any, kind: Any) -> Any:
 
 
 # What a tool is called with, and what describes it, is nobody's conversation.
-OPAQUE = {"input", "arguments", "parameters", "input_schema", "schema"}
+OPAQUE = set("input arguments parameters input_schema schema parsed parsed_arguments".split())  # noqa
 
 
 def readable(value: Any) -> str:
@@ -1048,7 +1055,7 @@ def readable(value: Any) -> str:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every text in a JSON value, but not the data of images; what a tool is called with, or takes,
+    """Every text in a JSON value, but not the data of files; what a tool is called with, or takes,
     is one. Those of a list of blocks come in one piece, as a model reads them: a denied text may be
     cut in two. A token given by its number is as long as most. (Calls within calls would take long
     where a body is deep.)"""
@@ -1063,7 +1070,8 @@ def strings(value: Any) -> Iterator[str]:
                 todo.append((text, False))
             todo += [("????" if isinstance(x, int) else x, True) for x in reversed(value)]
         elif isinstance(value, dict):
-            hidden = {"source", "image_url"} if image_data(value) else set()
+            hidden = {"source", "image_url"} if image_data(value) else {"file_data"}
+            hidden |= {"data"} if value.get("type") == "base64" else set()
             for key, inner in reversed(value.items()):
                 if key in hidden or (listed and key == "text" and isinstance(inner, str)):
                     continue
@@ -1115,7 +1123,7 @@ def check_lists(raw: Map[str, Any], limits: Limits) -> None:
         raise BadRequest("tools: are not allowed here")
     lists = {name: value for name, value in raw.items() if isinstance(value, list)}
     for key in ("messages", "input"):
-        if len(lists.get(key, ())) > limits.max_messages:
+        if sum(isinstance(item, dict) for item in lists.get(key, ())) > limits.max_messages:
             raise BadRequest(f"{key}: at most {limits.max_messages} messages are allowed")
     # a body of a million empty blocks would keep everybody else waiting
     items = [item for value in lists.values() for item in value if isinstance(item, dict)]
@@ -1181,7 +1189,7 @@ def read_format(given: Any) -> dict[str, Any] | None:
     raise BadRequest("response_format: must be text, json_object or a json_schema")
 
 
-ITEM_KEYS = {"type", "role", "content", "tool_calls", "tool_call_id"}
+ITEM_KEYS = {"type", "role", "content", "refusal", "tool_calls", "tool_call_id"}
 
 
 def read_items(
@@ -1229,7 +1237,7 @@ own_id = functools.partial(re.sub, r"[^a-zA-Z0-9_-]", "_")
 
 def read_content(item: dict[str, Any], where: str, dropped: list[str]) -> list[Part]:
     parts: list[Part] = []
-    for key in ("content", "tool_calls"):
+    for key in ("content", "refusal", "tool_calls"):
         given = item.get(key) or ""
         for i, block in enumerate(given if isinstance(given, list) else [given]):
             parts += read_block(block, f"{where}.{key}[{i}]", dropped)
@@ -1296,7 +1304,8 @@ def read_image(given: Any, where: str) -> Image:
             return read_image(f"data:{kind};base64,{data}", where)
         case str(url) | {"url": str(url)}:
             if found := re.fullmatch(r"data:(image/[\w.+-]+);base64,([A-Za-z0-9+/=\s]+)", url):
-                return Image({"type": "base64", "media_type": found[1], "data": found[2]})
+                kind = found[1].replace("/jpg", "/jpeg")  # as all but some take it
+                return Image({"type": "base64", "media_type": kind, "data": found[2]})
             if re.match(r"https?://", url):
                 return Image({"type": "url", "url": url})
     raise BadRequest(f"{where}: an image is an http(s) URL, or base64 data with a media type")
@@ -1426,14 +1435,29 @@ NATIVE_FIELDS = {
 NATIVE_BLOCKS = {
     "messages": "text image document search_result tool_use tool_result thinking redacted_thinking "
     "base64 url file content ephemeral direct char_location page_location "
-    "content_block_location search_result_location",
+    "content_block_location search_result_location web_search_result web_search_result_location "
+    "web_search_tool_result_error",
     "responses": "message input_text input_image input_file output_text refusal text reasoning "
     "summary_text reasoning_text function_call function_call_output custom_tool_call "
-    "custom_tool_call_output direct url_citation",
+    "custom_tool_call_output direct url_citation search open_page find_in_page url "
+    "local_shell_call exec local_shell_call_output apply_patch_call create_file update_file "
+    "delete_file apply_patch_call_output",
     "chat": "text image_url refusal function custom file ephemeral url_citation",
 }
 # Betas that clients ask for unbidden, and that change neither the price nor what is kept.
-PLAIN_BETAS = {"structured-outputs-2025-11-13", "fine-grained-tool-streaming-2025-05-14"}
+PLAIN_BETAS = {
+    "structured-outputs-2025-11-13", "fine-grained-tool-streaming-2025-05-14", "pdfs-2024-09-25",
+    "token-counting-2024-11-01", "mid-conversation-system-2026-04-07",
+    "advanced-tool-use-2025-11-20",
+}  # fmt: skip
+# Values that mean no more than what is done without the field.
+PLAIN_VALUES = {
+    "service_tier": ("default", "standard_only"), "modalities": (["text"],),
+    "prompt_cache_retention": ("in_memory",),
+}  # fmt: skip
+# Tools that the vendor defines and the caller's own program runs.
+CALLERS_TOOLS = ("bash_*", "text_editor_*", "memory_*", "computer_*", "local_shell", "apply_patch")
+NOT_STORED = "store: false tells an SDK to (AI SDK: providerOptions.openai.store)"
 ALLOW = "the server's owner can add it to the provider's `allow`"
 
 
@@ -1444,7 +1468,12 @@ def parse_native(
     unknown = raw.keys() - {*NATIVE_FIELDS[kind].split(), *allowed}
     raw = {k: v for k, v in raw.items() if not (k in unknown and (v is None or v is False))}
     for name in sorted(unknown & raw.keys()):
-        raise BadRequest(f"{redact(name, length=50)}: is not passed on by this proxy; {ALLOW}")
+        if raw[name] not in PLAIN_VALUES.get(name, ()):
+            wrong = f"{redact(name, length=50)}: is not passed on by this proxy; {ALLOW}"
+            error = BadRequest(wrong)
+            if name == "thread":  # an SDK's tool runner that is told so goes on without one
+                error.details = {"error_code": "thread_unsupported_request", "unsupported": [name]}
+            raise error
     check_lists(raw, limits)
     given = convert_body(raw, Body)
     key = "messages" if "messages" in NATIVE_FIELDS[kind] else "input"
@@ -1458,7 +1487,8 @@ def parse_native(
     check_conversation(raw, key, limits, {*known.split(), *allowed})
     hosted = []
     for i, tool in enumerate(given.tools or ()):
-        if (name := str(tool.get("type", "custom"))) not in ("function", "custom"):
+        name = str(tool.get("type", "custom"))
+        if not matches(name, ("function", "custom", *CALLERS_TOOLS)):
             if name not in allowed:
                 name = redact(name, length=50)
                 raise BadRequest(f"tools[{i}].type: {name!r} runs at the vendor; {ALLOW}")
@@ -1467,8 +1497,9 @@ def parse_native(
             hosted.append((name, max(0, uses) if isinstance(uses, int) else 0))
             if hosted[-1][1] > 1000:
                 raise BadRequest(f"tools[{i}]: at most 1000 uses are allowed")
-    native = {name: value for name, value in raw.items() if name != "store"}
-    dropped += ["store"] if raw.get("store") else []
+    native = raw.copy()
+    if "store" not in allowed and (native.get("store") or kind != "responses"):
+        dropped += ["store"] if native.pop("store", None) else []
     prompt, system = limits.system_prompt, "system" if kind == "messages" else "instructions"
     if prompt and kind == "chat":
         native["messages"] = [{"role": "system", "content": prompt}, *native["messages"]]
@@ -1492,10 +1523,10 @@ def passed_headers(headers: Headers, dialect: str, allowed: Iterable[str]) -> di
 
 def is_kept(block: dict[str, Any]) -> bool:
     """Does the vendor keep or fetch what it names, or is it sound, which has a price of its own?"""
-    match block:
+    match {name: value for name, value in block.items() if value is not None}:
         case (
             {"file_id": _} | {"file_url": _} | {"type": "document", "source": {"type": "url"}}
-            | {"type": "item_reference" | "container_upload" | "input_audio"}
+            | {"type": "container_upload" | "input_audio"}
         ):  # fmt: skip
             return True
         case {"image_url": _} | {"input_audio": _} | {"video_url": _} if "type" not in block:
@@ -1518,8 +1549,10 @@ def check_conversation(raw: Map[str, Any], key: str, limits: Limits, known: set[
                 raise BadRequest(f"{key}[{i}].role: must be one of {', '.join(ROLES[1:])}")
             kind = "files" if is_kept(block) else block.get("type")
             if kind is not None and str(kind) not in known:
-                wrong = f"{redact(str(kind), length=50)} is not passed on by this proxy"
-                raise BadRequest(f"{key}[{i}]: {wrong}; {ALLOW}")
+                wrong = f"{redact(str(kind), length=50)} is not passed on by this proxy; {ALLOW}"
+                if kind == "item_reference":
+                    wrong = f"{kind}: nothing is stored, so send the item itself; {NOT_STORED}"
+                raise BadRequest(f"{key}[{i}]: {wrong}")
     if system and not limits.allow_system:
         raise BadRequest("system: a system prompt is not allowed here")
 
@@ -3089,10 +3122,6 @@ CONTEXT_SIZES = """
 """
 
 
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
 @functools.lru_cache(1000)
 def look_up(table: str, model: str) -> frozenset[str]:
     """The words of the first line that has a pattern for the model."""
@@ -3175,11 +3204,12 @@ class Adapter:
     path: ClassVar[str]
     limit: ClassVar[str]  # what the dialect calls max_tokens
     unknown: ClassVar[tuple[str, ...]]  # parameters that the dialect does not have
+    idle: ClassVar[tuple[str, ...]] = ("none",)  # efforts that are none
     apart: ClassVar = False  # does the vendor count cached input apart from the rest?
 
     def __init__(self, provider: Provider, model: str) -> None:
         self.base_url, self.model = provider.base_url.rstrip("/"), model
-        self.account = provider.organization, provider.project
+        self.account, self.allow = (provider.organization, provider.project), provider.allow
         self.can, self.own = capability(model), "api.openai.com" in self.base_url
         # some of them ignore another name of max_tokens than theirs
         self.compatible = provider.adapter == "chat" and not self.own
@@ -3223,7 +3253,7 @@ class Adapter:
 
     def always(self, request: Request) -> bool:
         """Is the model told not to reason, and cannot but do it?"""
-        return request.effort == "none" and "always" in self.can
+        return request.effort in self.idle and "always" in self.can
 
     def rejects(self, request: Request) -> Iterable[str]:
         """The parameters that this model would not take beside the others."""
@@ -3359,6 +3389,7 @@ class Messages(Adapter):
     """Anthropic Messages. Source: docs.anthropic.com/en/api/messages, version 2023-06-01."""
 
     path, unknown, apart, limit = "/messages", ("seed",), True, "max_tokens"
+    idle = ("none", "minimal")
 
     def url(self, path: str = "") -> str:
         return f"{self.base_url.removesuffix('/v1')}/v1{path or self.path}"
@@ -3367,15 +3398,16 @@ class Messages(Adapter):
         return {"anthropic-version": "2023-06-01"} | ({"x-api-key": key} if key else {})
 
     def fit(self, native: dict[str, Any], request: Request) -> dict[str, Any]:
-        most = request.max_tokens - 1
+        most = request.max_tokens
         match native:
             # if not the caller's own mistake, or a beta that knows better
             case {"thinking": {"budget_tokens": int(budget)} as thinking} if (
-                budget > most and most + 1 != native.get("max_tokens") and not request.path
+                budget >= most and most != (asked := native.get("max_tokens")) and not request.path
             ):
                 self.dropped.append("thinking")
-                lowered = thinking | {"budget_tokens": most}
-                return {"thinking": lowered if most >= 1024 else {"type": "disabled"}}
+                share = max(1024, min(most - 1, budget * most // (asked or budget)))
+                lowered = thinking | {"budget_tokens": share}
+                return {"thinking": lowered if most > 1024 else {"type": "disabled"}}
         return {}
 
     def rejects(self, request: Request) -> Iterator[str]:
@@ -3405,7 +3437,7 @@ class Messages(Adapter):
 
     def body(self, request: Request) -> dict[str, Any]:
         self.cut = [stop for stop in request.stop if not stop.strip()]
-        share = {"low": 4, "high": 1.5}.get(request.effort, 2)
+        share = {"low": 4, "high": 1.5, "xhigh": 1.5, "max": 1.5}.get(request.effort, 2)
         tokens = max(1024, int(request.max_tokens / share))
         budget = {"type": "enabled", "budget_tokens": tokens}
         adaptive = {"type": "adaptive", "display": "summarized"}
@@ -3521,7 +3553,14 @@ class Responses(OpenAI):
     path, unknown, limit = "/responses", ("seed", "top_k"), "max_output_tokens"
 
     def fit(self, native: dict[str, Any], request: Request) -> dict[str, Any]:
-        return {"store": False}
+        if "store" in self.allow:
+            return {}
+        asked, thoughts = native.get("include") or [], "reasoning.encrypted_content"
+        plain = request.path or not self.reasons or "store" in native or not isinstance(asked, list)
+        if plain or thoughts in asked:
+            return {"store": False}
+        # who takes it for stored would send back thoughts that nobody knows
+        return {"store": False, "include": [*asked, thoughts]}
 
     def body(self, request: Request) -> dict[str, Any]:
         self.cut = request.stop
@@ -3603,14 +3642,20 @@ class Chat(OpenAI):
     path, unknown = "/chat/completions", ("top_k",)
 
     @property
+    def counted(self) -> dict[str, Any]:
+        """Mistral counts unasked, and refuses to be asked."""
+        return {} if "mistral.ai" in self.base_url else {"include_usage": True}
+
+    @property
     def limit(self) -> str:  # type: ignore[override]
         return "max_completion_tokens" if self.own or self.reasons else "max_tokens"
 
     def fit(self, native: dict[str, Any], request: Request) -> dict[str, Any]:
         options = native.get("stream_options") or {}
         self.usage_hidden = options.get("include_usage") is not True
-        counted = {"stream_options": options | {"include_usage": True}} if request.stream else {}
-        return counted | ({"store": False} if self.own and not request.path else {})
+        counted = {"stream_options": options | self.counted} if request.stream else {}
+        kept = "store" in self.allow or not self.own or request.path
+        return counted | ({} if kept else {"store": False})
 
     def body(self, request: Request) -> dict[str, Any]:
         if request.tools and "elsewhere" in self.can:
@@ -3629,7 +3674,7 @@ class Chat(OpenAI):
             "tool_choice": choice,
             "reasoning_effort": self.effort(request),
             "stop": [] if self.cut else request.stop,
-            "stream_options": {"include_usage": True},
+            "stream_options": self.counted,
         }
 
     def turns(self, message: Message) -> Iterator[dict[str, Any]]:
@@ -4388,12 +4433,14 @@ async def read_refusal(response: httpx.Response) -> UpstreamError:
     async for chunk in response.aiter_bytes():
         if len(body := body + chunk) > 65536:
             break
-    with contextlib.suppress(*NO_JSON):
-        match msgspec.json.decode(body):
+    with contextlib.suppress(*NO_JSON, LookupError, TypeError):
+        match read_json(body):
             case {"error": dict(found)} | [{"error": dict(found)}, *_]:
                 error = found
             case {"error": str(message)} | {"message": str(message)} | {"detail": str(message)}:
                 error = {"message": message}
+            case {"detail": [wrong, *_]} | {"message": {"detail": [wrong, *_]}}:  # FastAPI's
+                error = {"message": f"{wrong['loc'][-1]}: {wrong['msg']}"}
     if isinstance(details := error.get("details"), dict):
         deep = details.get("error_code")
     message = str(error.get("message") or f"the vendor answered {response.status_code}")
@@ -4401,6 +4448,9 @@ async def read_refusal(response: httpx.Response) -> UpstreamError:
     wait, advice = read_retry_after(response.headers), response.headers.get("x-should-retry", "")
     status, billed = response.status_code, response.status_code < 400
     status = 502 if status == 504 else status  # which says that a deadline of ours has passed
+    match error:
+        case {"code": 403, "metadata": {"reasons": _}}:  # OpenRouter's: the prompt was flagged
+            status = 400
     return UpstreamError(
         status, message, names, wait=wait, advice=advice, sent=billed, vendor_code=error.get("code")
     )
@@ -4778,7 +4828,7 @@ class Proxy:
             raise ProxyError(403, "model_not_allowed", message)
         call.entry.provider, call.entry.model = targets[0]
         asked, tokens = request.measure(), request.max_tokens * request.n
-        estimate = asked.characters // 4 + 1000 * asked.images + tokens
+        estimate = asked.characters // 4 + 1000 * (asked.images + asked.documents) + tokens
         if estimate > limits.tokens_per_minute:
             allowed = f"{limits.tokens_per_minute} a minute are allowed; send less"
             raise BadRequest(f"max_tokens: about {estimate} tokens are needed, {allowed}")
@@ -5034,6 +5084,7 @@ class Proxy:
         what the last attempt failed of."""
         account, now, (provider, model) = call.account, time.monotonic, target
         failure: UpstreamError | None = None
+        doubted: list[tuple[str, UpstreamError]] = []
         retry, wait, other_keys = 0, 0.0, len(self.keys[provider]) - 1
         while True:
             if refusal := self.left_alone(provider, patience):
@@ -5051,7 +5102,11 @@ class Proxy:
                 failure = self.explain(failed, provider)
                 self.lose(call, failure)
                 self.rest(provider, attempt.key, failure)
+                doubted += [(attempt.key, failure)] if failure.forbidden else []
             else:
+                for key, forbidden in doubted:  # another key may: so it was not what was asked
+                    forbidden.forbidden = False
+                    self.rest(provider, key, forbidden)
                 account.headers = attempt.headers
                 if not call.request.stream:  # its text is not read
                     account.produced += sum(len(e.data) for e in batch if isinstance(e, Raw))
@@ -5096,9 +5151,10 @@ class Proxy:
             name = provider
         elif error.status == 429:
             seconds = seconds or (10 if len(keys) > 1 else None)
-        elif error.code == "upstream_auth" and others:
+        elif error.code == "upstream_auth" and others and not error.forbidden:
             seconds = 60
         else:
+            error.moved = error.forbidden and bool(others)
             return
         if seconds:
             # a 429 may be about one model: it must not keep the others away for long
@@ -5139,7 +5195,7 @@ class Proxy:
 
     def explain(self, failed: BaseException, provider: str) -> UpstreamError:
         """What the caller is told of it; whatever is not the vendor's failure is raised again."""
-        if isinstance(failed, httpx.HTTPError | aiohttp.ClientError | OSError):
+        if isinstance(failed, httpx.HTTPError | aiohttp.ClientError | OSError | UnicodeError):
             failed = classify(failed)
         if not isinstance(failed, UpstreamError):
             raise failed

@@ -2790,6 +2790,9 @@ def native_error(response: httpx.Response) -> dict[str, Any]:
     return dict(body["error"])
 
 
+THOUGHTS = "reasoning.encrypted_content"
+
+
 @pytest.mark.parametrize(("path", "body"), NATIVE_CALLS)
 def test_a_native_body_goes_up_as_it_was_checked(
     vendors: Server, upstream: Upstream, path: str, body: dict[str, Any]
@@ -2805,7 +2808,7 @@ def test_a_native_body_goes_up_as_it_was_checked(
     assert vendors.post(path, content=doubled.encode()).status_code == 200
     [got] = upstream.requests
     added = {
-        "/v1/responses": {"store": False, "max_output_tokens": 4096},
+        "/v1/responses": {"store": False, "max_output_tokens": 4096, "include": [THOUGHTS]},
         "/v1/chat/completions": {"max_tokens": 4096},
     }
     assert (got.path, got.json) == (path, body | added.get(path, {}))
@@ -2917,6 +2920,139 @@ def test_only_betas_that_the_provider_allows_go_up(
         assert "anthropic-beta" in native_error(refused)["message"]
         assert "`allow`" in native_error(refused)["message"]
     assert len(upstream.requests) == 1
+
+
+@pytest.mark.parametrize("beta", sorted(proxy.PLAIN_BETAS))
+def test_betas_that_sdks_ask_for_by_themselves_go_up(
+    vendors: Server, upstream: Upstream, beta: str
+) -> None:
+    upstream.play(official)
+    assert ask_native(vendors, "messages", {"anthropic-beta": beta}).status_code == 200
+    assert upstream.requests[0].headers["anthropic-beta"] == beta
+
+
+@pytest.mark.parametrize(
+    ("dialect", "fields"),
+    [
+        pytest.param("messages", {"service_tier": "standard_only"}, id="Anthropic's tier"),
+        pytest.param("chat", {"service_tier": "default", "modalities": ["text"]}, id="Chat"),
+        pytest.param("responses", {"prompt_cache_retention": "in_memory"}, id="cache"),
+    ],
+)
+def test_a_value_that_changes_nothing_goes_up(
+    vendors: Server, upstream: Upstream, dialect: str, fields: dict[str, Any]
+) -> None:
+    upstream.play(official)
+    assert ask_native(vendors, dialect, **fields).status_code == 200
+    assert upstream.requests[0].json.items() >= fields.items()
+    for name in fields:
+        refused = ask_native(vendors, dialect, **{name: "priority"})
+        assert name in native_error(refused)["message"]
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "include"),
+    [
+        pytest.param("gpt-5-mini", {}, [THOUGHTS], id="not asked"),
+        pytest.param("gpt-5-mini", {"store": True}, [THOUGHTS], id="taken for stored"),
+        pytest.param("gpt-5-mini", {"include": ["a"]}, ["a", THOUGHTS], id="beside another"),
+        pytest.param("gpt-5-mini", {"include": [THOUGHTS]}, [THOUGHTS], id="asked"),
+        pytest.param("gpt-5-mini", {"store": False}, None, id="known not to be stored"),
+        pytest.param("gpt-4.1", {}, None, id="a model without thoughts"),
+    ],
+)
+def test_thoughts_that_are_not_stored_come_with_the_answer(
+    vendors: Server, upstream: Upstream, model: str, fields: dict[str, Any], include: Any
+) -> None:
+    """An SDK's loop sends them back, and without their content nobody knows what they were."""
+    upstream.play(official)
+    assert ask_native(vendors, "responses", model=model, **fields).status_code == 200
+    sent_up = upstream.requests[0].json
+    assert (sent_up["store"], sent_up.get("include")) == (False, include)
+
+
+def test_what_is_stored_is_the_callers_to_say_where_the_owner_allows_it(
+    serve: Serve, upstream: Upstream
+) -> None:
+    server = serve("[providers.openai]\nallow = ['store', 'previous_response_id']")
+    upstream.play(official)
+    for fields in ({}, {"store": True}, {"store": False, "previous_response_id": "resp_1"}):
+        assert ask_native(server, "responses", **fields).status_code == 200
+        sent_up = upstream.requests[-1].json
+        assert {n: sent_up[n] for n in fields} == fields
+        assert fields or "store" not in sent_up
+
+
+def test_a_reference_to_what_is_stored_is_refused_with_the_way_out(
+    vendors: Server, upstream: Upstream
+) -> None:
+    refused = ask_native(vendors, "responses", input=[{"type": "item_reference", "id": "rs_1"}])
+    assert "store: false" in native_error(refused)["message"]
+    assert upstream.requests == []
+
+
+def test_a_tool_runner_that_is_refused_a_thread_goes_on_without(
+    plain_server: Server, upstream: Upstream
+) -> None:
+    """Anthropic's SDK asks for one by itself."""
+
+    @anthropic.beta_tool
+    def weather(city: str) -> str:
+        """The weather of a city."""
+        return f"sunny in {city}"
+
+    call = {"type": "tool_use", "id": "t1", "name": "weather", "input": {"city": "Paris"}}
+    asks = whole_message(content=[call], stop_reason="tool_use")
+    upstream.play(reply(200, asks), reply(200, whole_message("It is sunny.")))
+    runner = claude(plain_server.url).beta.messages.tool_runner(
+        model="claude-haiku-4-5", max_tokens=100, tools=[weather],
+        messages=[{"role": "user", "content": "Weather?"}],
+    )  # fmt: skip
+    answer = runner.until_done()
+    assert answer.content[0].to_dict()["text"] == "It is sunny."
+    first, second = (got.json for got in upstream.requests)
+    assert "thread" not in first | second
+    assert second["messages"][-1]["content"][0]["content"] == "sunny in Paris"
+
+
+@pytest.mark.parametrize(
+    ("dialect", "tool"),
+    [
+        pytest.param("messages", {"type": "bash_20250124", "name": "bash"}, id="bash"),
+        pytest.param("messages", {"type": "text_editor_20250728",
+                                  "name": "str_replace_based_edit_tool"}, id="editor"),
+        pytest.param("messages", {"type": "memory_20250818", "name": "memory"}, id="memory"),
+        pytest.param("responses", {"type": "local_shell"}, id="local shell"),
+    ],
+)  # fmt: skip
+def test_a_tool_that_the_callers_own_program_runs_goes_up(
+    vendors: Server, upstream: Upstream, dialect: str, tool: dict[str, Any]
+) -> None:
+    upstream.play(official)
+    assert ask_native(vendors, dialect, tools=[tool]).status_code == 200
+    assert upstream.requests[0].json["tools"] == [tool]
+
+
+def test_the_data_of_documents_are_no_characters(vendors: Server, upstream: Upstream) -> None:
+    data = "QUFB" * 150_000
+    source = {"type": "base64", "media_type": "application/pdf", "data": data}
+    upstream.play(official)
+    body = part(type="document", source=source)
+    assert ask_native(vendors, "messages", **body).status_code == 200
+    file = {"filename": "a.pdf", "file_data": f"data:application/pdf;base64,{data}"}
+    said = [user([{"type": "file", "file": file}])]
+    assert ask_native(vendors, "chat", messages=said).status_code == 200
+    said = [user([{"type": "document", "source": {"type": "text", "data": data}}])]
+    refused = ask_native(vendors, "messages", messages=said)
+    assert "characters" in native_error(refused)["message"]
+
+
+def test_embeddings_are_no_messages(vendors: Server, upstream: Upstream) -> None:
+    upstream.play(official)
+    for texts in (["x"] * 2048, [1] * 2048):
+        body = {"model": "text-embedding-3-small", "input": texts}
+        assert vendors.post("/v1/embeddings", body).status_code == 200
+        assert upstream.requests[-1].json["input"] == texts
 
 
 def test_a_vendors_key_in_its_headers_is_removed(vendors: Server, upstream: Upstream) -> None:
@@ -3496,7 +3632,9 @@ KNOWN_BLOCKS = [
         assistant([
             {"type": "thinking", "thinking": "x", "signature": "s"},
             {"type": "redacted_thinking", "data": "x"},
-            {"type": "text", "text": "x", "citations": [{"type": "char_location"}]},
+            {"type": "text", "text": "x", "citations": [
+                {"type": "char_location", "file_id": None},
+                {"type": "web_search_result_location", "url": "https://a.example"}]},
             {"type": "tool_use", "id": "t", "name": "f", "input": {"type": "anything"},
              "caller": {"type": "direct"}},
         ]),
@@ -3509,7 +3647,10 @@ KNOWN_BLOCKS = [
         {"type": "message", "role": "user", "content": [
             {"type": "input_text", "text": "x"},
             {"type": "input_image", "image_url": "https://a.example/i.png"},
-            {"type": "input_file", "filename": "a.pdf", "file_data": "data:x;base64,eA=="}]},
+            {"type": "input_file", "filename": "a.pdf", "file_data": "data:x;base64,eA==",
+             "file_id": None, "file_url": None}]},
+        {"type": "local_shell_call", "id": "l", "call_id": "l", "action": {"type": "exec"}},
+        {"type": "local_shell_call_output", "id": "l", "output": "x"},
         {"type": "reasoning", "id": "r", "summary": [{"type": "summary_text", "text": "x"}],
          "content": [{"type": "reasoning_text", "text": "x"}], "encrypted_content": "x"},
         {"type": "message", "role": "assistant", "content": [
@@ -3527,7 +3668,8 @@ KNOWN_BLOCKS = [
               {"type": "file", "file": {"filename": "a.pdf", "file_data": "data:x;base64,eA=="}}]),
         assistant([{"type": "text", "text": "x"}, {"type": "refusal", "refusal": "x"}]) | {
             "tool_calls": [
-                {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}},
+                {"id": "c", "type": "function", "function": {
+                    "name": "f", "arguments": "{}", "parsed_arguments": {"type": "anything"}}},
                 {"id": "d", "type": "custom", "custom": {"name": "g", "input": "x"}}]},
         {"role": "tool", "tool_call_id": "c", "content": "x"},
         {"role": "tool", "tool_call_id": "d", "content": [{"type": "text", "text": "x"}]},
@@ -3546,6 +3688,23 @@ def test_every_block_of_an_ordinary_conversation_goes_up(
     assert upstream.requests[0].json[key] == said
 
 
+def test_the_blocks_of_a_search_that_is_allowed_are_known(serve: Serve, upstream: Upstream) -> None:
+    """As the README has it."""
+    allow = 'allow = ["web_search_20250305", "server_tool_use", "web_search_tool_result"]'
+    server = serve(
+        f"[providers.anthropic]\n{allow}\n[providers.openai]\nallow = ['web_search_call']"
+    )
+    found = {"type": "web_search_result", "url": "https://a.example", "encrypted_content": "x"}
+    searched = {"type": "web_search_tool_result", "tool_use_id": "s", "content": [found]}
+    call = {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "x"}}
+    upstream.play(official)
+    said = [user("x"), assistant([call, searched]), user("y")]
+    assert ask_native(server, "messages", messages=said).status_code == 200
+    item = {"type": "web_search_call", "id": "w", "status": "completed"}
+    item["action"] = {"type": "search", "sources": [{"type": "url", "url": "https://a.example"}]}
+    assert ask_native(server, "responses", input=[user("x"), item]).status_code == 200
+
+
 def test_a_block_that_the_provider_allows_goes_up(
     natives: Server, upstream: Upstream, key: dict[str, str]
 ) -> None:
@@ -3560,7 +3719,7 @@ def test_a_block_that_the_provider_allows_goes_up(
     [
         pytest.param(4000, 2000, (4000, 2000), "", id="as asked"),
         pytest.param(9000, 2000, (4096, 2000), "max_tokens", id="it still fits"),
-        pytest.param(9000, 8000, (4096, 4095), "max_tokens, thinking", id="lowered"),
+        pytest.param(9000, 8000, (4096, 3640), "max_tokens, thinking", id="lowered"),
         pytest.param(None, 5000, (4096, 4095), "thinking", id="no max_tokens"),
         pytest.param(2000, 5000, (2000, 5000), "", id="the caller's own mistake"),
     ],
@@ -13445,6 +13604,16 @@ def test_a_key_that_is_refused_rests_while_the_others_serve(
     assert upstream.requests[2].at - upstream.requests[0].at < 5
 
 
+def test_what_no_key_may_be_asked_makes_none_of_them_rest(serve: Serve, upstream: Upstream) -> None:
+    server = serve(SEVERAL, environ=THREE)
+    upstream.play(reply(403, vendor_error()))
+    check_error(server.post(), 502, "upstream_auth")
+    assert keys_of(upstream) == ["first", "second", "third"]
+    upstream.play(answer)
+    assert [server.post().status_code for _ in range(3)] == [200] * 3
+    assert keys_of(upstream)[3:] == ["first", "second", "third"]
+
+
 def test_all_keys_rejected_is_told_as_that(serve: Serve, upstream: Upstream) -> None:
     server = serve(SEVERAL, environ=THREE)
     upstream.play(reply(401, vendor_error()))
@@ -15672,8 +15841,9 @@ class PythonClients:
                         return {"text": self.text}
             seen = self.response(events.get_final_response())
         if feature == "tools":
-            kept = ("type", "id", "call_id", "name", "arguments")
-            body["input"] += [{n: c[n] for n in kept} for c in seen["whole"]["output"]]
+            for item in seen["whole"]["output"]:
+                item.pop("parsed_arguments", None)  # the SDK's own
+                body["input"].append(item)
             body["input"] += [
                 {"type": "function_call_output", "call_id": call, "output": "sunny"}
                 for call, *_ in seen["tools"]

@@ -176,7 +176,8 @@ const ai = dialect => {
     tools: async (o, body) => {
       const inputSchema = z.object({city: z.string().optional()});
       const tools = Object.fromEntries(NAMES.map(n => [n, tool({inputSchema, execute: () => RESULT})]));
-      const answer = await streamed(o, body, undefined, {tools, stopWhen: stepCountIs(2)});
+      const providerOptions = {openai: {store: false}};  // else it refers to what is stored
+      const answer = await streamed(o, body, undefined, {tools, providerOptions, stopWhen: stepCountIs(2)});
       const [called, answered] = await answer.steps;
       return {...await seenByAI(called), text: answered.text};
     },
