@@ -3653,7 +3653,8 @@ class Chat(OpenAI):
     def fit(self, native: dict[str, Any], request: Request) -> dict[str, Any]:
         options = native.get("stream_options") or {}
         self.usage_hidden = options.get("include_usage") is not True
-        counted = {"stream_options": options | self.counted} if request.stream else {}
+        options |= self.counted if request.stream else {}
+        counted = {"stream_options": options} if options else {}
         kept = "store" in self.allow or not self.own or request.path
         return counted | ({} if kept else {"store": False})
 

@@ -1694,6 +1694,35 @@ def test_an_error_body_of_any_shape_is_an_error(
     assert answered.json()["error"]
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param({"detail": [{"loc": ["body", "n"], "msg": "too many"}]}, id="FastAPI"),
+        pytest.param({"message": {"detail": [{"loc": ["n"], "msg": "too many"}]}}, id="Mistral"),
+    ],
+)
+def test_a_field_that_the_vendor_names_is_named(
+    trouble: Server, upstream: Upstream, body: dict[str, Any]
+) -> None:
+    upstream.play(reply(422, body))
+    error = check_error(trouble.post(), 422, "upstream_rejected")
+    assert error["error"] == "n: too many"
+
+
+def test_a_prompt_that_was_flagged_is_the_callers_mistake(
+    trouble: Server, upstream: Upstream
+) -> None:
+    """OpenRouter's words for it, in a status that else is about our key."""
+    flagged = {"code": 403, "message": "flagged", "metadata": {"reasons": ["violence"]}}
+    upstream.play(reply(403, {"error": flagged}))
+    assert check_error(trouble.post(), 400, "upstream_rejected")["error"] == "flagged"
+
+
+def test_a_status_line_in_latin_1_is_no_fault_of_ours(trouble: Server, upstream: Upstream) -> None:
+    upstream.play(reply(200).replace(b" Status", b" D\xe9j\xe0"))
+    check_error(trouble.post(), 502, "upstream_error")
+
+
 def test_retry_after_reaches_the_caller_bounded(serve: Serve, upstream: Upstream) -> None:
     date = "Wed, 21 Oct 2099 07:28:00 GMT"
     waits = [("7", "7"), ("600", "60"), (date, "60"), ("inf", "60"), ("1e400", "60")]
@@ -2064,6 +2093,18 @@ def test_a_named_tool_and_images_in_the_three_dialects() -> None:
     url = f"data:image/png;base64,{PIXEL}"
     assert bodies["responses"]["input"][0]["content"][1]["image_url"] == url
     assert bodies["chat"]["messages"][0]["content"][1]["image_url"]["url"] == url
+
+
+def test_what_the_assistant_refused_to_say_stays_in_the_history() -> None:
+    refusal = {"role": "assistant", "refusal": "I will not", "content": None}
+    for body in everywhere({"messages": [*HI, refusal, *HI]}).values():
+        assert "I will not" in json.dumps(body)
+
+
+def test_an_image_of_type_jpg_is_a_jpeg() -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:image/jpg;base64,QUFB"}}
+    for body in everywhere({"messages": [user([image])]}).values():
+        assert "image/jpeg" in json.dumps(body) and "image/jpg" not in json.dumps(body)
 
 
 def test_a_system_message_in_the_middle_stays_in_its_place() -> None:
@@ -10688,6 +10729,16 @@ def test_stops_that_a_vendor_knows_are_left_to_it(vendors: Server, upstream: Ups
     upstream.play(stream(chat_sse("one END")))
     vendors.post("/api/local", ask(model="llama-4", stop=["END"]))
     assert upstream.requests[1].json["stop"] == ["END"]
+
+
+def test_mistral_is_not_asked_to_count() -> None:
+    """It counts unasked, and refuses what it does not know."""
+    settings = proxy.Provider(adapter="chat", base_url=proxy.BaseUrl("https://api.mistral.ai/v1"))
+    for asked, fields in ((parse(ask())[0], {}), (None, {"stream": True})):
+        body = native("chat", **fields)
+        request = asked or proxy.parse_native(body, "chat", proxy.Limits(), (), [])
+        sent_up = proxy.Chat(settings, "mistral-large").encode(request)
+        assert "stream_options" not in sent_up
 
 
 # ---- Writers -----------------------------------------------------------------------------------
