@@ -1762,7 +1762,7 @@ class Clients:
         client: dict[str, Any] = {"session": secrets.token_hex(12), "since": now}
         client["group"] = parent.group
         client |= {"models": models, "parent_models": parent.models}
-        claims = {"iss": SESSION_ISSUER, "sub": parent.id, "iat": now, "exp": now + seconds}
+        claims = {"iss": SESSION_ISSUER, "sub": parent.id, "exp": now + seconds}
         claims |= {"origin": origin, "client": client}
         token = jwt.encode(claims, self.session_key, "HS256")
         return {"token": token, "expiresIn": seconds, "models": models}
@@ -1909,10 +1909,14 @@ def read_spending(database: sqlite3.Connection, now: float) -> dict[tuple[str, s
         FROM entries WHERE time >= unixepoch(?) GROUP BY day, client, "group", session
         HAVING billionths > 0
     """
-    with database:
-        end = "outcome = 'error', code = 'proxy_died', estimated = 1"
-        database.execute(f"UPDATE entries SET {end} WHERE outcome = 'open'")
-        rows = database.execute(query, (f"{today[:7]}-01",)).fetchall()
+    try:
+        with database:
+            end = "outcome = 'error', code = 'proxy_died', estimated = 1"
+            database.execute(f"UPDATE entries SET {end} WHERE outcome = 'open'")
+            rows = database.execute(query, (f"{today[:7]}-01",)).fetchall()
+    except sqlite3.Error as error:
+        fix = "mend it, or move it away; then every budget begins anew"
+        raise ConfigError(f"ledger.path: what was spent cannot be read ({error}); {fix}") from None
     spending: dict[tuple[str, str], Decimal] = defaultdict(Decimal)
     for day, client, group, session, billionths in rows:
         scopes = ("all", f"client {client}", f"group {group}", f"session {session}")
@@ -1951,8 +1955,9 @@ class Ledger:
     def __init__(self, table: LedgerTable, clock: Callable[[], float], shared: bool) -> None:
         self.path = path = Path(__file__).parent / table.path if table.path else None
         self.keep, self.clock = table.keep, clock
-        self.healthy = True
+        self.healthy, self.away = True, False
         self.rows: list[tuple[Any, ...]] = []
+        self.unwritten = self.rows  # what could not be, and is tried again with the next
         self.thread, self.turn = ThreadPoolExecutor(1), asyncio.Lock()
         self.database = open_ledger(path)
         self.lock = lock_ledger(path) if path and not shared else io.BytesIO()
@@ -1967,9 +1972,11 @@ class Ledger:
     async def write(self) -> None:
         await asyncio.sleep(0)  # those that end together are one commit, as are those that wait
         async with self.turn:
-            rows, self.rows = self.rows, []
+            self.unwritten, self.rows = self.unwritten + self.rows, []
             old = self.clock() - self.keep
-            await self.run((INSERT, rows), ("DELETE FROM entries WHERE time < ?", [(old,)]))
+            delete = "DELETE FROM entries WHERE time < ?"
+            await self.run((INSERT, self.unwritten), (delete, [(old,)]))
+            self.unwritten = self.unwritten[-10_000:] if self.away else []
 
     async def put_off(self, id: str, message: bytes, row: bytes) -> None:
         """Keep what Redis is to be told later."""
@@ -1994,14 +2001,14 @@ class Ledger:
             with self.database:  # commits, or rolls back when it fails
                 for statement, rows in statements:
                     self.database.executemany(statement, rows)
-            self.healthy = True
+            self.healthy, self.away = True, False
         except Exception as error:  # the disk, or a row that SQLite cannot hold
-            self.healthy = False
+            self.healthy, self.away = False, isinstance(error, sqlite3.OperationalError)
             LOG.error("the ledger cannot be written: %s", error)
 
     def close(self) -> None:
         self.thread.shutdown()
-        self.commit((INSERT, self.rows))
+        self.commit((INSERT, self.unwritten + self.rows))
         self.database.close()
         self.lock.close()
 
@@ -2222,7 +2229,7 @@ class MemoryStore:
         requests, tokens = self.rates(ask.client, ask.limits)
         kinds = ("requests", requests, ask.requests), ("tokens", tokens, ask.tokens)
         for kind, bucket, wanted in kinds:
-            if (lack := wanted - bucket.level) > 0:
+            if (lack := min(wanted, bucket.burst) - bucket.level) > 0:  # a share may hold less
                 wait = lack * 60 / bucket.rate
                 return Admission(requests.level, tokens.level, kind, wait)  # type: ignore[arg-type]
         requests.level -= ask.requests
@@ -2334,6 +2341,7 @@ local function give(id, ...)
   write(40 * day, 'HSET', 'open:' .. id, ...)
   write(40 * day, 'ZADD', 'open', now + LEASE, id)
 end
+local function ended(id) return call('EXISTS', 'ended:' .. id) == 1 end
 local function free(id)
   local provider = call('HGET', 'open:' .. id, 'place')
   if not provider then return end
@@ -2343,6 +2351,10 @@ end
 local function charge(cap, settled, held)
   call('HINCRBY', 'money:' .. cap.name, 'held', held)
   return write(cap.ttl, 'HINCRBY', 'money:' .. cap.name, 'settled', settled)
+end
+local function use(day_of, client, sums)
+  local key = 'used:' .. day_of .. ':' .. client
+  for name, value in pairs(sums) do write(2 * day, 'HINCRBY', key, name, value) end
 end
 local function append(row) write(KEEP, 'XADD', 'rows', 'MAXLEN', '~', ROWS, '*', 'row', row) end
 local function spent(cap)
@@ -2377,7 +2389,8 @@ local function close(id, cost, caps, told)
     local sum, key = charge(cap, change, 0 - held), 'money:' .. cap.name
     for _, percent in ipairs({80, 100}) do
       local mark = cap.limit * percent / 100
-      if sum - change < mark and mark <= sum and call('HEXISTS', key, 'told') == 0 then
+      if sum - change < mark and mark <= sum and call('HEXISTS', key, 'told') == 0
+         and call('HSETNX', key, 'at' .. percent, 1) == 1 then
         if percent == 100 then call('HSET', key, 'told', 1) end
         table.insert(told, {cap, percent})
       end
@@ -2389,11 +2402,14 @@ local function close(id, cost, caps, told)
   return charged + change
 end
 
-function run.hold(ask) return cjson.encode(hold(cjson.decode(ask))) end
+function run.hold(text)
+  local ask = cjson.decode(text)
+  return cjson.encode(ended(ask.id) and {usd = 0} or hold(ask))
+end
 
 function run.enter(id, provider, places, waiting)
   local wanted, places_of = 'wanted:' .. provider, 'places:' .. provider
-  if call('EXISTS', 'ended:' .. id) == 1 then return 0 end
+  if ended(id) then return 0 end
   if call('SCARD', places_of) < tonumber(places) and
      (waiting == '1' or call('EXISTS', wanted) == 0) then
     free(id) -- where it is known only later that it has left another
@@ -2417,17 +2433,19 @@ function run.admit(text, row)
   local requests = math.min(ask.burst, (tonumber(level[1]) or ask.burst) + minutes * ask.rate)
   local tokens = math.min(ask.tpm, (tonumber(level[2]) or ask.tpm) + minutes * ask.tpm)
   given.requests, given.tokens = requests, tokens
-  if not ask.again then
+  if ended(ask.id) then given.refused = 'busy' -- it comes late
+  elseif not ask.again then
     local wanted = ask.id ~= '' -- else it takes no place
-    if wanted and (call('EXISTS', 'ended:' .. ask.id) == 1 or call('ZCARD', 'open') >= ask.total)
-      then given.refused = 'busy'
+    if wanted and call('ZCARD', 'open') >= ask.total then given.refused = 'busy'
     elseif wanted and call('SCARD', live) >= ask.concurrent then given.refused = 'concurrent'
     elseif requests < ask.requests then
       given.refused, given.wait = 'requests', (ask.requests - requests) * 60 / ask.rate
     elseif tokens < ask.tokens then
       given.refused, given.wait = 'tokens', (ask.tokens - tokens) * 60 / ask.tpm
     end
-    if given.refused then return {cjson.encode(given), cjson.encode(held), false} end
+  end
+  if given.refused then return {cjson.encode(given), cjson.encode(held), false} end
+  if not ask.again then
     given.requests, given.tokens = requests - ask.requests, tokens - ask.tokens
   end
   local keeps = ask.key ~= ''
@@ -2448,7 +2466,7 @@ function run.admit(text, row)
   call('EXPIRE', rate, math.ceil(full * 60) + 60)
   if ask.id ~= '' and not held.exceeded then
     write(40 * day, 'SADD', live, ask.id)
-    give(ask.id, 'client', ask.client, 'row', row)
+    give(ask.id, 'client', ask.client, 'row', row, 'day', ask.day)
   end
   for _, name in ipairs(ask.rests) do
     local left = call('PTTL', 'rest:' .. name)
@@ -2469,30 +2487,38 @@ function run.settle(text, row)
     if call('HSETNX', rate, 'tokens', done.tpm) == 1 then -- it was full, and so forgotten
       write(3600, 'HSET', rate, 'time', now)
     end
-    call('HINCRBYFLOAT', rate, 'tokens', done.unused)
+    local level = tonumber(call('HINCRBYFLOAT', rate, 'tokens', done.unused))
+    local full = math.ceil((1 - level / done.tpm) * 60) + 60 -- a debt is not forgotten
+    if call('TTL', rate) < full then call('EXPIRE', rate, full) end
   end
+  local charged = call('HGET', open, 'charged')
   close(done.id, done.usd, done.caps, told)
   call('DEL', open)
   if row ~= '' then
     append(row)
-    local used, entry = 'used:' .. done.day .. ':' .. done.client, cjson.decode(row)
-    local sums = {requests = 1, cost = done.usd}
-    sums.input_tokens, sums.output_tokens = entry.input_tokens, entry.output_tokens
-    for name, value in pairs(sums) do write(2 * day, 'HINCRBY', used, name, value) end
+    local entry, sums = cjson.decode(row), {requests = charged and 0 or 1}
+    sums.cost, sums.input_tokens = done.usd - num(charged), entry.input_tokens
+    sums.output_tokens = entry.output_tokens
+    use(done.day, done.client, sums)
   end
   return cjson.encode(told)
 end
 
 function run.beat(ids, lease)
   for _, id in ipairs(cjson.decode(ids)) do call('ZADD', 'open', 'XX', now + lease, id) end
-  local told = {}
-  for _, id in ipairs(call('ZRANGEBYSCORE', 'open', '-inf', now, 'LIMIT', 0, 500)) do
-    local cost, row = close(id, nil, {}, told), call('HGET', 'open:' .. id, 'row')
-    write(day, 'HSET', 'open:' .. id, 'held', 0, 'charged', cost)
-    if row and row ~= '' then
-      row = cjson.decode(row)
+  if now - num(call('GET', 'alive')) > LEASE / 2 then -- it was Redis that nobody heard of
+    call('SET', 'spared', 1, 'PX', math.ceil(LEASE * 1000))
+  end
+  local told, most = {}, call('EXISTS', 'spared') == 1 and 0 or 500
+  for _, id in ipairs(call('ZRANGEBYSCORE', 'open', '-inf', now, 'LIMIT', 0, most)) do
+    local open, cost = 'open:' .. id, close(id, nil, {}, told)
+    local has = call('HMGET', open, 'row', 'client', 'day')
+    write(day, 'HSET', open, 'held', 0, 'charged', cost)
+    if has[1] and has[1] ~= '' then
+      local row = cjson.decode(has[1])
       row.cost = string.format('%.9f', cost / 1000000000)
       append(cjson.encode(row))
+      use(has[3], has[2], {requests = 1, cost = cost})
     end
   end
   local info = redis.pcall('INFO', 'memory') -- which not every Redis allows
@@ -2661,6 +2687,7 @@ class RedisStore:
     the ledger, and told to Redis when it is back. Who was admitted alone stays alone."""
 
     offset, pause, evicts = 0.0, 0.05, False
+    largest = 2**20  # bytes of an answer: a larger one would keep all others waiting
 
     def __init__(self, config: Config, tell: Callable[[Cap, int], None], ledger: Ledger) -> None:
         self.table, self.tell, self.ledger = config.redis, tell, ledger
@@ -2692,9 +2719,9 @@ class RedisStore:
             await self.beat(self.table.lease)
             with contextlib.suppress(StoreAway, sqlite3.Error):  # a sign of life matters more
                 while self.link.up and (due := await self.ledger.due()):
-                    for _, message, row in due:
-                        await self.deliver(message, row)
+                    await asyncio.gather(*(self.deliver(message, row) for _, message, row in due))
                     await self.ledger.delivered(id for id, _, _ in due)
+                    await self.beat(self.table.lease)  # there may be many of them
 
     async def beat(self, lease: float) -> None:
         """Have Redis wait so many seconds for the end of what runs here."""
@@ -2747,7 +2774,7 @@ class RedisStore:
             "concurrent": limits.concurrent, "total": limits.concurrent_total,
             "caps": to_redis(ask.caps), "least": billionths(ask.least),
             "most": billionths(ask.most), "key": ask.key, "provider": ask.provider,
-            "places": ask.places, "again": ask.again, "rests": ask.rests,
+            "places": ask.places, "again": ask.again, "rests": ask.rests, "day": self.today(),
         }  # fmt: skip
         try:
             if not self.is_there(capped):
@@ -2761,6 +2788,8 @@ class RedisStore:
             return await self.local.admit(ask)
         given = msgspec.json.decode(said, type=Admission)
         given.answer = answer
+        if given.placed:  # it counts here, too, should Redis go away
+            self.local.taken[ask.id] = ask.provider
         try:
             given.held = self.granted(held)
         except BudgetExceeded as exceeded:
@@ -2796,6 +2825,7 @@ class RedisStore:
             "unused": 0 if alone else end.unused, "usd": billionths(end.usd),
             "caps": to_redis(end.caps), "day": self.today(),
         })  # fmt: skip
+        await asyncio.sleep(0)  # after the answer that was put just now, which others look for
         try:
             await self.deliver(message, end.row)
         except StoreAway:
@@ -2810,13 +2840,16 @@ class RedisStore:
         return [Decimal(int(usd)).scaleb(-9) for usd in sums]
 
     def put(self, key: str, answer: bytes) -> None:
-        self.post(self.link.run("put", key, answer))
+        if len(answer) <= self.largest:
+            self.post(self.link.run("put", key, answer))
 
     async def enter(self, id: str, provider: str, places: int, waiting: bool) -> bool:
         try:
             if id in self.alone:
                 raise StoreAway
-            return bool(await self.link.run("enter", id, provider, places, int(waiting)))
+            placed = bool(await self.link.run("enter", id, provider, places, int(waiting)))
+            self.local.taken |= {id: provider} if placed else {}
+            return placed
         except StoreAway:
             return await self.local.enter(id, provider, places, waiting)
 
@@ -2825,7 +2858,7 @@ class RedisStore:
         self.post(self.link.run("leave", id, provider))
 
     def rest(self, name: str, seconds: float) -> None:
-        self.post(self.link.run("rest", name, int(seconds * 1000)))
+        self.post(self.link.run("rest", name, math.ceil(seconds * 1000)))
 
     async def once(self, token: str, seconds: float) -> bool:
         return bool(await self.link.run("once", sha256(token), int(seconds * 1000)))
@@ -3651,7 +3684,7 @@ class Chat(OpenAI):
         return "max_completion_tokens" if self.own or self.reasons else "max_tokens"
 
     def fit(self, native: dict[str, Any], request: Request) -> dict[str, Any]:
-        options = native.get("stream_options") or {}
+        options = dict(native.get("stream_options") or {})
         self.usage_hidden = options.get("include_usage") is not True
         options |= self.counted if request.stream else {}
         counted = {"stream_options": options} if options else {}
@@ -4537,16 +4570,19 @@ class Proxy:
             LOG.info("%s", room)
         self.transport, table = transport, self.config.ledger
         self.http = self.clients.http = http
-        shared = bool(self.config.redis.url)
-        if shared or table.path:
-            self.ledger = Ledger(table, self.clock, shared)
-        if shared and self.ledger:
-            self.store = self.replicas = RedisStore(self.config, self.webhook.tell, self.ledger)
-            await self.replicas.open()
-        elif self.ledger:
-            spent = read_spending(self.ledger.database, self.clock())
-            tell, cache = self.webhook.tell, self.config.cache
-            self.store = MemoryStore(time.monotonic, tell, cache, spent)
+        shared, tell = bool(self.config.redis.url), self.webhook.tell
+        try:
+            if shared or table.path:
+                self.ledger = Ledger(table, self.clock, shared)
+            if shared and self.ledger:
+                self.store = self.replicas = RedisStore(self.config, tell, self.ledger)
+                await self.replicas.open()
+            elif self.ledger:
+                spent = read_spending(self.ledger.database, self.clock())
+                self.store = MemoryStore(time.monotonic, tell, self.config.cache, spent)
+        except ConfigError as error:  # of a worker nobody else says it
+            LOG.error("%s", error)
+            raise
         for name, provider in self.config.providers.items():
             if provider.max_concurrent:
                 self.lines[name] = Line(self.store, name, provider)
@@ -5282,7 +5318,7 @@ class Proxy:
             written.cache_write_1h_tokens = tokens if account.hour else 0
             usd = max(cost(kind, price) or Decimal(0) for kind in (read, written))
         searches = None if entry.estimated else usage.web_searches
-        fee = self.prices.fee(account.provider, call.request, searches)
+        fee = self.prices.fee(account.provider, call.request, searches) if account.billed else 0
         entry.cost = None if usd is None else f"{(usd + fee + account.lost).normalize():f}"
 
     def log(self, call: Call) -> None:
@@ -6043,7 +6079,11 @@ def serve(config: Config, public: bool) -> None:
     # whatever is wrong is said here: a worker is not heard
     create_app(config, public=public)
     if config.ledger.path:
-        Ledger(config.ledger, time.time, bool(config.redis.url)).close()
+        ledger = Ledger(config.ledger, time.time, bool(config.redis.url))
+        try:
+            read_spending(ledger.database, time.time())
+        finally:
+            ledger.close()
     server, places = config.server, max(1024, 2 * config.limits.concurrent_total)
     check_files(config.limits.concurrent_total)
     address = check_port(server.host, server.port)
@@ -6112,12 +6152,22 @@ def check_lines(config: Config, environ: Map[str, str], public: bool) -> Iterato
         yield "redis", f"{url.host}:{url.port or 6379}; while it is away, {away}"
     try:
         proxy = create_app(config, environ, public=public).proxy
+        check_ledger(config.ledger)
         if room := proxy.describe_room():
             yield "room", room
         for warning in proxy.warnings:
             yield "warning", warning
     except ConfigError as error:
         yield "missing", str(error)
+
+
+def check_ledger(table: LedgerTable) -> None:
+    """Raises ConfigError where it cannot be written; makes none where there is none."""
+    path = Path(__file__).parent / table.path
+    if table.path and path.exists():
+        open_ledger(path).close()
+    elif table.path and not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"ledger.path: {path.parent} is no folder that can be written")
 
 
 async def fetch_rows(table: RedisTable, since: float) -> list[Entry]:
@@ -6144,7 +6194,10 @@ def show_usage(config: Config, options: argparse.Namespace) -> str:
             database.executemany(INSERT, map(astuple, entries))
             rows = read_totals(database, since, options.by)
     elif path.is_file():
-        rows = read_ledger(path, since, options.by)
+        try:
+            rows = read_ledger(path, since, options.by)
+        except sqlite3.Error as error:
+            raise ConfigError(f"ledger.path: {path} cannot be read ({error})") from None
     else:
         where = path if config.ledger.path else '"", so none is kept'
         raise ConfigError(f"ledger.path: there is no ledger at {where}")

@@ -3598,8 +3598,6 @@ STORED_OR_DEARER = [
                  id="input image"),
     pytest.param("responses", input_part(type="input_file", file_url="https://a.example"), "files",
                  id="file by URL"),
-    pytest.param("responses", {"input": [{"type": "item_reference", "id": "m"}]}, "files",
-                 id="reference"),
     pytest.param("responses", {"input": [{"id": "m"}]}, "files", id="reference without a type"),
     pytest.param("responses", {"input": [{"id": "m", "type": None}]}, "files",
                  id="reference with type null"),
@@ -5741,7 +5739,8 @@ def test_a_turnstile_token_buys_a_session_of_its_address(
     headers = {"origin": ORIGIN, "x-api-key": session["token"]}
     assert login.post(headers=headers).status_code == 200
     claims = jwt.decode(session["token"], options={"verify_signature": False})
-    assert claims["exp"] - claims["iat"] == 600
+    assert claims["exp"] - claims["client"]["since"] == 600
+    assert not claims.keys() & {"iat", "nbf"}, "the replica that reads it may have another clock"
     for secret in (session["token"], form["response"], challenges.secret, SESSION_SECRET):
         assert secret not in str(login.log())
 
@@ -6245,6 +6244,27 @@ def chat_frames(*chunks: list[dict[str, Any]]) -> list[bytes]:
     return [*(b"data: %b\n\n" % json.dumps(e).encode() for e in events), b"data: [DONE]\n\n"]
 
 
+@pytest.mark.parametrize(
+    ("script", "attempts", "least", "most"),
+    [
+        pytest.param(reply(400, vendor_error()), 1, "0", "0", id="refused"),
+        # the context after each of two uses, 16 tokens, and the uses: once for each attempt
+        pytest.param([RESET], 3, "3.90024", "3.90024", id="broken"),
+    ],
+)
+def test_what_runs_at_the_vendor_costs_nothing_where_nothing_was_asked(
+    searching: Server, upstream: Upstream, key: dict[str, str],
+    script: Any, attempts: int, least: str, most: str,
+) -> None:  # fmt: skip
+    upstream.play(script)
+    number = next(IDS)
+    headers = {**key, "X-Request-ID": number}
+    ask_native(searching, "messages", headers, tools=[CODE], max_tokens=16)
+    row = last_row(searching, number)
+    assert row["attempts"] == attempts
+    assert Decimal(least) <= Decimal(row["cost"]) <= Decimal(most)
+
+
 ARGUMENTS = json.dumps({"text": "word " * 1000})
 UNCOUNTED = {
     "a call": chat_events("", tools=(("a", "f", ARGUMENTS),), usage=None),
@@ -6368,6 +6388,58 @@ def test_two_processes_do_not_share_a_ledger(serve: Serve) -> None:
     assert "another process has" in second.stderr and "ledger.path" in second.stderr
     first.kill()
     assert "USD" in run_proxy("--config", config, "usage").stdout
+
+
+def test_a_ledger_that_cannot_be_read_is_said_in_one_line(serve: Serve, upstream: Upstream) -> None:
+    server = serve()
+    for _ in range(50):
+        server.post()
+    server.kill()
+    file, config = server.directory / "proxy.sqlite3", str(server.directory / "config.toml")
+    assert run_proxy("--config", config, "--check").returncode == 0
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:8300] + b"\xaa" * (len(whole) - 8300))
+    for options in ((), ("usage",)):
+        failed = run_proxy("--config", config, "--port", str(free_port()), *options)
+        assert (failed.returncode, failed.stdout) == (2, "")
+        assert "ledger.path" in failed.stderr and len(failed.stderr.splitlines()) == 1
+    file.write_bytes(b"no database")
+    for option in ("--check", "usage"):
+        failed = run_proxy("--config", config, option)
+        assert failed.returncode == 2
+        assert "ledger.path" in failed.stdout + failed.stderr
+
+
+def test_check_says_that_a_ledger_has_no_folder(tmp_path: Path) -> None:
+    environ = {"ANTHROPIC_API_KEY": "k", "LEDGER_PATH": str(tmp_path / "none" / "ledger")}
+    checked = run_proxy("--check", environ=environ)
+    assert checked.returncode == 2
+    assert "missing   ledger.path" in checked.stdout and "none" in checked.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_that_a_busy_disk_does_not_take_are_written_with_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+
+    async def play() -> None:
+        rows = proxy.Ledger(proxy.LedgerTable(path=str(path)), time.time, shared=False)
+        rows.database.execute("PRAGMA busy_timeout = 10")
+        with contextlib.closing(sqlite3.connect(path)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            await rows.record(proxy.Entry(1796083200.0, "1"))
+            assert not rows.healthy
+        odd = proxy.Entry(1796083200.0, "2", input_tokens=2**70)
+        await rows.record(odd)  # no row that SQLite can hold: it must not keep the others away
+        await rows.record(proxy.Entry(1796083200.0, "3"))
+        assert rows.healthy
+        rows.close()
+
+    asyncio.run(play())
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        found = database.execute("SELECT id FROM entries").fetchall()
+    assert ("3",) in found
 
 
 def test_kill_9_loses_no_row_whose_last_byte_was_sent(serve: Serve) -> None:
@@ -6701,6 +6773,8 @@ def test_nothing_is_left_of_a_process_without_signs_of_life(redis_url: str) -> N
             assert not (await other.admit(replace_again(third))).pending
             assert await other.enter("4", "p", 1, False)
             assert await other.spent([cap()]) == [Decimal("0.4")]
+            used = await other.used("key:a")
+            assert (used.requests, used.cost) == (1, Decimal("0.4"))
             key = f"{other.link.prefix}money:*"
             [money] = [k async for k in other.link.redis.scan_iter(key)]
             assert await other.link.redis.hget(money, "held") == b"0"
@@ -6709,6 +6783,8 @@ def test_nothing_is_left_of_a_process_without_signs_of_life(redis_url: str) -> N
             for _ in range(2):
                 await dead.settle(ended)
             assert await other.spent([cap()]) == [Decimal("0.1")]
+            used = await other.used("key:a")
+            assert (used.requests, used.cost) == (1, Decimal("0.1"))
             assert [r["cost"] for r in await rows_of(other)] == ["0.400000000", "0.1"]
             with contextlib.closing(sqlite3.connect(":memory:")) as database:
                 database.executescript(proxy.SCHEMA)
@@ -6773,6 +6849,138 @@ def test_what_holds_more_after_it_seemed_dead_gives_it_back(redis_url: str) -> N
             await slow.settle(end_of(asked, 0.3))
             assert await other.spent([cap()]) == [Decimal("0.3")]
 
+    asyncio.run(play())
+
+
+def test_nobody_seems_dead_where_it_was_redis_that_was_away(
+    start_redis: StartRedis,
+) -> None:
+    server, limits = start_redis(), {"concurrent": 1}
+
+    async def play() -> None:
+        name, lease = next(NAMESPACES), proxy.Duration(1)
+        async with (
+            redis_store(server.url, name, lease=lease) as a,
+            redis_store(server.url, name, lease=lease) as b,
+        ):
+            held = wish("1", caps=[cap()], least=0.4, most=0.4, limits=limits)
+            await a.admit(held)
+            fall_silent(a)  # it comes back a little later than the other
+            server.hang()
+            try:
+                await asyncio.sleep(2)  # its lease must be over
+                assert not b.link.up
+            finally:
+                server.go_on()
+            await eventually(lambda: is_back(b))
+            assert (await b.admit(wish("2", limits=limits))).refused == "concurrent"
+            a.post(a.live())
+            await asyncio.sleep(1.5)  # another lease
+            assert (await b.admit(wish("2", limits=limits))).refused == "concurrent"
+            assert await rows_of(b) == []
+            fall_silent(a)
+            await eventually(lambda: is_dead(b))
+
+    async def is_back(store: Any) -> bool:
+        return bool(store.link.up)
+
+    async def is_dead(store: Any) -> bool:
+        return not (await store.admit(wish("2", limits=limits))).refused
+
+    asyncio.run(play())
+
+
+def test_what_comes_after_the_end_of_a_request_takes_nothing(redis_url: str) -> None:
+    """An old connection may bring it."""
+
+    async def play() -> None:
+        async with redis_store(redis_url) as store:
+            asked = wish("1", caps=[cap()], least=0.4, most=0.4, key="answer")
+            await store.admit(asked)
+            await store.settle(end_of(asked, 0.1))
+            await store.hold("1", [cap()], Decimal("0.2"), Decimal("0.2"))
+            assert (await store.admit(replace_again(asked))).refused == "busy"
+            assert await store.spent([cap()]) == [Decimal("0.1")]
+
+    asyncio.run(play())
+
+
+def test_a_debt_of_tokens_is_remembered_until_it_is_paid(redis_url: str) -> None:
+    async def play() -> None:
+        async with redis_store(redis_url) as store:
+            asked = wish("1", tokens=10, limits={"tokens_per_minute": 600})
+            await store.admit(asked)
+            await store.settle(end_of(asked, unused=-3000))
+            [key] = [k async for k in store.link.redis.scan_iter(f"{store.link.prefix}rate:*")]
+            assert await store.link.redis.ttl(key) > 300
+
+    asyncio.run(play())
+
+
+def test_signs_of_life_go_on_while_much_is_delivered(redis_url: str) -> None:
+    calls: list[str] = []
+
+    async def play() -> None:
+        async with redis_store(redis_url) as store:
+            store.link.fall("for this test")
+            for number in range(500):
+                await store.settle(end_of(wish(f"{number}"), 0.001))
+            real = store.link.run
+
+            def run(*args: Any) -> Any:
+                calls.append(args[0])
+                return real(*args)
+
+            store.link.run = run
+            await eventually(lambda: is_delivered(store))
+            assert await store.spent([cap()]) == [0]
+
+    async def is_delivered(store: Any) -> bool:
+        return bool(store.link.up and calls.count("settle") >= 500)
+
+    asyncio.run(play())
+    settled = [i for i, name in enumerate(calls) if name == "settle"]
+    between = calls[settled[0] : settled[-1]]
+    assert between.count("beat") >= 2
+
+
+def test_an_answer_that_would_keep_the_others_waiting_is_not_kept(redis_url: str) -> None:
+    async def play() -> None:
+        cache = proxy.CacheTable(enabled=True)
+        async with redis_store(redis_url, cache=cache) as store:
+            store.put("small", b"x" * 2**20)
+            store.put("large", b"x" * (2**20 + 1))
+            await eventually(lambda: kept(store, "small"))
+            assert not await kept(store, "large")
+
+    async def kept(store: Any, key: str) -> bool:
+        return (await store.admit(wish(key=key))).answer is not None
+
+    asyncio.run(play())
+
+
+def test_a_place_counts_here_too_should_redis_go_away(redis_url: str) -> None:
+    async def play() -> None:
+        async with redis_store(redis_url) as store:
+            assert await store.enter("1", "p", 2, False)
+            assert (await store.admit(wish("2", provider="p", places=2))).placed
+            store.link.fall("for this test")
+            assert not await store.enter("3", "p", 2, False)
+            await store.leave("1", "p")
+            assert await store.enter("3", "p", 2, False)
+
+    asyncio.run(play())
+
+
+def test_a_share_that_is_too_small_for_a_request_is_overdrawn() -> None:
+    async def play() -> None:
+        store = proxy.MemoryStore(time.monotonic, nobody, NO_CACHE, share=12)
+        asked = wish("1", tokens=9000, limits={"tokens_per_minute": 100_000})
+        given = await store.admit(asked)
+        assert (given.refused, given.tokens < 0) == ("", True)
+        assert (await store.admit(wish("2", tokens=1, limits=asked_limits))).refused == "tokens"
+
+    asked_limits = {"tokens_per_minute": 100_000}
     asyncio.run(play())
 
 
