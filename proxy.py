@@ -106,6 +106,10 @@ class Usd(Decimal):
     """US dollars, written as a number; "unlimited" is infinity."""
 
 
+class Rate(Decimal):
+    """US dollars for some tokens or for each use."""
+
+
 class BaseUrl(str):
     """What the paths of an API are put behind."""
 
@@ -131,6 +135,7 @@ UNITS = {
     "ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400,
     "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30,
 }  # fmt: skip
+NUMBER = r"\d+(\.\d+)?(e[+-]?\d+)?"
 AMOUNT = r"(?=.*[1-9])(\d+(?:\.\d+)?) ?"
 URL = r"https?://(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[^?#\s]*)?"
 NO_KEY = hashlib.sha256(b"").hexdigest()  # whoever sends no key would have it
@@ -139,12 +144,15 @@ NO_KEY = hashlib.sha256(b"").hexdigest()  # whoever sends no key would have it
 KINDS: dict[type, tuple[str, str]] = {
     Duration: (AMOUNT + "(ms|s|m|h|d)", '{!r} is not a duration like "25s" or "10m"'),
     Size: (AMOUNT + "(B|KiB|MiB|GiB)", '{!r} is not a size like "64KiB" or "8MiB"'),
-    Usd: (r"\d+(\.\d+)?(e[+-]?\d+)?|unlimited",
+    Rate: (NUMBER, "{!r} is not an amount of USD like 0.5"),
+    Usd: (f"{NUMBER}|unlimited",
           '{!r} is not an amount of USD like 0.5, nor "unlimited"'),
     BaseUrl: (URL, 'must look like "https://api.example.com/v1", not {!r}'),
     Url: (rf"({URL}(\?.*)?)?", "{!r} is not an http(s) URL"),
-    Origin: (r"[a-z][a-z0-9+.-]*://[^/\s*]+|\*",
-             '{!r} must look like "https://app.example.com", without a path or a final slash'),
+    Origin: (r"(?!http://.*:80$|https://.*:443$)[a-z][a-z0-9+.-]*://"
+             r"([a-z0-9._-]+|\[[0-9a-f:]+\])(:\d+)?|\*",
+             '{!r} must be as browsers send it, like "https://app.example.com": in lower case, '
+             "without a path, a final slash or the usual port"),
     Digest: (f"(?!{NO_KEY})[0-9a-f]{{64}}", "must be the 64 hex digits that `printf %s KEY | "
              "sha256sum` prints for a key that is not empty; `proxy.py key NAME` makes one"),
     Phrase: (r"(?s).*\S.*", "must not be blank: write something, or take it out of the list"),
@@ -205,7 +213,7 @@ class Upstream(Table, frozen=True):
 
 
 class Limits(Table, frozen=True):
-    requests_per_minute: Annotated[float, Meta(gt=0)] = 20
+    requests_per_minute: Annotated[float, Meta(gt=0, le=1e9)] = 20
     burst: Count = 10
     tokens_per_minute: Count = 100_000
     concurrent: Count = 4
@@ -246,15 +254,15 @@ class Price(Table, frozen=True):
     for the whole request once its input is larger than `above.tokens`. One with `per_use` is of a
     tool that runs at the vendor, in USD for each time."""
 
-    input: Decimal = Decimal(0)
-    output: Decimal = Decimal(0)
-    cache_read: Decimal | None = None
-    cache_write_5m: Decimal | None = None
-    cache_write_1h: Decimal | None = None
+    input: Rate = Rate(0)
+    output: Rate = Rate(0)
+    cache_read: Rate | None = None
+    cache_write_5m: Rate | None = None
+    cache_write_1h: Rate | None = None
     above: Price | None = None
     tokens: int = 0
     free: bool = False
-    per_use: Decimal | None = None
+    per_use: Rate | None = None
 
 
 class LedgerTable(Table, frozen=True):
@@ -422,7 +430,7 @@ def load_config(
     tables: dict[str, Any] = {}
     try:
         if chosen or file.is_file():
-            tables = tomllib.loads(file.read_text("utf-8"))
+            tables = tomllib.loads(file.read_text("utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: {error}") from None
     if not chosen and tables and tables.keys().isdisjoint(Config.__struct_fields__):
@@ -451,7 +459,7 @@ def load_config(
     except ConfigError as error:
         key, _, message = str(error).partition(": ")
         variable = ENVIRONMENT.get(key, "")
-        source = f" (from {variable})" if environ.get(variable) else ""
+        source = f" (from {variable})" if environ.get(variable) and key not in overrides else ""
         raise ConfigError(f"{key}{source}: {message}") from None
     return config
 
@@ -3997,12 +4005,14 @@ def built_in_prices() -> dict[str, Price]:
     for entry in table.split("; "):
         models, _, rest = entry.partition(": ")
         figures, _, above = rest.partition(" above ")
-        usd = dict(zip(Price.__struct_fields__, map(Decimal, figures.split()), strict=False))
-        price = msgspec.convert(usd, Price)
+        usd: Any = dict(zip(Price.__struct_fields__, map(Rate, figures.split()), strict=False))
+        price = Price(**usd)
         if above:
             tokens, inputs, outputs = map(Decimal, above.split())
-            more = {name: n * (outputs if name == "output" else inputs) for name, n in usd.items()}
-            price = replace(price, above=msgspec.convert(more | {"tokens": int(tokens)}, Price))
+            more: Any = {
+                n: Rate(r * (outputs if n == "output" else inputs)) for n, r in usd.items()
+            }
+            price = replace(price, above=Price(**more, tokens=int(tokens)))
         prices |= dict.fromkeys(models.split(), price)
     return prices
 
@@ -4209,10 +4219,11 @@ class LogFormat(logging.Formatter):
 
 
 class Call:
-    """One request from its arrival to its ledger row, and the caller's side of it: what was sent,
-    and since when nothing was (`wrote`), or whether a write is stuck (`writing`). Every reply has
-    the headers `added`. `send` is the server's own: a wrapped one would cost each token.
-    `route` says where it may reach a vendor: by a provider, or as a native body of some kind."""
+    """One request from its arrival to its ledger row, and the caller's side of it: whether more of
+    its body may come (`sending`), what was sent, and since when nothing was (`wrote`), or whether a
+    write is stuck (`writing`). Every reply has the headers `added`. `send` is the server's own: a
+    wrapped one would cost each token. `route` says where it may reach a vendor: by a provider, or
+    as a native body of some kind."""
 
     request: Request
     writer: Writer
@@ -4223,13 +4234,17 @@ class Call:
         "account", "added", "asked", "begun", "bounds", "caps", "chosen", "client",
         "dialect", "dropped", "entry", "estimate", "failure", "filling", "finish", "headers",
         "held", "http1", "key", "leads", "most", "passed", "peer", "place", "rates", "request",
-        "route", "send", "settled", "started", "stopped", "task", "writer", "writing", "wrote",
+        "route", "send", "sending", "settled", "source", "started", "stopped", "task", "writer",
+        "writing", "wrote",
     )  # fmt: skip
 
     def __init__(
-        self, entry: Entry, client: Client, scope: Scope, headers: Headers, send: Send
-    ) -> None:
-        self.entry, self.headers, self.send = entry, headers, send
+        self, entry: Entry, client: Client, scope: Scope, headers: Headers,
+        receive: Receive, send: Send,
+    ) -> None:  # fmt: skip
+        self.entry, self.headers, self.source, self.send = entry, headers, receive, send
+        body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+        self.sending = body and "expect" not in headers  # where it waits to be asked
         self.peer = str((scope.get("client") or ("unknown", 0))[0])
         self.http1 = scope.get("http_version", "").startswith("1")
         self.added: Headers = {}
@@ -4289,6 +4304,25 @@ class Call:
         raw = raw_headers(headers | {"x-cache": self.entry.cache} | dict(more) | self.added)
         status = self.entry.status or 200
         await self.send({"type": "http.response.start", "status": status, "headers": raw})
+
+    async def receive(self) -> Any:
+        message: Any = await self.source()
+        self.sending = message.get("more_body", False)
+        return message
+
+    async def discard(self) -> None:
+        """Before an error, take the rest of the body: who finds the connection broken while it
+        still sends may never read the error, and a balancer takes that for the server's."""
+        if not (self.failure and self.sending):
+            return
+        left = self.started + self.client.limits.body_timeout - time.monotonic()
+        try:
+            async with asyncio.timeout(max(0, left)):
+                while self.sending:
+                    await self.receive()
+        except TimeoutError:
+            if self.http1:  # nothing can follow what was not read
+                self.added["connection"] = "close"
 
     async def write(self, data: bytes, last: bool = False) -> None:
         self.wrote, self.writing = time.monotonic(), True
@@ -4689,7 +4723,7 @@ class Proxy:
         for call in self.live:
             call.stop(Stopping())
 
-    async def serve(self, call: Call, provider: str, kind: str, receive: Receive) -> None:
+    async def serve(self, call: Call, provider: str, kind: str) -> None:
         """The story of a request."""
         try:
             self.check_open(call, provider)
@@ -4698,15 +4732,13 @@ class Proxy:
             entry.client, entry.group, entry.session = client.id, client.group, client.session
             await self.check_places(call)
             try:  # in no variable of ours: a long stream need not keep the body
-                targets = self.read(call, provider, kind, await read_body(receive, call, self))
+                targets = self.read(call, provider, kind, await read_body(call, self))
             except (ProxyError, RecursionError, asyncio.CancelledError):
                 await self.admit(call)  # a body not taken is a request, too
                 raise
-            await self.work(call, targets, receive)
+            await self.work(call, targets)
         except ProxyError as error:
             call.failure = error
-            if call.http1 and error.code in ("body_too_large", "body_timeout"):
-                call.added["connection"] = "close"  # nothing can follow what was not read
         except asyncio.CancelledError:  # the caller left, or call.stop has set the failure
             call.task.uncancel()
         except RecursionError:  # what can just be read may be too deep to be written
@@ -4742,7 +4774,7 @@ class Proxy:
             raise refusal(Admission(refused="busy" if full else "concurrent"), limits)
         self.live.add(call)
 
-    async def new_session(self, scope: Scope, receive: Receive) -> dict[str, Any]:
+    async def new_session(self, scope: Scope) -> dict[str, Any]:
         """Exchange a proof, a Turnstile token or the app's JWT, for a session token."""
         call, table = scope["state"]["call"], self.config.session
         headers = call.headers
@@ -4757,7 +4789,7 @@ class Proxy:
         call.show_rates(taken)
         if taken.refused:
             raise ProxyError(429, "rate_limited", "too many sessions; try later", after=taken.wait)
-        proof = convert_body(await read_body(receive, call, self), SessionRequest)
+        proof = convert_body(await read_body(call, self), SessionRequest)
         if proof.turnstile and table.turnstile_secret:
             address = self.clients.address(call.peer, headers)
             await self.check_turnstile(proof.turnstile, address, table)
@@ -4959,12 +4991,18 @@ class Proxy:
             raise ProxyError(403, "model_not_allowed", message)
         prefix, _, rest = name.partition("/")
         offers = {p: self.config.providers[p].models for p in self.keys}
-        homes = [provider] if provider else sorted(offers, key=lambda p: "*" in offers[p])
-        named, prefixed = [(home, name) for home in homes], [(prefix, rest)]
-        first = provider in ("", prefix)  # before o* takes openai/…
-        for home, model in prefixed + named if first else named + prefixed:
-            if model and matches(model, offers.get(home, ())):
-                return [(home, model)]
+        homes = [provider] if provider else [*offers]
+        order = [(prefix, rest), *((home, name) for home in homes)]
+        if not (free := provider in ("", prefix)):
+            order.append(order.pop(0))
+        found = [
+            (len(pattern) + len(name) - len(model), (home, model))  # so openai/… is none of o*
+            for home, model in order
+            for pattern in offers.get(home, ())
+            if model and matches(model, [pattern])
+        ]
+        if found:
+            return [max(found, key=lambda offer: offer[0])[1] if free else found[0][1]]
         home = homes[0]
         other = next((f"; send it to /api/{p}" for p in offers if matches(name, offers[p])), "")
         offer = f"{home} offers {', '.join(offers[home])}"
@@ -4976,9 +5014,9 @@ class Proxy:
         pairs = [target.partition("/") for target in names]
         return [(p, model) for p, _, model in pairs if p in self.keys]
 
-    async def work(self, call: Call, targets: list[Target], receive: Receive) -> None:
+    async def work(self, call: Call, targets: list[Target]) -> None:
         """Fetch and deliver the answer. That the caller leaves shows only to a second task."""
-        gone = asyncio.create_task(departure(call, receive))
+        gone = asyncio.create_task(departure(call))
         call.wrote = time.monotonic()
         try:
             async with aclosing(await self.source(call, targets)) as batches:
@@ -5008,10 +5046,12 @@ class Proxy:
         if call.writing and silence >= self.config.upstream.idle:
             call.stop(None)
         elif not call.writing and silence >= ping:
-            # an answer in one piece waits a little longer before it gives up its status; what
-            # waits in line, or for a vendor that rests, may still have any
-            late = call.account.attempts and not call.writer.early and silence >= ping + 5
-            if call.begun or late:
+            # an answer in one piece waits longer before it gives up its status: for its first event
+            # or the end of all attempts, if no router has less patience; and what waits in line, or
+            # for a vendor that rests, may still have any
+            first = 0 if call.entry.ttfb else min(28, self.config.upstream.first_byte + 1)
+            late = call.account.attempts and not call.writer.early
+            if call.begun or (late and silence >= max(ping + 5, first)):
                 call.wrote = now
                 call.filling = asyncio.create_task(call.fill())
 
@@ -5081,12 +5121,13 @@ class Proxy:
         """An attempt whose answer has begun, and its first batch, after retries and fallbacks."""
         times, now = self.config.upstream, time.monotonic
         # an answer that is not streamed begins with its end
-        deadline = call.started + (times.first_byte if call.request.stream else times.total)
+        begun = min(times.first_byte, times.total)
+        deadline = call.started + (begun if call.request.stream else times.total)
         error: ProxyError | None = None
         for left, target in zip(range(len(targets), 0, -1), targets, strict=True):
             # while other targets are left, this one gets its share of the time
             limit = now() + (deadline - now()) / left
-            soon = min(limit, call.started + times.first_byte)
+            soon = min(limit, call.started + begun)
             patience = soon if left == 1 else 0  # with a vendor that rests
             try:
                 await self.take_place(call, target[0], soon, patience)
@@ -5225,8 +5266,10 @@ class Proxy:
         # thinking that is not shown, or only its summary, is billed all the same
         request, native = call.request, call.request.native or {}
         asked = request.thinking and "enable_thinking" not in account.dropped
-        asked = asked or native.get("thinking") or native.get("reasoning")
-        thinks = reasons(model.rpartition("/")[2])  # resellers put the maker in front
+        names = ("thinking", "reasoning", "reasoning_effort")
+        asked = asked or any(native.get(name) for name in names)
+        own = capability(model.rpartition("/")[2])  # resellers put the maker in front
+        thinks = not own.isdisjoint(("always", "on"))  # whatever is asked
         account.hidden = thinks or bool(asked) or not request.stream
         account.billed = True
 
@@ -5264,6 +5307,7 @@ class Proxy:
         call.settled = True
         self.account_for(call)
         await self.record(call)
+        await call.discard()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(5):
                 await call.end()
@@ -5375,22 +5419,19 @@ def check_media_type(headers: Headers) -> None:
         raise ProxyError(415, "not_json", "Content-Encoding: send the body as it is")
 
 
-async def read_body(receive: Receive, call: Call, proxy: Proxy) -> bytes:
+async def read_body(call: Call, proxy: Proxy) -> bytes:
     limits, declared = call.client.limits, call.headers.get("content-length", "")
-    body, more, received = bytearray(), True, 0
+    body, more = bytearray(), True
     size = int(declared[:20]) if declared.isdecimal() else 0
     try:
         async with asyncio.timeout(limits.body_timeout):
-            # not refused at the first byte too many: who still sends hears nothing
-            while more and size <= limits.max_body and received <= 2 * limits.max_body:
-                message: Any = await receive()
+            while more and max(size, len(body)) <= limits.max_body:
+                message = await call.receive()
                 if message["type"] == "http.disconnect":
                     raise asyncio.CancelledError  # as where it leaves later
-                received += len(chunk := message.get("body", b""))
-                if received <= limits.max_body:  # what is too much is received, but not kept
-                    body += chunk
-                    proxy.unread += len(chunk)
-                more = message.get("more_body", False)
+                body += (chunk := message.get("body", b""))
+                proxy.unread += len(chunk)
+                more = call.sending
                 if proxy.unread > 64 * proxy.config.limits.max_body:
                     raise ProxyError(503, "busy", "too many large bodies; try again", after=1)
     except TimeoutError:
@@ -5398,13 +5439,13 @@ async def read_body(receive: Receive, call: Call, proxy: Proxy) -> bytes:
         raise ProxyError(408, "body_timeout", text) from None
     finally:
         proxy.unread -= len(body)
-    if max(size, received) > limits.max_body:
+    if max(size, len(body)) > limits.max_body:
         raise ProxyError(413, "body_too_large", f"body: larger than {limits.max_body} bytes")
     return bytes(body)
 
 
-async def departure(call: Call, receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
+async def departure(call: Call) -> None:
+    while (await call.receive())["type"] != "http.disconnect":
         pass
     call.stop(None)
 
@@ -5676,7 +5717,7 @@ class App(litestar.Litestar):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return await super().__call__(scope, receive, send)
-        call, allowed = self.open_call(scope, send)
+        call, allowed = self.open_call(scope, receive, send)
         if not allowed:
             fix = "its owner can add it to server.cors_origins"
             message = f"origin {redact(call.headers['origin'])} may not call this proxy; {fix}"
@@ -5685,13 +5726,14 @@ class App(litestar.Litestar):
             return await self.proxy.settle(call)
         await self.find_route(call, scope, receive)
         if call.route:  # out here, because a long stream need not keep what Litestar had
-            await self.proxy.serve(call, *call.route, receive)
+            await self.proxy.serve(call, *call.route)
 
     async def find_route(self, call: Call, scope: Any, receive: Any) -> None:
         """Have Litestar answer, but for what may reach a vendor."""
 
         async def send(message: Any) -> None:
             if message["type"] == "http.response.start":
+                await call.discard()
                 message["headers"] = [*message.get("headers", ()), *raw_headers(call.added)]
             await call.send(message)
 
@@ -5700,7 +5742,7 @@ class App(litestar.Litestar):
         else:  # a state of our own: where we are mounted, the host's is not ours to write in
             await super().__call__(scope | {"state": {"call": call}}, receive, send)
 
-    def open_call(self, scope: Any, send: Any) -> tuple[Call, bool]:
+    def open_call(self, scope: Any, receive: Any, send: Any) -> tuple[Call, bool]:
         """The request as we see it, and whether its origin may call."""
         headers, clients = read_headers(scope), self.proxy.clients
         given = headers.get("x-request-id", "").partition(",")[0].strip()
@@ -5713,7 +5755,7 @@ class App(litestar.Litestar):
             added["access-control-allow-origin"] = origin
             added["access-control-expose-headers"] = EXPOSED
         entry = Entry(self.proxy.now(), number, given)
-        call = Call(entry, clients.client(""), scope, headers, send)
+        call = Call(entry, clients.client(""), scope, headers, receive, send)
         call.added = added
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if "/v1/" in path:  # the shape of errors, whoever finds them
@@ -5843,7 +5885,7 @@ def create_app(
 
     @litestar.post("/session", status_code=200)
     async def session(request: litestar.Request[Any, Any, Any]) -> dict[str, Any]:
-        return await proxy.new_session(request.scope, request.receive)
+        return await proxy.new_session(request.scope)
 
     @litestar.get("/")
     async def page(scope: Scope) -> litestar.Response[str]:
@@ -6077,7 +6119,7 @@ def serve(config: Config, public: bool) -> None:
     from granian.http import HTTP1Settings
 
     # whatever is wrong is said here: a worker is not heard
-    create_app(config, public=public)
+    balanced = create_app(config, public=public).proxy.clients.proxies
     if config.ledger.path:
         ledger = Ledger(config.ledger, time.time, bool(config.redis.url))
         try:
@@ -6092,8 +6134,9 @@ def serve(config: Config, public: bool) -> None:
         "proxy", address=address, port=server.port, interface=Interfaces.ASGI, websockets=False,
         http=HTTPModes.http1, workers=server.workers,
         backlog=places, backpressure=places,  # of connections; beyond it the next client hangs
-        # so whoever says nothing for 10 s, in a head or between two requests, loses its place
-        http1_settings=HTTP1Settings(header_read_timeout=10_000),
+        # so whoever says nothing for 10 s, in a head or between two requests, loses its place; not
+        # so a balancer, which takes a connection that it finds closed for a failure
+        http1_settings=HTTP1Settings(header_read_timeout=620_000 if balanced else 10_000),
         log_enabled=False, respawn_failed_workers=True, workers_kill_timeout=int(server.drain) + 5,
     )  # fmt: skip
     if hasattr(os, "register_at_fork"):

@@ -1493,6 +1493,73 @@ def test_a_free_providers_name_in_front_of_another_ones_model_is_not_free() -> N
     assert prices.of("openrouter", "qwen/qwen3-max") is None
 
 
+@pytest.mark.parametrize("figure", ["-5", "nan", "inf", "-0.5", '"unlimited"'])
+@pytest.mark.parametrize("name", ["input", "cache_read", "per_use", "above"])
+def test_a_price_is_an_amount(tmp_path: Path, name: str, figure: str) -> None:
+    value = f"{{tokens = 1, output = 1, input = {figure}}}" if name == "above" else figure
+    table = '[prices."x-*"]\ninput = 1\noutput = 1\n'.replace(f"{name} = 1\n", "")
+    key = "above.input" if name == "above" else name
+    with pytest.raises(proxy.ConfigError, match="is not an amount of USD") as refused:
+        proxy.load_config(write(tmp_path, f"{table}{name} = {value}"), {})
+    assert str(refused.value).startswith(f"prices.x-*.{key}: ")
+
+
+@pytest.mark.parametrize(
+    ("origin", "good"),
+    [
+        pytest.param("https://app.example.com", True, id="usual"),
+        pytest.param("https://app.example.com:8443", True, id="port"),
+        pytest.param("http://[::1]:3000", True, id="IPv6"),
+        pytest.param("capacitor://localhost", True, id="app"),
+        pytest.param("https://App.Example.com", False, id="capitals"),
+        pytest.param("https://app.example.com:443", False, id="usual port"),
+        pytest.param("http://app.example.com:80", False, id="usual port of HTTP"),
+        pytest.param("https://m\u00fcnchen.example", False, id="not punycode"),
+        pytest.param("https://app.example.com?x", False, id="query"),
+        pytest.param("null", False, id="null"),
+    ],
+)
+def test_an_origin_is_written_as_browsers_send_it(origin: str, good: bool) -> None:
+    if good:
+        config = proxy.load_config(None, {"CORS_ORIGIN": origin})
+        assert config.server.cors_origins == (origin,)
+    else:
+        with pytest.raises(proxy.ConfigError, match=r"server.cors_origins .*lower case"):
+            proxy.load_config(None, {"CORS_ORIGIN": origin})
+
+
+def test_the_most_exact_offer_of_a_model_counts() -> None:
+    """Groq's openai/gpt-oss-* is none of OpenAI's gpt-*."""
+    table = {"adapter": "chat", "base_url": "http://127.0.0.1:1/v1"}
+    groq = table | {"models": ["openai/gpt-oss-*", "llama-*"]}
+    environ = {"ANTHROPIC_API_KEY": "k", "OPENAI_API_KEY": "k"}
+    more = {"providers.groq": groq, "providers.any": table | {"models": ["*"]}}
+    app = proxy.create_app(proxy.load_config(None, environ, **more), environ, public=False)
+    for name, wanted in {
+        "openai/gpt-oss-120b": ("groq", "openai/gpt-oss-120b"),
+        "openai/gpt-5.4": ("openai", "gpt-5.4"),
+        "gpt-5.4": ("openai", "gpt-5.4"),
+        "o3": ("openai", "o3"),
+        "llama-4": ("groq", "llama-4"),
+        "qwen": ("any", "qwen"),
+        "any/gpt-5.4": ("any", "gpt-5.4"),
+    }.items():
+        assert app.proxy.resolve(name) == [wanted]
+    assert app.proxy.resolve("openai/gpt-5.4", "any") == [("any", "openai/gpt-5.4")]
+    assert app.proxy.resolve("openai/gpt-oss-120b", "openai") == [("openai", "gpt-oss-120b")]
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    file = write_config(tmp_path, "")
+    file.write_bytes(b"\xef\xbb\xbf[server]\nport = 9000\n")
+    assert proxy.load_config(file, {}).server.port == 9000
+
+
+def test_a_wrong_option_is_not_the_variables_fault() -> None:
+    with pytest.raises(proxy.ConfigError, match=r"^server.port: "):
+        proxy.load_config(None, {"PORT": "8000"}, **{"server.port": 0})
+
+
 def test_a_price_above_has_one_of_output(tmp_path: Path) -> None:
     text = '[prices."m"]\ninput = 1\noutput = 2\nabove = { tokens = 9, input = 2 }'
     with pytest.raises(proxy.ConfigError, match=r'prices."m".above.output'):
@@ -4420,14 +4487,6 @@ def test_an_origin_that_is_not_listed_is_refused_before_any_work(
     preflight = {"origin": origin, "access-control-request-method": "POST"}
     assert CORS[0] not in public_server.http.options("/api/anthropic", headers=preflight).headers
     assert upstream.requests == []
-
-
-def test_a_refused_origin_is_told_before_its_body_is_read(public_server: Server) -> None:
-    with socket.create_connection(("127.0.0.1", public_server.port), timeout=5) as connection:
-        head = "POST /api/anthropic HTTP/1.1\r\nHost: x\r\nOrigin: https://evil.example\r\n"
-        head += "Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
-        connection.sendall(head.encode())
-        assert b" 403 " in connection.recv(4096).partition(b"\r\n")[0]
 
 
 def test_a_listed_origin_and_no_origin_are_served(
@@ -7726,8 +7785,61 @@ def test_a_body_that_is_too_large_is_413(
     parts = (body[at : at + 10_000] for at in range(0, len(body), 10_000))
     reply = limited_server.post(content=parts if chunked else body, headers=key)
     assert (reply.status_code, reply.json()["type"]) == (413, "request_too_large")
-    assert reply.headers["connection"] == "close", "what was not read is in the way of the next"
     assert upstream.requests == []
+
+
+@pytest.fixture(scope="module")
+def refusing(serve_module: Serve) -> Server:
+    """A public server with little patience."""
+    config = f"[server]\ncors_origins = ['{ORIGIN}']\n[limits]\nbody_timeout = '2s'"
+    environ = {"ALLOWED_CLIENT_KEYS": "the-only-key"}
+    return serve_module(config, environ=environ, arguments=("--host", "0.0.0.0"))
+
+
+REFUSED = [
+    pytest.param("POST /api/anthropic", "", 401, id="key"),
+    pytest.param("POST /api/anthropic", "Origin: https://evil.example\r\n", 403, id="origin"),
+    pytest.param("POST /nope", "", 404, id="path"),
+    pytest.param("PUT /api/anthropic", "", 405, id="method"),
+    pytest.param("POST /session", "", 404, id="session"),
+    pytest.param("POST /api/anthropic", "Authorization: Bearer the-only-key\r\n", 413, id="size"),
+]
+
+
+@pytest.mark.parametrize(("line", "header", "status"), REFUSED)
+def test_who_still_sends_a_body_reads_why_it_is_refused(
+    refusing: Server, line: str, header: str, status: int
+) -> None:
+    """A server that answers and closes breaks the connection under a slow sender."""
+    length = 20_000_000 if status == 413 else 50_000
+    with socket.create_connection(("127.0.0.1", refusing.port), timeout=10) as connection:
+        head = f"{line} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{header}"
+        connection.sendall(f"{head}Content-Length: {length}\r\n\r\n".encode())
+        for _ in range(10):
+            connection.sendall(b"x" * (length // 10))
+            select.select([connection], [], [], 0.05)
+        said = read_until(connection, b'"requestId"')
+        assert int(said.split()[1]) == status
+        assert b"connection: close" not in said
+        while b"}" not in said:
+            said += connection.recv(4096)
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert read_until(connection, b"\r\n").split()[1] == b"200"
+
+
+def test_who_waits_to_be_asked_for_its_body_is_told_at_once(refusing: Server) -> None:
+    with socket.create_connection(("127.0.0.1", refusing.port), timeout=1.5) as connection:
+        head = "POST /api/anthropic HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Expect: 100-continue\r\nContent-Length: 9\r\n\r\n".encode())
+        assert read_until(connection, b"\r\n").split()[1] == b"401"
+
+
+def test_who_sends_no_body_is_told_when_its_time_is_over(refusing: Server) -> None:
+    with socket.create_connection(("127.0.0.1", refusing.port), timeout=10) as connection:
+        head = "POST /api/anthropic HTTP/1.1\r\nHost: x\r\nOrigin: https://evil.example\r\n"
+        connection.sendall(f"{head}Content-Length: 1000\r\n\r\n".encode())
+        said = read_until(connection, b"\r\n\r\n")
+        assert said.split()[1] == b"403" and b"connection: close" in said
 
 
 def test_a_body_that_is_much_too_large_is_413_and_not_a_broken_connection(
@@ -8430,7 +8542,7 @@ def test_nothing_stays_held_by_who_leaves_in_a_retry_pause(
     ("model", "more", "millionths"),
     [
         # a vendor that writes its cache unasked says so only at the end: 1 x 5, not 1 x 4
-        pytest.param("gpt-5.6", {}, (5, 20 * 64), id="what is written to a cache"),
+        pytest.param("gpt-5.6", {}, (5, 20 * 5), id="what is written to a cache"),
         # what is shown of its thinking may be a summary
         pytest.param("claude-haiku-4-5", {"enable_thinking": True, "max_tokens": 2000},
                      (Decimal("1.25"), 5 * 2000), id="thinking"),
@@ -12075,7 +12187,8 @@ def every_price() -> list[Any]:
     for row in json.loads(file.read_text()).values() if file.is_file() else ():
         above = {k: v for k, v in (row.get("above") or {}).items() if k in names}
         fields = {k: v for k, v in row.items() if k in names - {"above"}}
-        found.append(msgspec.convert(fields | ({"above": above} if above else {}), proxy.Price))
+        table = fields | ({"above": above} if above else {})
+        found.append(proxy.convert(table, proxy.Price, ""))
     return found
 
 
@@ -12743,6 +12856,23 @@ def test_a_vendors_pings_and_comments_do_not_reach_the_caller(
 @pytest.fixture(scope="module")
 def heartbeat(serve_module: Serve) -> Server:
     return serve_module("[server]\nping = '100ms'\n[upstream]\nidle = '1s'")
+
+
+def test_a_json_reply_that_nobody_answers_still_has_a_status(
+    serve: Serve, upstream: Upstream
+) -> None:
+    server = serve("[server]\nping = '100ms'\n[upstream]\nfirst_byte = '6s'")
+    upstream.play([*stream(end=False), HANG])
+    check_error(server.post(json=ask(stream=False)), 504, "upstream_timeout")
+
+
+def test_the_time_for_all_of_an_answer_holds_for_its_beginning_too(
+    serve: Serve, upstream: Upstream
+) -> None:
+    server = serve(environ={"API_TIMEOUT": "1500"})
+    upstream.play([*stream(end=False), HANG])
+    # and not first_byte, which is 25 s
+    check_error(server.post(timeout=15), 504, "upstream_timeout")
 
 
 def slowly(*end: Any) -> list[Any]:
@@ -14178,8 +14308,10 @@ def test_mounted_under_a_prefix(tmp_path: Path, upstream: Upstream, host: str) -
 
 
 def test_connections_that_say_nothing_are_let_go(serve: Serve, upstream: Upstream) -> None:
-    """Idle ones, half a head, and those that have been served; but not an answer that is slow."""
+    """Idle ones, half a head, and those that have been served; but not an answer that is slow, nor
+    those of a balancer."""
     server, gate = serve(), threading.Event()
+    behind = serve(f"[server]\ncors_origins = ['{ORIGIN}']\ntrusted_proxies = 1")
     events = messages_events()
     upstream.play(stream(*events[:4], until(gate), *events[4:]))
     said = [b"", b"POST /api/anthropic HTTP/1.1\r\nHost: x\r\n",
@@ -14187,6 +14319,9 @@ def test_connections_that_say_nothing_are_let_go(serve: Serve, upstream: Upstrea
     with contextlib.ExitStack() as stack:
         slow = stack.enter_context(server.connect())
         read_until(slow, b"token")
+        kept = stack.enter_context(socket.create_connection(("127.0.0.1", behind.port)))
+        kept.sendall(said[2])
+        assert b" 200 " in read_until(kept, b"}")
         idle = []
         for number in range(300):
             connection = socket.create_connection(("127.0.0.1", server.port))
@@ -14207,6 +14342,8 @@ def test_connections_that_say_nothing_are_let_go(serve: Serve, upstream: Upstrea
             return not idle
 
         wait_for(all_gone)
+        kept.sendall(said[2])
+        assert b" 200 " in read_until(kept, b"}")
         gate.set()
         assert b"[DONE]" in read_until(slow, b"[DONE]")
 
@@ -16984,6 +17121,19 @@ def test_three_replicas_together_admit_one_clients_rate(fleet: Fleet) -> None:
 
 
 @NO_NGINX
+def test_large_bodies_that_are_refused_are_no_failure_of_the_replicas(fleet: Fleet) -> None:
+    """A replica that broke the connection would be left alone for a while, and so serve nobody."""
+    body = b"x" * 30_000_000
+    headers = {"content-type": "application/json"}
+    for _ in range(3):
+        for path, status in (("/nope", 404), ("/api/anthropic", 401), ("/session", 404)):
+            assert fleet.http.post(path, content=body, headers=headers).status_code == status
+        assert fleet.http.get("/health").status_code == 200
+    headers["authorization"] = f"Bearer {next(KEYS)}"
+    got = fleet.http.post("/api/anthropic", content=body, headers=headers)
+    assert (got.status_code, got.json()["code"]) == (413, "body_too_large")
+
+
 def test_replicas_killed_in_mid_stream_leave_nothing_behind_but_their_rows(fleet: Fleet) -> None:
     fleet.upstream.play([*stream(*HALF, end=False), HANG])
     victims = fleet.replicas[:2]
