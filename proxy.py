@@ -42,6 +42,7 @@ import importlib
 import io
 import ipaddress
 import itertools
+import json
 import logging
 import math
 import os
@@ -1037,7 +1038,7 @@ def decode_body(body: bytes, limits: Limits) -> dict[str, Any]:
 
 
 # Whatever is not JSON, or of another type, raises one of these.
-NO_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+NO_JSON = (msgspec.DecodeError, ValueError, RecursionError)
 
 
 def convert_body(body: Any, kind: Any) -> Any:
@@ -3203,12 +3204,13 @@ SOME_USAGE, NO_CHOICES = re.compile(rb'"usage":\s*\{'), re.compile(rb'"choices":
 
 
 def read_json(data: bytes) -> Any:
-    """What a vendor wrote; half a character, which JSON must not hold, becomes U+FFFD."""
+    """What a vendor wrote. Infinity and NaN are no JSON, but there; half a character, which JSON
+    must not hold, becomes U+FFFD."""
     try:
         return decode_json(data)
     except NO_JSON:
         whole = data.decode(errors="replace").encode()
-        return decode_json(HALF.sub(lambda found: found[1] or b"\\ufffd", whole))
+        return json.loads(HALF.sub(lambda found: found[1] or b"\\ufffd", whole))
 
 
 def function_call(call: ToolUse) -> dict[str, Any]:
@@ -3493,6 +3495,9 @@ class Messages(Adapter):
             raise BadRequest(f"response_format: {self.model} needs a json_schema")
         shape = form and {"type": "json_schema", "schema": form["json_schema"]["schema"]}
         effort = request.effort if request.thinking and "adaptive" in self.can else None
+        if effort == "xhigh" and "unsampled" not in self.can:  # 4.6 does not know it
+            self.dropped.append("reasoning_effort")
+            effort = "high"
         return {
             "max_tokens": request.max_tokens,
             "system": request.system,

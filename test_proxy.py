@@ -3396,11 +3396,16 @@ def test_strict_tools_and_efforts_are_passed_on_or_named(
         off, dropped = sent(model, reasoning_effort="none")
         assert "thinking" not in off
         assert ("reasoning_effort" in dropped) == (model != "claude-sonnet-4-6")
+    for effort, model in (("xhigh", "claude-opus-4-7"), ("high", "claude-opus-4-6")):
+        asked, dropped = sent(model, reasoning_effort="xhigh")
+        assert asked["output_config"] == {"effort": effort}
+        assert ("reasoning_effort" in dropped) == (effort == "high")
+    assert "reasoning_effort" in sent("claude-fable-5", reasoning_effort="minimal")[1]
     budgets = [
         sent("claude-haiku-4-5", max_tokens=4000, reasoning_effort=effort)[0]["thinking"]
-        for effort in ("low", "medium", "high")
+        for effort in ("low", "medium", "high", "xhigh")
     ]
-    assert [b["budget_tokens"] for b in budgets] == [1024, 2000, 2666]
+    assert [b["budget_tokens"] for b in budgets] == [1024, 2000, 2666, 2666]
 
 
 def test_structured_outputs_of_older_sdks_go_up(
@@ -9418,6 +9423,13 @@ def test_a_cut_before_the_last_blank_line_is_incomplete(dialect: str, line_end: 
             assert not answer.calls  # a call is told only when it is whole
         else:
             assert answer == WHOLE
+
+
+def test_a_number_that_is_none_is_no_end_of_an_answer() -> None:
+    """vLLM writes -Infinity for a token that was not to be, and Python's SDK takes it."""
+    choice = {"delta": {"content": "x"}, "logprobs": {"content": [{"logprob": -float("inf")}]}}
+    assert b"-Infinity" in chat_chunks(choice)
+    assert fed("chat", chat_chunks(choice, {"delta": {}, "finish_reason": "stop"})).text == "x"
 
 
 @pytest.mark.parametrize(
