@@ -150,8 +150,8 @@ KINDS: dict[type, tuple[str, str]] = {
           '{!r} is not an amount of USD like 0.5, nor "unlimited"'),
     BaseUrl: (URL, 'must look like "https://api.example.com/v1", not {!r}'),
     Url: (rf"({URL}(\?.*)?)?", "{!r} is not an http(s) URL"),
-    Origin: (r"(?!http://.*:80$|https://.*:443$)[a-z][a-z0-9+.-]*://"
-             r"([a-z0-9._-]+|\[[0-9a-f:]+\])(:\d+)?|\*",
+    Origin: (r"(?!http://.*:80$|https://.*:443$|https?://.*[^a-z0-9._:\[\]-])"
+             r"[a-z][a-z0-9+.-]*://[^/?#\s*]+|\*",
              '{!r} must be as browsers send it, like "https://app.example.com": in lower case, '
              "without a path, a final slash or the usual port"),
     Digest: (f"(?!{NO_KEY})[0-9a-f]{{64}}", "must be the 64 hex digits that `printf %s KEY | "
@@ -1012,7 +1012,7 @@ def parse_body(
     report(sorted(raw.keys() - known), dropped)
     given = convert_body({name: raw[name] for name in raw if name in known}, Body)
     if by_template:
-        request, said = read_template(given, templates), given.variables
+        request, said = read_template(given, templates), [*(given.variables or {}).values()]
     else:
         check_lists(raw, limits)
         request = read_request(given, limits, default_model, dropped, chat)
@@ -1079,12 +1079,11 @@ def strings(value: Any) -> Iterator[str]:
                 todo.append((text, False))
             todo += [("????" if isinstance(x, int) else x, True) for x in reversed(value)]
         elif isinstance(value, dict):
-            hidden = {"source", "image_url"} if image_data(value) else {"file_data"}
-            hidden |= {"data"} if value.get("type") == "base64" else set()
-            for key, inner in reversed(value.items()):
-                if key in hidden or (listed and key == "text" and isinstance(inner, str)):
+            for key, inner in reversed(without_data(value).items()):
+                if listed and key == "text" and isinstance(inner, str):
                     continue
-                opaque = key == "arguments" or (key in OPAQUE and isinstance(inner, dict))
+                opaque = key == "arguments" or (key == "tools" and inner)
+                opaque = opaque or (key in OPAQUE and isinstance(inner, dict))
                 todo.append((readable(inner) if opaque else inner, False))
 
 
@@ -1111,6 +1110,18 @@ def image_data(block: dict[str, Any]) -> str | None:
                 return url if url.startswith("data:image/") else None
             return ""
     return None
+
+
+def without_data(block: dict[str, Any]) -> dict[str, Any]:
+    """A block without the data of the file that it is."""
+    match block:
+        case {"type": "document", "source": {"type": "base64"}}:
+            return block | {"source": ""}
+        case {"type": "input_file", "file_data": _}:
+            return block | {"file_data": ""}
+        case {"type": "file", "file": {"file_data": _, **file}}:
+            return block | {"file": file}
+    return block | {"source": "", "image_url": ""} if image_data(block) else block
 
 
 def check_texts(said: Any, limits: Limits) -> None:
@@ -1152,15 +1163,18 @@ def read_length(given: Body, limits: Limits, dropped: list[str]) -> int:
 def read_request(
     given: Body, limits: Limits, default_model: str, dropped: list[str], chat: bool
 ) -> Request:
-    stop = given.stop or given.stop_sequences or []
+    stops = [given.stop] if isinstance(given.stop, str) else given.stop or []
     effort = given.reasoning_effort or ""
+    if effort not in ("", "none", "minimal", "low", "medium", "high", "xhigh", "max"):
+        wanted = "none, minimal, low, medium, high, xhigh or max"
+        raise BadRequest(f"reasoning_effort: must be {wanted}")
     choice = given.tool_choice if isinstance(given.tool_choice, dict) else {}
     alone = choice.get("disable_parallel_tool_use") is True  # as Anthropic has it
     request = Request(
         model=given.model or default_model,
         max_tokens=read_length(given, limits, dropped),
         tools=[read_tool(tool, f"tools[{i}]", dropped) for i, tool in enumerate(given.tools or ())],
-        stop=[text for text in ([stop] if isinstance(stop, str) else stop) if text],
+        stop=[text for text in (*stops, *(given.stop_sequences or ())) if text],
         thinking=effort not in ("none", "minimal") if effort else given.enable_thinking,
         effort=effort,
         parallel=False if alone else given.parallel_tool_calls,
@@ -1290,17 +1304,24 @@ def read_block(block: Any, where: str, dropped: list[str]) -> list[Part]:
 
 def read_arguments(given: Any, where: str) -> str:
     try:
-        given = msgspec.json.decode(given or "{}") if isinstance(given, str) else given
+        given = read_json(given.encode() or b"{}") if isinstance(given, str) else given
         return msgspec.json.encode(msgspec.convert(given or {}, dict[str, Any])).decode()
     except NO_JSON:
         raise BadRequest(f"{where}.arguments: must be a JSON object") from None
+
+
+def is_text(block: Any) -> bool:
+    match block:
+        case {"type": "text" | "input_text" | "output_text", "text": _}:
+            return True
+    return isinstance(block, dict) and block.keys() == {"text"}
 
 
 def read_result(given: Any, where: str) -> str:
     """A tool's result as text: a string as it is, text blocks joined, anything else as JSON."""
     if any(image_data(block) is not None for block in blocks(given)):
         raise BadRequest(f"{where}: the result of a tool can hold no image here")
-    if isinstance(given, list) and all(isinstance(b, dict) and "text" in b for b in given):
+    if given and isinstance(given, list) and all(is_text(block) for block in given):
         return "".join(str(block["text"]) for block in given)
     if given is None or isinstance(given, str):
         return given or ""
@@ -1313,7 +1334,7 @@ def read_image(given: Any, where: str) -> Image:
             return read_image(f"data:{kind};base64,{data}", where)
         case str(url) | {"url": str(url)}:
             if found := re.fullmatch(r"data:(image/[\w.+-]+);base64,([A-Za-z0-9+/=\s]+)", url):
-                kind = found[1].replace("/jpg", "/jpeg")  # as all but some take it
+                kind = found[1].lower().replace("/jpg", "/jpeg")  # as all but some take it
                 return Image({"type": "base64", "media_type": kind, "data": found[2]})
             if re.match(r"https?://", url):
                 return Image({"type": "url", "url": url})
@@ -1333,11 +1354,12 @@ def read_tool(tool: Any, where: str, dropped: list[str]) -> Tool:
                 raise BadRequest(f"{where}.type: {kind!r} runs at the vendor and is not allowed")
             given = itertools.chain(tool.items(), inner.items())
             report([name for name, value in given if value and name not in TOOL_KEYS], dropped)
-            schema = inner.get("parameters") or inner.get("input_schema") or {"properties": {}}
+            schema = inner.get("parameters") or inner.get("input_schema") or {}
             name = inner.get("name")
             if isinstance(name, str) and (name := clean(name)) and isinstance(schema, dict):
                 about = str(inner.get("description") or "")
-                return Tool(name, about, {"type": "object"} | schema, inner.get("strict") is True)
+                schema = {"type": "object", "properties": {}} | schema  # OpenAI wants both
+                return Tool(name, about, schema, inner.get("strict") is True)
     raise BadRequest(f"{where}: needs a name, and parameters that are a JSON schema")
 
 
@@ -1359,14 +1381,20 @@ def join_messages(messages: list[Message]) -> tuple[str, list[Message]]:
     joined: list[Message] = []
     for message in messages:
         parts = [p for p in message.content if not isinstance(p, Text) or p.text.strip()]
+        results: list[Part] = [p for p in parts if isinstance(p, ToolResult)]
+        asked = [i for i, before in enumerate(joined) if before.role == "assistant"]
+        if results and asked:
+            if joined[asked[-1] + 1 :] and joined[asked[-1] + 1].role == "user":
+                joined[asked[-1] + 1].content.extend(results)
+            else:
+                joined.insert(asked[-1] + 1, Message("user", results))
+            parts = [p for p in parts if not isinstance(p, ToolResult)]
         if not parts:
             continue
         if not joined and message.role == "system":
             system += [part.text for part in parts if isinstance(part, Text)]
         elif joined and joined[-1].role == message.role:
             joined[-1].content.extend(parts)
-        elif joined and joined[-1].role == "system" and isinstance(parts[0], ToolResult):
-            joined.insert(-1, Message(message.role, parts))
         else:
             joined.append(Message(message.role, parts))
     for message in joined:
@@ -2402,7 +2430,7 @@ local function close(id, cost, caps, told)
          and call('HSETNX', key, 'at' .. percent, 1) == 1 then
         if percent == 100 then call('HSET', key, 'told', 1) end
         table.insert(told, {cap, percent})
-      end
+      elseif sum < mark then call('HDEL', key, 'at' .. percent) end
     end
   end
   free(id)
@@ -2527,7 +2555,7 @@ function run.beat(ids, lease)
       local row = cjson.decode(has[1])
       row.cost = string.format('%.9f', cost / 1000000000)
       append(cjson.encode(row))
-      use(has[3], has[2], {requests = 1, cost = cost})
+      if has[3] then use(has[3], has[2], {requests = 1, cost = cost}) end
     end
   end
   local info = redis.pcall('INFO', 'memory') -- which not every Redis allows
@@ -3106,25 +3134,26 @@ def event_data(event: bytes) -> bytes:
 # What models reject, so that a parameter is dropped and reported instead of a 400. The first line
 # with a pattern that matches counts. Anthropic's: `one` of temperature and top_p, or `unsampled`;
 # thinking by `budget` or `adaptive`; no `unforced` tools, no `unfilled` last turn; system text
-# `mid` conversation. OpenAI's: reasons `always`, or unless told not to (`on`), or when told to
-# (`off`), or not at all (`plain`); `only` in Responses, or tools `elsewhere` than in Chat.
+# `mid` conversation. OpenAI's: `only` in Responses, or tools `elsewhere` than in Chat. Of both:
+# reasons `always`, or unless told not to (`on`), or when told to (`off`), or not at all (`plain`).
 CAPABILITIES = """
 one: claude-3*
 one budget: claude-*-4-[015]* claude-*-4-20*
 adaptive unfilled: claude-*-4-6*
 unsampled adaptive unfilled: claude-opus-4-7*
 unsampled adaptive unfilled always: claude-mythos-preview*
-unsampled adaptive unfilled mid: claude-opus-4-8* claude-haiku-5-5*
+unsampled adaptive unfilled mid: claude-opus-4-8*
+unsampled adaptive unfilled mid on: claude-haiku-5-5*
 unsampled adaptive unfilled mid unforced always: claude-*-5-[15]*
 unsampled adaptive unfilled mid always: claude-fable-5 claude-fable-5-20* claude-mythos-5*
-unsampled adaptive unfilled mid: claude-*-5 claude-*-5-20*
+unsampled adaptive unfilled mid on: claude-*-5 claude-*-5-20*
 unsampled adaptive unfilled unforced always: claude-*
 always elsewhere: gpt-6-astra* gpt-6.1-sol*
 always only: gpt-5*-pro gpt-5*-pro-20* gpt-5-codex* gpt-5.[12]-codex* *daybreak*
 always only: o[1-9]*-pro o[1-9]*-pro-20* o[1-9]*-deep-research*
 off only: gpt-5.3-codex*
 always: gpt-6-rosalind* gpt-5*-chat* gpt-5*-cyber*
-on: gpt-6*
+on: gpt-6* gpt-5.[5-9]*
 off: gpt-5.[1-9]*
 always: gpt-5* o[1-9]* chat-latest
 plain: gpt-[34]*
@@ -3135,7 +3164,10 @@ REASONS: dict[Any, str] = {
     "max_tokens": "length", "max_output_tokens": "length", "length": "length",
     "model_context_window_exceeded": "length", "refusal": "content_filter",
     "content_filter": "content_filter", "tool_use": "tool_calls",
+    "model_length": "length", "sensitive": "content_filter",  # Mistral's and Z.ai's
 }  # fmt: skip
+# Ends that are none: DeepSeek's and Z.ai's, too.
+BROKEN = ("error", "network_error", "insufficient_system_resource")
 
 
 # Which of our figures each of the vendors' is, wherever it stands. Of several, the largest counts.
@@ -3371,7 +3403,7 @@ class Adapter:
                 | {"incomplete_details": {"reason": str(end)}}
             ):
                 reason = REASONS.get(end, reason)
-                failed = failed or end == "error"
+                failed = failed or end in BROKEN
         return [Raw(self.hide_key(body)), Finish("failed" if failed else reason)]
 
     def count(self, told: dict[str, Any]) -> None:
@@ -3405,8 +3437,9 @@ class Adapter:
             if arguments in ("", "null") and reason not in ("length", "content_filter"):
                 arguments = "{}"
             try:
-                msgspec.json.decode(arguments, type=dict[str, Any])
-                yield ToolUse(call.id, call.name, arguments)
+                msgspec.convert(read_json(arguments.encode()), dict[str, Any])
+                # which older servers do not say
+                yield ToolUse(call.id or f"call_{secrets.token_hex(8)}", call.name, arguments)
             except NO_JSON:
                 reason = "length" if reason != "content_filter" else reason
         yield Finish(reason)
@@ -3485,6 +3518,7 @@ class Messages(Adapter):
         budget = {"type": "enabled", "budget_tokens": tokens}
         adaptive = {"type": "adaptive", "display": "summarized"}
         thinking = adaptive if "adaptive" in self.can else budget
+        off = {"type": "disabled"} if request.thinking is False and "on" in self.can else None
         choice = request.tool_choice
         named = {"type": "tool", "name": choice["name"]} if isinstance(choice, dict) else None
         how = named or filled(type="any" if choice == "required" else choice)
@@ -3508,7 +3542,7 @@ class Messages(Adapter):
             ],
             "tool_choice": how,
             "output_config": filled(effort=effort, format=shape),
-            "thinking": thinking if request.thinking else None,
+            "thinking": thinking if request.thinking else off,
             "stop_sequences": [stop for stop in request.stop if stop.strip()],
         }
 
@@ -3615,13 +3649,17 @@ class Responses(OpenAI):
             self.dropped.append("max_tokens")
         summary = "auto" if request.thinking else None
         form = request.output_format  # whose schema stands one level higher here
+        system, messages = request.system, request.messages
+        if system and form and "json_schema" not in form:
+            # which must be asked for in what is said, and not only in the instructions
+            system, messages = "", [Message("system", [Text(system)]), *messages]
         return {
             "max_output_tokens": tokens,
             "store": False,
             "text": filled(format=form and {"type": form["type"]} | form.get("json_schema", {})),
             "parallel_tool_calls": request.parallel if request.tools else None,
-            "instructions": request.system,
-            "input": [item for message in request.messages for item in self.items(message)],
+            "instructions": system,
+            "input": [item for message in messages for item in self.items(message)],
             "tools": [{"type": "function"} | asdict(t) for t in request.tools],
             "tool_choice": request.tool_choice,
             "reasoning": filled(effort=self.effort(request), summary=summary),
@@ -3751,7 +3789,7 @@ class Chat(OpenAI):
             case {"choices": [dict() as choice, *others]}:
                 # a content filter may leave out the delta
                 delta, end = choice.get("delta") or {}, choice.get("finish_reason")
-                if choice.get("error") or end == "error":
+                if choice.get("error") or end in BROKEN:
                     yield self.fail(choice.get("error"))
                     return
                 self.ending = self.ending or bool(end)
@@ -4225,10 +4263,10 @@ class LogFormat(logging.Formatter):
 
 class Call:
     """One request from its arrival to its ledger row, and the caller's side of it: whether more of
-    its body may come (`sending`), what was sent, and since when nothing was (`wrote`), or whether a
-    write is stuck (`writing`). Every reply has the headers `added`. `send` is the server's own: a
-    wrapped one would cost each token. `route` says where it may reach a vendor: by a provider, or
-    as a native body of some kind."""
+    its body may come (`sending`), or waits until we ask for it (`expects`), what was sent, and
+    since when nothing was (`wrote`), or whether a write is stuck (`writing`). Every reply has the
+    headers `added`. `send` is the server's own: a wrapped one would cost each token. `route` says
+    where it may reach a vendor: by a provider, or as a native body of some kind."""
 
     request: Request
     writer: Writer
@@ -4236,8 +4274,8 @@ class Call:
 
     # a thousand streams have one each, and a dict of so many names is 1.5 KiB
     __slots__ = (
-        "account", "added", "asked", "begun", "bounds", "caps", "chosen", "client",
-        "dialect", "dropped", "entry", "estimate", "failure", "filling", "finish", "headers",
+        "account", "added", "asked", "begun", "bounds", "caps", "chosen", "client", "dialect",
+        "dropped", "entry", "estimate", "expects", "failure", "filling", "finish", "headers",
         "held", "http1", "key", "leads", "most", "passed", "peer", "place", "rates", "request",
         "route", "send", "sending", "settled", "source", "started", "stopped", "task", "writer",
         "writing", "wrote",
@@ -4249,7 +4287,7 @@ class Call:
     ) -> None:  # fmt: skip
         self.entry, self.headers, self.source, self.send = entry, headers, receive, send
         body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
-        self.sending = body and "expect" not in headers  # where it waits to be asked
+        self.sending, self.expects = body, "expect" in headers
         self.peer = str((scope.get("client") or ("unknown", 0))[0])
         self.http1 = scope.get("http_version", "").startswith("1")
         self.added: Headers = {}
@@ -4311,6 +4349,7 @@ class Call:
         await self.send({"type": "http.response.start", "status": status, "headers": raw})
 
     async def receive(self) -> Any:
+        self.expects = False
         message: Any = await self.source()
         self.sending = message.get("more_body", False)
         return message
@@ -4323,11 +4362,14 @@ class Call:
         left = self.started + self.client.limits.body_timeout - time.monotonic()
         try:
             async with asyncio.timeout(max(0, left)):
-                while self.sending:
+                while self.sending and not self.expects:
                     await self.receive()
         except TimeoutError:
-            if self.http1:  # nothing can follow what was not read
-                self.added["connection"] = "close"
+            # until the server has let go of the read that was cancelled: where it does so only
+            # after the reply, it never closes the connection
+            await asyncio.sleep(0.1)
+        if self.sending and self.http1:  # nothing can follow what was not read
+            self.added["connection"] = "close"
 
     async def write(self, data: bytes, last: bool = False) -> None:
         self.wrote, self.writing = time.monotonic(), True
@@ -4360,7 +4402,9 @@ class Call:
         elif self.finish:
             usd = None if entry.cost is None else float(entry.cost)
             report = {"requestId": number, "model": account.model or entry.model, "costUsd": usd}
-            data = self.writer.end(self.finish, report | {"usage": spell(account.usage)})
+            estimate = Usage(entry.input_tokens, entry.output_tokens)
+            usage = spell(estimate if entry.estimated else account.usage)
+            data = self.writer.end(self.finish, report | {"usage": usage})
             more = {"x-cost-usd": entry.cost or ""}
         else:
             return
@@ -4869,11 +4913,15 @@ class Proxy:
         limits, dialect = call.client.limits, kind.partition("/")[0]
         targets = self.resolve(str(raw.get("model") or ""))
         dialect = dialect if dialect in ADAPTERS else "chat"
-        own = [t for t in targets if dialect in SPEAKS[self.config.providers[t[0]].adapter]]
-        provider, can = self.config.providers[targets[0][0]], capability(targets[0][1])
-        elsewhere = "elsewhere" in can and bool(raw.get("tools") or raw.get("functions"))
-        elsewhere = elsewhere or ("only" in can and provider.adapter == "responses")
-        if targets[0] in own and not (kind == "chat" and elsewhere):
+        called = bool(raw.get("tools") or raw.get("functions"))
+
+        def is_own(target: Target) -> bool:
+            adapter, can = self.config.providers[target[0]].adapter, capability(target[1])
+            elsewhere = ("elsewhere" in can and called) or ("only" in can and adapter != "chat")
+            return dialect in SPEAKS[adapter] and not (kind == "chat" and elsewhere)
+
+        own, provider = [*filter(is_own, targets)], self.config.providers[targets[0][0]]
+        if targets[0] in own:
             targets = own  # those of another dialect could not answer
             request = parse_native(raw, kind, limits, provider.allow, call.dropped)
             request.dialect = dialect
@@ -5584,7 +5632,9 @@ DEMOS = {"messages": demo_messages, "responses": demo_responses, "chat": demo_ch
 class DemoTransport(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         body, path = msgspec.json.decode(request.content), request.url.path
-        *_, prompt = "", *strings(body.get("messages") or body.get("input"))
+        said = body.get("messages") or body.get("input")
+        last = said[-1] if isinstance(said, list) else {"content": said}
+        *_, prompt = "", *strings(last.get("content", last.get("output")))
         dialect = next((name for name, a in ADAPTERS.items() if path.endswith(a.path)), "")
         if prompt.startswith("/error") or not dialect:
             status, kind = (529, "overloaded_error") if dialect else (404, "not_found_error")
@@ -5592,18 +5642,18 @@ class DemoTransport(httpx.AsyncBaseTransport):
             error = {"type": kind, "message": words}
             return httpx.Response(status, json={"type": "error", "error": error})
         tool = (body.get("tools") or [{"name": "get_weather"}])[0]
-        said: Said = [("text", [f"{word} " for word in DEMO_TEXT.split()])]
+        answer: Said = [("text", [f"{word} " for word in DEMO_TEXT.split()])]
         match prompt.split()[:1]:
             case ["/long"]:
-                said[0][1][:] *= 20
+                answer[0][1][:] *= 20
             case ["/think"]:
-                said.insert(0, ("thinking", [f"{word} " for word in DEMO_THOUGHT.split()]))
+                answer.insert(0, ("thinking", [f"{word} " for word in DEMO_THOUGHT.split()]))
             case ["/tool"]:
-                name = tool.get("name") or tool["function"]["name"]
-                said = [("text", ["Let me ", "see. "]), (name, ['{"city":', '"Paris"}'])]
-        written = sum(len(pieces) for _, pieces in said)
+                name = (tool.get("function") or tool).get("name", "get_weather")
+                answer = [("text", ["Let me ", "see. "]), (name, ['{"city":', '"Paris"}'])]
+        written = sum(len(pieces) for _, pieces in answer)
         used = {"prompt_tokens": 25, "completion_tokens": written, "total_tokens": 25 + written}
-        events, whole = DEMOS[dialect](said, used)
+        events, whole = DEMOS[dialect](answer, used)
         if not body.get("stream"):
             return httpx.Response(200, json=whole)
         cut = prompt.startswith("/cut")
@@ -5923,6 +5973,8 @@ def describe(providers: Iterable[str]) -> dict[str, Any]:
     json, place = "application/json", "#/components/schemas/{name}"
     bodies = (Body, SessionRequest, ErrorBody)
     shapes, components = msgspec.json.schema_components(bodies, ref_template=place)
+    for name in CHAT_FIELDS:
+        del components["Body"]["properties"][name]
     content: list[dict[str, Any]] = [{"content": {json: {"schema": shape}}} for shape in shapes]
     ask, proof, error = content
     ask["required"] = proof["required"] = True

@@ -1517,6 +1517,7 @@ def test_a_price_is_an_amount(tmp_path: Path, name: str, figure: str) -> None:
         pytest.param("https://m\u00fcnchen.example", False, id="not punycode"),
         pytest.param("https://app.example.com?x", False, id="query"),
         pytest.param("null", False, id="null"),
+        pytest.param("safari-web-extension://8EAD25AC-0", True, id="extension"),
     ],
 )
 def test_an_origin_is_written_as_browsers_send_it(origin: str, good: bool) -> None:
@@ -2169,7 +2170,7 @@ def test_what_the_assistant_refused_to_say_stays_in_the_history() -> None:
 
 
 def test_an_image_of_type_jpg_is_a_jpeg() -> None:
-    image = {"type": "image_url", "image_url": {"url": "data:image/jpg;base64,QUFB"}}
+    image = {"type": "image_url", "image_url": {"url": "data:image/JPG;base64,QUFB"}}
     for body in everywhere({"messages": [user([image])]}).values():
         assert "image/jpeg" in json.dumps(body) and "image/jpg" not in json.dumps(body)
 
@@ -2186,6 +2187,70 @@ def test_a_system_message_in_the_middle_stays_in_its_place() -> None:
         assert bodies["messages"]["messages"][2] == user(folded)
         kept = sent("anthropic", "claude-opus-4-8", messages).body["messages"][3]
         assert kept == system([{"type": "text", "text": "Now in French."}])
+
+
+CALLS_TWO = assistant([{"type": "tool_use", "id": c, "name": "f", "input": {}} for c in "ab"])
+
+
+def result_of(call: str) -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": call, "content": "x"}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        pytest.param([user("wait"), system("s"), result_of("a"), result_of("b")], id="late"),
+        pytest.param(
+            [system("s"), user("wait"), result_of("a"), result_of("b")], id="system first"
+        ),
+        pytest.param([result_of("a"), system("s"), user("w"), result_of("b")], id="in two parts"),
+    ],
+)
+def test_results_stand_next_to_their_calls_wherever_they_are_sent(said: list[Any]) -> None:
+    bodies = everywhere({"messages": [user("Hi"), CALLS_TWO, *said]})
+    roles = [turn["role"] for turn in bodies["chat"]["messages"]]
+    assert roles[:4] == ["user", "assistant", "tool", "tool"]
+    turns = bodies["messages"]["messages"]
+    assert [b["type"] for b in turns[2]["content"]][:2] == ["tool_result"] * 2
+    kinds = [item.get("type") for item in bodies["responses"]["input"]]
+    assert kinds[1:5] == ["function_call"] * 2 + ["function_call_output"] * 2
+
+
+def test_a_result_loses_none_of_its_fields() -> None:
+    posts = [{"text": "First", "author": "ann"}, {"text": "Second", "author": "bob"}]
+    for result, wanted in (
+        (posts, json.dumps(posts, separators=(",", ":"))),
+        ([], "[]"),
+        ([{"type": "text", "text": "a"}, {"text": "b"}], "ab"),
+    ):
+        assert proxy.read_result(result, "x") == wanted
+
+
+def test_an_effort_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(proxy.BadRequest, match="reasoning_effort: must be none, minimal"):
+        parse(ask(reasoning_effort="foo"), chat=True)
+
+
+def test_both_names_of_stop_count() -> None:
+    request, _ = parse(ask(stop="A", stop_sequences=["B"]))
+    assert request.stop == ["A", "B"]
+
+
+def test_a_tool_without_parameters_is_one_that_openai_takes() -> None:
+    for schema in ({}, {"type": "object"}, {"properties": {}}):
+        tools = [{"name": "now", "input_schema": schema}]
+        request, _ = parse(ask(tools=tools))
+        assert request.tools[0].parameters == {"type": "object", "properties": {}}
+
+
+def test_json_is_asked_for_in_what_is_said_to_responses() -> None:
+    body = ask(response_format={"type": "json_object"}, messages=[system("In JSON."), *HI])
+    request, _ = parse(body, chat=True)
+    told = json.loads(msgspec.json.encode(adapter("openai").encode(request)))
+    assert "instructions" not in told
+    assert told["input"][0] == {
+        "role": "developer", "content": [{"type": "input_text", "text": "In JSON."}]
+    }  # fmt: skip
 
 
 def test_results_come_before_the_text_of_their_turn() -> None:
@@ -2899,6 +2964,8 @@ def native_error(response: httpx.Response) -> dict[str, Any]:
 
 
 THOUGHTS = "reasoning.encrypted_content"
+# platform.claude.com says so of each; the public table does not
+THINKING_BY_DEFAULT = {"claude-haiku-5-5", "claude-opus-5", "claude-sonnet-5"}
 
 
 @pytest.mark.parametrize(("path", "body"), NATIVE_CALLS)
@@ -3141,6 +3208,43 @@ def test_a_tool_that_the_callers_own_program_runs_goes_up(
     assert upstream.requests[0].json["tools"] == [tool]
 
 
+@pytest.mark.parametrize(
+    "hidden", [{"file_data": "boo"}, {"type": "base64", "data": "boo"}], ids=["file", "base64"]
+)
+@pytest.mark.parametrize(
+    ("dialect", "place"),
+    [
+        pytest.param("messages", lambda x: {"tools": [{"name": "f", "input_schema": {},
+                                                       "input_examples": [x]}]}, id="example"),
+        pytest.param("messages", lambda x: {"messages": [user("x") | x]}, id="message"),
+        pytest.param("messages", lambda x: part(**({"type": "text", "text": "x"} | x)), id="block"),
+        pytest.param("responses", lambda x: {"input": [{"type": "local_shell_call", "id": "l",
+                     "call_id": "l", "action": {"type": "exec", "env": x}}]}, id="environment"),
+    ],
+)  # fmt: skip
+def test_what_looks_like_the_data_of_a_file_hides_no_text(
+    hidden: dict[str, Any], dialect: str, place: Callable[[Any], dict[str, Any]]
+) -> None:
+    limits = proxy.Limits(denied=("boo",))
+    with pytest.raises(proxy.BadRequest):
+        proxy.parse_native(native(dialect, **place(hidden)), dialect, limits, (), [])
+
+
+def test_a_variable_of_a_template_hides_no_text() -> None:
+    variables = {name: proxy.Variable() for name in ("type", "data", "file_data", "image_url")}
+    prompt = "".join(f"{{{name}}}" for name in variables)
+    made = proxy.Template(model="m", prompt=proxy.Phrase(prompt), variables=variables)
+    for kind, name in (
+        ("base64", "data"),
+        ("input_file", "file_data"),
+        ("input_image", "image_url"),
+    ):
+        given = dict.fromkeys(variables, "x") | {"type": kind, name: "boo"}
+        with pytest.raises(proxy.BadRequest, match="not allowed here"):
+            parse({"template": "t", "variables": given}, proxy.Limits(denied=("boo",)),
+                  templates={"t": made})  # fmt: skip
+
+
 def test_the_data_of_documents_are_no_characters(vendors: Server, upstream: Upstream) -> None:
     data = "QUFB" * 150_000
     source = {"type": "base64", "media_type": "application/pdf", "data": data}
@@ -3346,6 +3450,29 @@ def test_whose_account_pays_is_said_by_the_config(serve: Serve, upstream: Upstre
     assert ask_native(server, "responses", mine).status_code == 200
     got = upstream.requests[0].headers
     assert (got["openai-organization"], got["openai-project"]) == ("org-1", "proj-1")
+
+
+def test_a_fallback_that_chat_cannot_serve_is_not_asked_over_chat(
+    serve: Serve, upstream: Upstream
+) -> None:
+    alias = (
+        "[models.a]\ntarget = 'openai/gpt-4o'\nfallback = ['openai/gpt-5-pro', 'openai/gpt-4.1']"
+    )
+    server = serve(f"{NO_BUDGET}{alias}\n[upstream]\nattempts = 1")
+    upstream.play(reply(503, vendor_error()), official)
+    got = server.post("/v1/chat/completions", native("chat", model="a"))
+    assert got.status_code == 200
+    assert [r.json["model"] for r in upstream.requests] == ["gpt-4o", "gpt-4.1"]
+
+
+def test_an_answer_that_is_cut_at_a_stop_text_tells_its_estimate(
+    vendors: Server, upstream: Upstream
+) -> None:
+    upstream.play([*stream(*responses_events(["one STOP", " two"])[:4], end=False), HANG])
+    answered = vendors.post("/api/openai", ask(model="gpt-4.1", stop="STOP", max_tokens=50))
+    last = check_frames(answered.text)
+    assert text_of(answered.text) == "one "
+    assert last["usage"]["prompt_tokens"] > 0 and last["costUsd"] > 0
 
 
 ONLY_IN_RESPONSES = ["gpt-5-pro", "gpt-5.3-codex", "gpt-5.5-pro-2026-04-23", "o3-pro", "o1-pro"]
@@ -6860,6 +6987,50 @@ def test_nothing_is_left_of_a_process_without_signs_of_life(redis_url: str) -> N
     asyncio.run(play())
 
 
+def test_what_is_told_of_who_seemed_dead_is_told_again_when_it_is_so(redis_url: str) -> None:
+    told: list[int] = []
+
+    async def play() -> None:
+        name, lease = next(NAMESPACES), proxy.Duration(1)
+
+        def tell(_: Any, percent: int) -> None:
+            told.append(percent)
+
+        async with (
+            redis_store(redis_url, name, lease=lease, tell=tell) as slow,
+            redis_store(redis_url, name, lease=lease, tell=tell) as other,
+        ):
+            asked = wish("1", caps=[cap()], least=0.85, most=0.85)
+            asked.row = msgspec.json.encode(proxy.Entry(1796083200.0, "1"))
+            await slow.admit(asked)
+            fall_silent(slow)
+            await eventually(lambda: rows_of(other))
+            assert told == [80]
+            await slow.settle(end_of(asked, 0.1))
+            second = wish("2", caps=[cap()], least=0.8, most=0.8)
+            await other.admit(second)
+            await other.settle(end_of(second, 0.75))
+            assert told == [80, 80]
+
+    asyncio.run(play())
+
+
+def test_what_an_older_version_left_is_no_end_of_redis(redis_url: str) -> None:
+    """Its requests have no day."""
+
+    async def play() -> None:
+        async with redis_store(redis_url, lease=proxy.Duration(1)) as store:
+            redis, prefix = store.link.redis, store.link.prefix
+            row = msgspec.json.encode(proxy.Entry(1796083200.0, "1", client="key:a"))
+            fields = {"client": "c", "held": 0, "row": row}
+            await redis.hset(f"{prefix}open:1", mapping=fields)
+            await redis.zadd(f"{prefix}open", {"1": 1})
+            await eventually(lambda: rows_of(store))
+            assert store.link.up
+
+    asyncio.run(play())
+
+
 def replace_row(row: Any, **more: Any) -> Any:
     return msgspec.structs.replace(row, **more)
 
@@ -7832,11 +8003,36 @@ def test_who_still_sends_a_body_reads_why_it_is_refused(
         assert read_until(connection, b"\r\n").split()[1] == b"200"
 
 
-def test_who_waits_to_be_asked_for_its_body_is_told_at_once(refusing: Server) -> None:
+@pytest.mark.parametrize(("line", "header", "status"), REFUSED)
+def test_who_waits_to_be_asked_for_its_body_is_told_at_once(
+    refusing: Server, line: str, header: str, status: int
+) -> None:
+    length = 20_000_000 if status == 413 else 50_000
     with socket.create_connection(("127.0.0.1", refusing.port), timeout=1.5) as connection:
-        head = "POST /api/anthropic HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        connection.sendall(f"{head}Expect: 100-continue\r\nContent-Length: 9\r\n\r\n".encode())
-        assert read_until(connection, b"\r\n").split()[1] == b"401"
+        head = f"{line} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{header}"
+        head += f"Expect: 100-continue\r\nContent-Length: {length}\r\n\r\n"
+        connection.sendall(head.encode())
+        said = read_until(connection, b"\r\n\r\n")
+        assert int(said.split()[1]) == status and b"connection: close" in said
+
+
+def test_bodies_that_do_not_come_leave_no_connection_open(refusing: Server) -> None:
+    """One that was answered while its body was waited for stayed open for good."""
+    with contextlib.ExitStack() as stack:
+        waiting = []
+        for number in range(90):
+            connection = socket.create_connection(("127.0.0.1", refusing.port), timeout=20)
+            waiting.append(stack.enter_context(connection))
+            path, key = ("nope", "api/anthropic", "api/anthropic")[number % 3], "no"
+            key = "the-only-key" if number % 3 == 2 else key  # whose body is read, and is late
+            head = f"POST /{path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
+            head += "Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"
+            connection.sendall(head.encode())
+        for connection in waiting:
+            said = b""
+            while more := connection.recv(65536):
+                said += more
+            assert int(said.split()[1]) in (404, 401, 408, 429)
 
 
 def test_who_sends_no_body_is_told_when_its_time_is_over(refusing: Server) -> None:
@@ -8547,7 +8743,7 @@ def test_nothing_stays_held_by_who_leaves_in_a_retry_pause(
     ("model", "more", "millionths"),
     [
         # a vendor that writes its cache unasked says so only at the end: 1 x 5, not 1 x 4
-        pytest.param("gpt-5.6", {}, (5, 20 * 5), id="what is written to a cache"),
+        pytest.param("gpt-5.6", {}, (5, 20 * 64), id="what is written to a cache"),
         # what is shown of its thinking may be a summary
         pytest.param("claude-haiku-4-5", {"enable_thinking": True, "max_tokens": 2000},
                      (Decimal("1.25"), 5 * 2000), id="thinking"),
@@ -9423,6 +9619,27 @@ def test_a_cut_before_the_last_blank_line_is_incomplete(dialect: str, line_end: 
             assert not answer.calls  # a call is told only when it is whole
         else:
             assert answer == WHOLE
+
+
+@pytest.mark.parametrize(
+    ("end", "finish"),
+    [
+        ("model_length", "length"),
+        ("sensitive", "content_filter"),
+        ("network_error", None),
+        ("insufficient_system_resource", None),
+    ],
+)
+def test_an_end_of_another_vendors_is_no_plain_stop(end: str, finish: str | None) -> None:
+    half = chat_chunks({"delta": {"content": "half of"}}, {"delta": {}, "finish_reason": end})
+    assert fed("chat", half).finish == finish
+
+
+def test_a_call_with_half_a_character_is_whole() -> None:
+    events = chat_events("", tools=(("", "f", '{"x": "\\ud83d"}'),))
+    [(number, name, arguments)] = fed("chat", b"".join(events)).calls
+    assert (name, arguments) == ("f", {"x": "\ud83d"})
+    assert number.startswith("call_")
 
 
 def test_a_number_that_is_none_is_no_end_of_an_answer() -> None:
@@ -10429,8 +10646,9 @@ class VendorRules:
             assert choice["type"] != "tool" or choice["name"] in names, "tool_choice: name"
             assert rules.forced_tools or not forced, "tool_choice: forced tools not supported"
         thinking = body.get("thinking")
-        if thinking:
-            assert thinking["type"] != "disabled", "thinking: cannot be disabled everywhere"
+        if thinking == {"type": "disabled"}:
+            assert body["model"] in THINKING_BY_DEFAULT, "thinking: cannot be disabled everywhere"
+        elif thinking:
             expected = {"budget": "enabled", "adaptive": "adaptive"}[rules.thinking]
             assert thinking["type"] == expected, f"thinking: {expected} is what the model takes"
             if expected == "enabled":
@@ -10966,7 +11184,10 @@ def test_the_capabilities_agree_with_the_public_table(model: str, can: dict[str,
         assert ("temperature" in sampled.body) == known.sampling
         thinks = sent("anthropic", model, THINKS).body["thinking"]["type"]
         assert thinks == {"budget": "enabled"}.get(known.thinking, "adaptive")
-        assert adapter("anthropic", model).reasons == can.get("thinking_always_on", False)
+        always, by_default = can.get("thinking_always_on", False), model in THINKING_BY_DEFAULT
+        assert adapter("anthropic", model).reasons == (always or by_default)
+        off = sent("anthropic", model, THINKS | {"enable_thinking": False}).body.get("thinking")
+        assert off == ({"type": "disabled"} if by_default else None)
         assert ("tool_choice" in sent("anthropic", model, asks("required")).body) == (
             known.forced_tools
         )
@@ -14123,6 +14344,21 @@ def test_demo_answers(played: Played, provider: str) -> None:
     assert last["usage"]["completionTokens"] > 0
     assert len(frames(streamed.text)) > 10
     assert check_whole(played[provider, "plain", False])["content"] == text_of(streamed.text)
+
+
+def test_demo_knows_tools_and_messages_of_every_shape(demo: Server) -> None:
+    client = gpt(demo.url)
+    said: Any = [{"content": "/tool", "role": "user", "name": "ann"}]
+    tools: Any = [{"type": "custom", "custom": {"name": "cc"}}]
+    answer = client.chat.completions.create(model="gpt-4o", messages=said, tools=tools)
+    assert answer.choices[0].finish_reason == "tool_calls"
+    assert client.responses.create(model="gpt-5", input="/tool").output[-1].type == "function_call"
+
+
+def test_the_published_body_has_what_a_browser_may_send(demo: Server) -> None:
+    body = demo.get("/openapi.json").json()["components"]["schemas"]["Body"]["properties"]
+    ignored = demo.post(json=dict.fromkeys(body) | ask()).headers["x-dropped-params"]
+    assert ignored == "template, variables"  # which are of another kind of body
 
 
 def test_demo_answers_official_sdks(demo: Server) -> None:
