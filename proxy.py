@@ -4499,6 +4499,8 @@ class Attempt:
         try:
             batch = self.adapter.feed(await anext(self.chunks))
         except StopAsyncIteration:
+            if self.adapter.sse.rest[:1] == b"{":  # no stream: it may say what is wrong
+                self.adapter.read(self.adapter.sse.rest)
             message = "the vendor ended the answer before it was complete"
             raise UpstreamError(502, message) from None
         except asyncio.CancelledError:

@@ -1777,6 +1777,15 @@ def test_a_field_that_the_vendor_names_is_named(
     assert error["error"] == "n: too many"
 
 
+def test_an_error_in_one_piece_with_a_good_status_is_that_error(
+    trouble: Server, upstream: Upstream
+) -> None:
+    wrong = {"error": {"type": "invalid_request_error", "message": "too long"}}
+    upstream.play(reply(200, wrong))
+    assert check_error(trouble.post(), 400, "upstream_rejected")["error"] == "too long"
+    assert len(upstream.requests) == 1
+
+
 def test_a_prompt_that_was_flagged_is_the_callers_mistake(
     trouble: Server, upstream: Upstream
 ) -> None:
