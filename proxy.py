@@ -150,8 +150,8 @@ KINDS: dict[type, tuple[str, str]] = {
           '{!r} is not an amount of USD like 0.5, nor "unlimited"'),
     BaseUrl: (URL, 'must look like "https://api.example.com/v1", not {!r}'),
     Url: (rf"({URL}(\?.*)?)?", "{!r} is not an http(s) URL"),
-    Origin: (r"(?!http://.*:80$|https://.*:443$|https?://.*[^a-z0-9._:\[\]-])"
-             r"[a-z][a-z0-9+.-]*://[^/?#\s*]+|\*",
+    Origin: (r"(?!http://.*:80$|https://.*:443$)https?://([a-z0-9._-]+|\[[0-9a-f:]+\])(:\d+)?"
+             r"|(?!https?:)[a-z][a-z0-9+.-]*://[^/?#\s*]+|\*",
              '{!r} must be as browsers send it, like "https://app.example.com": in lower case, '
              "without a path, a final slash or the usual port"),
     Digest: (f"(?!{NO_KEY})[0-9a-f]{{64}}", "must be the 64 hex digits that `printf %s KEY | "
@@ -1057,10 +1057,17 @@ def convert_body(body: Any, kind: Any) -> Any:
 OPAQUE = set("input arguments parameters input_schema schema parsed parsed_arguments".split())  # noqa
 
 
-def readable(value: Any) -> str:
-    """As JSON, or what is JSON already, but with quotes and line breaks as a model reads them."""
-    text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
-    return text.replace('\\"', '"').replace("\\n", "\n").replace("\\\\", "\\")
+ESCAPED, WRITTEN = re.compile(r"\\(u[\da-fA-F]{4}|.)"), {"n": "\n", "r": "\r", "t": "\t"}
+
+
+def readable(text: str) -> str:
+    """What a model reads in JSON: quotes, line breaks and other characters as they are."""
+
+    def read(found: re.Match[str]) -> str:
+        named = WRITTEN.get(found[1], found[1])
+        return chr(int(named[1:], 16)) if len(named) > 1 else named
+
+    return ESCAPED.sub(read, text)
 
 
 def strings(value: Any) -> Iterator[str]:
@@ -1084,7 +1091,9 @@ def strings(value: Any) -> Iterator[str]:
                     continue
                 opaque = key == "arguments" or (key == "tools" and inner)
                 opaque = opaque or (key in OPAQUE and isinstance(inner, dict))
-                todo.append((readable(inner) if opaque else inner, False))
+                if opaque and not isinstance(inner, str):
+                    inner = msgspec.json.encode(inner).decode()
+                todo.append((inner, False))
 
 
 def blocks(value: Any) -> Iterator[dict[str, Any]]:
@@ -1130,7 +1139,8 @@ def check_texts(said: Any, limits: Limits) -> None:
     if (count := sum(map(len, texts))) > limits.max_characters:
         allowed = f"at most {limits.max_characters} are allowed"
         raise BadRequest(f"messages: {count} characters, {allowed}")
-    text = "\n".join(texts).casefold() if limits.denied else ""
+    text = "\n".join(texts) if limits.denied else ""
+    text = f"{text}\n{readable(text)}".casefold()  # some of it is JSON
     if any(denied.casefold() in text for denied in limits.denied):
         raise BadRequest("messages: hold a text that is not allowed here")
 
@@ -1374,6 +1384,12 @@ def read_tool_choice(given: Any, tools: list[Tool]) -> str | dict[str, str]:
     raise BadRequest("tool_choice: must be auto, none, required or the name of one of the tools")
 
 
+def calls(message: Message, results: list[ToolResult]) -> bool:
+    """Does it make one of the calls that these are the results of?"""
+    ids = {result.id for result in results}
+    return any(isinstance(part, ToolUse) and part.id in ids for part in message.content)
+
+
 def join_messages(messages: list[Message]) -> tuple[str, list[Message]]:
     """Lift out the leading system text, drop empty text, join neighbours of one role, and put the
     results of tool calls next to the calls: every vendor wants that."""
@@ -1381,14 +1397,13 @@ def join_messages(messages: list[Message]) -> tuple[str, list[Message]]:
     joined: list[Message] = []
     for message in messages:
         parts = [p for p in message.content if not isinstance(p, Text) or p.text.strip()]
-        results: list[Part] = [p for p in parts if isinstance(p, ToolResult)]
-        asked = [i for i, before in enumerate(joined) if before.role == "assistant"]
-        if results and asked:
-            if joined[asked[-1] + 1 :] and joined[asked[-1] + 1].role == "user":
-                joined[asked[-1] + 1].content.extend(results)
-            else:
-                joined.insert(asked[-1] + 1, Message("user", results))
-            parts = [p for p in parts if not isinstance(p, ToolResult)]
+        if results := [p for p in parts if isinstance(p, ToolResult)]:
+            at = next((i for i in reversed(range(len(joined))) if calls(joined[i], results)), -1)
+            if 0 <= at < len(joined) - 1 and joined[at + 1].role == "user":
+                joined[at + 1].content.extend(results)
+            elif at >= 0:
+                joined.insert(at + 1, Message("user", [*results]))
+            parts = [p for p in parts if at < 0 or not isinstance(p, ToolResult)]
         if not parts:
             continue
         if not joined and message.role == "system":
@@ -2430,7 +2445,9 @@ local function close(id, cost, caps, told)
          and call('HSETNX', key, 'at' .. percent, 1) == 1 then
         if percent == 100 then call('HSET', key, 'told', 1) end
         table.insert(told, {cap, percent})
-      elseif sum < mark then call('HDEL', key, 'at' .. percent) end
+      elseif sum < mark then
+        call('HDEL', key, 'at' .. percent, percent == 80 and 'told' or 'at100')
+      end
     end
   end
   free(id)
@@ -3437,7 +3454,9 @@ class Adapter:
             if arguments in ("", "null") and reason not in ("length", "content_filter"):
                 arguments = "{}"
             try:
-                msgspec.convert(read_json(arguments.encode()), dict[str, Any])
+                given = msgspec.convert(read_json(arguments.encode()), dict[str, Any])
+                if "NaN" in arguments or "Infinity" in arguments:  # no JSON for a browser
+                    arguments = msgspec.json.encode(given).decode()
                 # which older servers do not say
                 yield ToolUse(call.id or f"call_{secrets.token_hex(8)}", call.name, arguments)
             except NO_JSON:
@@ -4499,7 +4518,7 @@ class Attempt:
         try:
             batch = self.adapter.feed(await anext(self.chunks))
         except StopAsyncIteration:
-            if self.adapter.sse.rest[:1] == b"{":  # no stream: it may say what is wrong
+            if self.adapter.sse.rest.lstrip()[:1] == b"{":  # no stream, but maybe an error
                 self.adapter.read(self.adapter.sse.rest)
             message = "the vendor ended the answer before it was complete"
             raise UpstreamError(502, message) from None
@@ -5635,7 +5654,8 @@ class DemoTransport(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         body, path = msgspec.json.decode(request.content), request.url.path
         said = body.get("messages") or body.get("input")
-        last = said[-1] if isinstance(said, list) else {"content": said}
+        last = said[-1] if isinstance(said, list) else said
+        last = last if isinstance(last, dict) else {"content": last}
         *_, prompt = "", *strings(last.get("content", last.get("output")))
         dialect = next((name for name, a in ADAPTERS.items() if path.endswith(a.path)), "")
         if prompt.startswith("/error") or not dialect:

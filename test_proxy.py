@@ -1517,6 +1517,9 @@ def test_a_price_is_an_amount(tmp_path: Path, name: str, figure: str) -> None:
         pytest.param("https://m\u00fcnchen.example", False, id="not punycode"),
         pytest.param("https://app.example.com?x", False, id="query"),
         pytest.param("null", False, id="null"),
+        pytest.param("https://app.example.com:", False, id="no port"),
+        pytest.param("https://a:b:c", False, id="colons"),
+        pytest.param("http://[::1", False, id="half an address"),
         pytest.param("safari-web-extension://8EAD25AC-0", True, id="extension"),
     ],
 )
@@ -1781,9 +1784,11 @@ def test_an_error_in_one_piece_with_a_good_status_is_that_error(
     trouble: Server, upstream: Upstream
 ) -> None:
     wrong = {"error": {"type": "invalid_request_error", "message": "too long"}}
-    upstream.play(reply(200, wrong))
-    assert check_error(trouble.post(), 400, "upstream_rejected")["error"] == "too long"
-    assert len(upstream.requests) == 1
+    for space in (b"", b"\n"):
+        upstream.clear()
+        upstream.play(reply(200, space + json.dumps(wrong).encode()))
+        assert check_error(trouble.post(), 400, "upstream_rejected")["error"] == "too long"
+        assert len(upstream.requests) == 1
 
 
 def test_a_prompt_that_was_flagged_is_the_callers_mistake(
@@ -2260,6 +2265,14 @@ def test_json_is_asked_for_in_what_is_said_to_responses() -> None:
     assert told["input"][0] == {
         "role": "developer", "content": [{"type": "input_text", "text": "In JSON."}]
     }  # fmt: skip
+
+
+def test_each_result_stands_next_to_its_own_call() -> None:
+    first, second = ({"type": "tool_use", "id": c, "name": "f", "input": {}} for c in "ab")
+    late = [user("Hi"), assistant([first]), user("hurry"), assistant([second])]
+    bodies = everywhere({"messages": [*late, result_of("a"), result_of("b")]})
+    roles = [turn["role"] for turn in bodies["chat"]["messages"]]
+    assert roles == ["user", "assistant", "tool", "user", "assistant", "tool"]
 
 
 def test_results_come_before_the_text_of_their_turn() -> None:
@@ -3237,6 +3250,24 @@ def test_what_looks_like_the_data_of_a_file_hides_no_text(
     limits = proxy.Limits(denied=("boo",))
     with pytest.raises(proxy.BadRequest):
         proxy.parse_native(native(dialect, **place(hidden)), dialect, limits, (), [])
+
+
+@pytest.mark.parametrize(
+    "denied", ["C:\\new", "\\secret\\names", "tab\there", "cr\r\nlf", 'say "boo"', "caf\u00e9"]
+)
+def test_a_denied_text_is_found_however_json_spells_it(denied: str) -> None:
+    limits = proxy.Limits(denied=(denied,))
+    for tool in (
+        {"name": "f", "description": f"x {denied} y", "input_schema": {}},
+        {"name": "f", "input_schema": {"description": f"x {denied} y"}},
+    ):
+        with pytest.raises(proxy.BadRequest, match="not allowed here"):
+            proxy.parse_native(native("messages", tools=[tool]), "messages", limits, (), [])
+    function = {"name": "f", "arguments": json.dumps({"x": denied})}  # \u00e9
+    said = [user("Hi"), {"role": "assistant", "tool_calls": [
+        {"id": "c", "type": "function", "function": function}]}]  # fmt: skip
+    with pytest.raises(proxy.BadRequest, match="not allowed here"):
+        proxy.parse_native(native("chat", messages=said), "chat", limits, (), [])
 
 
 def test_a_variable_of_a_template_hides_no_text() -> None:
@@ -7009,17 +7040,18 @@ def test_what_is_told_of_who_seemed_dead_is_told_again_when_it_is_so(redis_url: 
             redis_store(redis_url, name, lease=lease, tell=tell) as slow,
             redis_store(redis_url, name, lease=lease, tell=tell) as other,
         ):
-            asked = wish("1", caps=[cap()], least=0.85, most=0.85)
+            asked = wish("1", caps=[cap()], least=1, most=1)
             asked.row = msgspec.json.encode(proxy.Entry(1796083200.0, "1"))
             await slow.admit(asked)
             fall_silent(slow)
             await eventually(lambda: rows_of(other))
-            assert told == [80]
+            assert told == [80, 100]
             await slow.settle(end_of(asked, 0.1))
-            second = wish("2", caps=[cap()], least=0.8, most=0.8)
-            await other.admit(second)
-            await other.settle(end_of(second, 0.75))
-            assert told == [80, 80]
+            for number, usd in (("2", 0.75), ("3", 0.15)):
+                later = wish(number, caps=[cap()], least=usd, most=usd)
+                await other.admit(later)
+                await other.settle(end_of(later, usd))
+            assert told == [80, 100, 80, 100]
 
     asyncio.run(play())
 
@@ -9649,6 +9681,11 @@ def test_a_call_with_half_a_character_is_whole() -> None:
     [(number, name, arguments)] = fed("chat", b"".join(events)).calls
     assert (name, arguments) == ("f", {"x": "\ud83d"})
     assert number.startswith("call_")
+
+
+def test_arguments_that_hold_no_number_are_json_for_a_browser() -> None:
+    events = chat_events("", tools=(("c", "f", '{"a": NaN, "b": 1}'),))
+    assert fed("chat", b"".join(events)).calls == [("c", "f", {"a": None, "b": 1})]
 
 
 def test_a_number_that_is_none_is_no_end_of_an_answer() -> None:
@@ -14362,6 +14399,8 @@ def test_demo_knows_tools_and_messages_of_every_shape(demo: Server) -> None:
     answer = client.chat.completions.create(model="gpt-4o", messages=said, tools=tools)
     assert answer.choices[0].finish_reason == "tool_calls"
     assert client.responses.create(model="gpt-5", input="/tool").output[-1].type == "function_call"
+    with pytest.raises(openai.NotFoundError):
+        client.embeddings.create(model="text-embedding-3-small", input=["a", "b"])
 
 
 def test_the_published_body_has_what_a_browser_may_send(demo: Server) -> None:
