@@ -7243,6 +7243,7 @@ def test_a_place_counts_here_too_should_redis_go_away(redis_url: str) -> None:
             store.link.fall("for this test")
             assert not await store.enter("3", "p", 2, False)
             await store.leave("1", "p")
+            await asyncio.sleep(0)  # Redis is told, too
             assert await store.enter("3", "p", 2, False)
 
     asyncio.run(play())
