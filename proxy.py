@@ -3197,6 +3197,7 @@ FIGURES = {
     "thinking_tokens": "reasoning_tokens", "reasoning_tokens": "reasoning_tokens",
 }  # fmt: skip
 
+UNTHINKING = ({"type": "disabled"}, {"effort": "none"}, "none")  # as native bodies say it
 LEAST_OUTPUT = 16  # OpenAI Responses takes no lower limit, and is sent this instead
 
 # How many tokens a model reads. The first line with a pattern that matches counts.
@@ -5340,11 +5341,11 @@ class Proxy:
         # thinking that is not shown, or only its summary, is billed all the same
         request, native = call.request, call.request.native or {}
         asked = request.thinking and "enable_thinking" not in account.dropped
-        names = ("thinking", "reasoning", "reasoning_effort")
-        asked = asked or any(native.get(name) for name in names)
+        said = [native.get(name) for name in ("thinking", "reasoning", "reasoning_effort")]
+        off = request.thinking is False or any(each in UNTHINKING for each in said)
         own = capability(model.rpartition("/")[2])  # resellers put the maker in front
-        thinks = not own.isdisjoint(("always", "on"))  # whatever is asked
-        account.hidden = thinks or bool(asked) or not request.stream
+        thinks = "always" in own or (not off and ("on" in own or asked or any(said)))
+        account.hidden = bool(thinks) or not request.stream
         account.billed = True
 
     def explain(self, failed: BaseException, provider: str) -> UpstreamError:

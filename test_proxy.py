@@ -8786,6 +8786,12 @@ def test_nothing_stays_held_by_who_leaves_in_a_retry_pause(
     [
         # a vendor that writes its cache unasked says so only at the end: 1 x 5, not 1 x 4
         pytest.param("gpt-5.6", {}, (5, 20 * 64), id="what is written to a cache"),
+        # one that was told not to think is charged for what has come
+        pytest.param("gpt-5.6", {"enable_thinking": False}, (5, 20 * 5), id="no thinking"),
+        pytest.param("claude-haiku-5-5", {}, (Decimal("0.125"), Decimal("0.5") * 64),
+                     id="thinking that nobody asked for"),
+        pytest.param("claude-haiku-5-5", {"enable_thinking": False},
+                     (Decimal("0.125"), Decimal("0.5") * 1), id="thinking that is turned off"),
         # what is shown of its thinking may be a summary
         pytest.param("claude-haiku-4-5", {"enable_thinking": True, "max_tokens": 2000},
                      (Decimal("1.25"), 5 * 2000), id="thinking"),
