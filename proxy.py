@@ -1039,6 +1039,19 @@ def decode_body(body: bytes, limits: Limits) -> dict[str, Any]:
 
 # Whatever is not JSON, or of another type, raises one of these.
 NO_JSON = (msgspec.DecodeError, ValueError, RecursionError)
+decode_json = msgspec.json.Decoder().decode  # built once: this is the way of every token
+# Where a text was cut in the middle of a character; what is whole comes first, and is kept.
+HALF = re.compile(rb"(\\\\|\\u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w)|\\u[dD][89a-fA-F]\w\w")
+
+
+def read_json(data: bytes) -> Any:
+    """What a vendor wrote. Infinity and NaN are no JSON, but there; half a character, which JSON
+    must not hold, becomes U+FFFD."""
+    try:
+        return decode_json(data)
+    except NO_JSON:
+        whole = data.decode(errors="replace").encode()
+        return json.loads(HALF.sub(lambda found: found[1] or b"\\ufffd", whole))
 
 
 def convert_body(body: Any, kind: Any) -> Any:
@@ -1054,7 +1067,9 @@ def convert_body(body: Any, kind: Any) -> Any:
 
 
 # What a tool is called with, and what describes it, is nobody's conversation.
-OPAQUE = set("input arguments parameters input_schema schema parsed parsed_arguments".split())  # noqa
+OPAQUE = {
+    "input", "arguments", "parameters", "input_schema", "schema", "parsed", "parsed_arguments",
+}  # fmt: skip
 
 
 ESCAPED, WRITTEN = re.compile(r"\\(u[\da-fA-F]{4}|.)"), {"n": "\n", "r": "\r", "t": "\t"}
@@ -3246,21 +3261,8 @@ def image_url(image: Image) -> str:
     return image.source.get("url") or "data:{media_type};base64,{data}".format(**image.source)
 
 
-decode_json = msgspec.json.Decoder().decode  # built once: this is the way of every token
-# Where a text was cut in the middle of a character; what is whole comes first, and is kept.
-HALF = re.compile(rb"(\\\\|\\u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w)|\\u[dD][89a-fA-F]\w\w")
 # What both are in the chunk of a Chat stream that only the proxy asked for.
 SOME_USAGE, NO_CHOICES = re.compile(rb'"usage":\s*\{'), re.compile(rb'"choices":\s*\[\s*\]')
-
-
-def read_json(data: bytes) -> Any:
-    """What a vendor wrote. Infinity and NaN are no JSON, but there; half a character, which JSON
-    must not hold, becomes U+FFFD."""
-    try:
-        return decode_json(data)
-    except NO_JSON:
-        whole = data.decode(errors="replace").encode()
-        return json.loads(HALF.sub(lambda found: found[1] or b"\\ufffd", whole))
 
 
 def function_call(call: ToolUse) -> dict[str, Any]:
@@ -5342,7 +5344,8 @@ class Proxy:
         request, native = call.request, call.request.native or {}
         asked = request.thinking and "enable_thinking" not in account.dropped
         said = [native.get(name) for name in ("thinking", "reasoning", "reasoning_effort")]
-        off = request.thinking is False or any(each in UNTHINKING for each in said)
+        told = request.thinking is False and "on" in attempt.adapter.can  # else it is not sent
+        off = told or any(each in UNTHINKING for each in said)
         own = capability(model.rpartition("/")[2])  # resellers put the maker in front
         thinks = "always" in own or (not off and ("on" in own or asked or any(said)))
         account.hidden = bool(thinks) or not request.stream

@@ -8814,6 +8814,18 @@ def test_an_estimate_is_no_less_than_the_vendor_may_bill(
     assert Decimal(row["cost"]) == (millionths[0] * inputs + millionths[1]) / MILLION
 
 
+def test_thinking_that_a_reseller_is_not_told_to_leave_is_charged(
+    priced: Server, upstream: Upstream
+) -> None:
+    """Nobody knows how its names of models are to be told."""
+    upstream.play([*stream(*CHAT_HALF, end=False), RESET])
+    number = next(IDS)
+    body = ask(model="openai/gpt-5.5", max_tokens=64, enable_thinking=False)
+    priced.post("/api/reseller", body, headers={"x-request-id": number})
+    assert "reasoning_effort" not in upstream.requests[0].json
+    assert last_row(priced, number)["output_tokens"] == 64
+
+
 def test_an_estimate_counts_a_cache_for_an_hour_at_its_price(
     plain_server: Server, upstream: Upstream
 ) -> None:
