@@ -690,10 +690,10 @@ ERROR_TYPES = {
 
 
 class ProxyError(Exception):
-    """An error as the caller sees it. `retry` False says that trying again is useless; an SDK that
-    knows the vendor's own code of it, or Anthropic's `details`, is told that."""
+    """An error as the caller sees it. `retry` False says that trying again is useless. An SDK reads
+    more of it: which field is at fault (`param`), the vendor's own code, Anthropic's `details`."""
 
-    vendor_code = ""
+    vendor_code = param = ""
     details: dict[str, Any] | None = None
 
     def __init__(
@@ -711,6 +711,7 @@ class ProxyError(Exception):
 class BadRequest(ProxyError):
     def __init__(self, message: str) -> None:
         super().__init__(400, "invalid_request", message)
+        self.param = message.partition(":")[0]
 
 
 class Stopping(ProxyError):
@@ -735,7 +736,7 @@ def error_body(error: ProxyError, request_id: str, dialect: str = "") -> bytes:
             detail |= {"details": error.details} if error.details else {}
             body = {"type": "error", "error": detail, "request_id": request_id}
         case _:
-            detail |= {"param": None, "code": error.vendor_code or error.code}
+            detail |= {"param": error.param or None, "code": error.vendor_code or error.code}
             body = {"type": "error", "error": detail}
     return msgspec.json.encode(body)
 
@@ -770,21 +771,25 @@ def redact(message: str, known: Iterable[str] = (), length: int = 500) -> str:
 
 
 class UpstreamError(ProxyError):
-    """The vendor failed us. `status` here is the vendor's; `names` are what it calls the error;
+    """The vendor failed us. `status` here is the vendor's, as is the `error` that it told of;
     `sent` says whether it may bill the attempt; `wait` is its retry-after in seconds; `forbidden`
     that what was asked may be at fault, or our key; `moved` that another key of ours may be taken
     at once; `told` that an SDK has the vendor's own event of it."""
 
     def __init__(
-        self, status: int, message: str, names: Iterable[str] = (), *, code: str = "",
-        wait: float | None = None, advice: str = "", sent: bool = True, vendor_code: Any = None,
+        self, status: int, message: str, error: Map[str, Any] = {}, *, code: str = "",
+        wait: float | None = None, advice: str = "", sent: bool = True,
     ) -> None:  # fmt: skip
         shown, known_code = UPSTREAM_CODES.get(status, (502, "upstream_error"))
         self.sent, self.wait, self.moved, self.told = sent, wait, False, False
         self.forbidden = status == 403
-        plain = re.fullmatch(r"[A-Za-z][\w.-]{0,63}", str(vendor_code or ""))
-        if plain and known_code != "upstream_auth":
-            self.vendor_code = plain[0]
+        told = (str(error.get(name) or "") for name in ("code", "param"))
+        plain = (re.fullmatch(r"[A-Za-z][\w.[\]-]{0,99}", text) for text in told)
+        if known_code != "upstream_auth":
+            self.vendor_code, self.param = (found[0] if found else "" for found in plain)
+        details = error.get("details")
+        deep = details.get("error_code") if isinstance(details, dict) else None
+        names = {str(name) for name in (error.get("type"), error.get("code"), deep)}
         passing = status >= 500 or status in (408, 409, 429)
         self.retryable = passing and advice != "false" and EXHAUSTED.isdisjoint(names)
         if known_code == "upstream_auth":
@@ -3473,8 +3478,7 @@ class Adapter:
         given = [error.get(key) for key in ("status_code", "code", "type")]
         statuses = (n if isinstance(n, int) else UPSTREAM_TYPES.get(str(n)) for n in given)
         message = str(error.get("message") or "the vendor reported an error")
-        status, names = next(filter(None, statuses), 502), map(str, given)
-        return Failure(UpstreamError(status, message, names, vendor_code=error.get("code")))
+        return Failure(UpstreamError(next(filter(None, statuses), 502), message, error))
 
     def showable(self, error: Any, failure: UpstreamError) -> bool:
         """May a caller read it as it came: is it not our account's trouble, nor holds a key?"""
@@ -4570,7 +4574,7 @@ class Attempt:
 
 
 async def read_refusal(response: httpx.Response) -> UpstreamError:
-    body, error, deep = b"", dict[str, Any](), None
+    body, error = b"", dict[str, Any]()
     async for chunk in response.aiter_bytes():
         if len(body := body + chunk) > 65536:
             break
@@ -4582,19 +4586,14 @@ async def read_refusal(response: httpx.Response) -> UpstreamError:
                 error = {"message": message}
             case {"detail": [wrong, *_]} | {"message": {"detail": [wrong, *_]}}:  # FastAPI's
                 error = {"message": f"{wrong['loc'][-1]}: {wrong['msg']}"}
-    if isinstance(details := error.get("details"), dict):
-        deep = details.get("error_code")
     message = str(error.get("message") or f"the vendor answered {response.status_code}")
-    names = [str(name) for name in (error.get("type"), error.get("code"), deep)]
     wait, advice = read_retry_after(response.headers), response.headers.get("x-should-retry", "")
     status, billed = response.status_code, response.status_code < 400
     status = 502 if status == 504 else status  # which says that a deadline of ours has passed
     match error:
         case {"code": 403, "metadata": {"reasons": _}}:  # OpenRouter's: the prompt was flagged
             status = 400
-    return UpstreamError(
-        status, message, names, wait=wait, advice=advice, sent=billed, vendor_code=error.get("code")
-    )
+    return UpstreamError(status, message, error, wait=wait, advice=advice, sent=billed)
 
 
 def read_retry_after(headers: Map[str, str]) -> float | None:
@@ -5357,8 +5356,8 @@ class Proxy:
             failed = classify(failed)
         if not isinstance(failed, UpstreamError):
             raise failed
-        failed.message = redact(failed.message, self.secrets)
-        failed.vendor_code = redact(failed.vendor_code, self.secrets)
+        for name in ("message", "vendor_code", "param"):
+            setattr(failed, name, redact(getattr(failed, name), self.secrets))
         if failed.status == 504:
             self.metrics.timeouts.labels(provider).inc()
         return failed

@@ -3433,6 +3433,21 @@ def test_an_sdk_reads_the_vendors_own_code_of_an_error(
         assert plain.json()["code"] == ("upstream_auth" if status == 401 else "upstream_rejected")
 
 
+@pytest.mark.parametrize("streamed", [True, False])
+def test_an_sdk_reads_which_parameter_was_at_fault(
+    vendors: Server, upstream: Upstream, streamed: bool
+) -> None:
+    field = "messages[0].content"
+    for param, shown in ((field, field), (OPENAI_KEY, "[removed]"), (None, None), (3, None)):
+        upstream.play(reply(400, {"error": {"message": "No", "code": None, "param": param}}))
+        for caller in ("chat", "responses"):
+            assert raised(caller, vendors.url, stream=streamed).param == shown
+    wrong = vendors.post("/v1/chat/completions", native("chat", temperature="hot"))
+    assert native_error(wrong)["param"] == "temperature"
+    unknown = vendors.post("/v1/responses", native("responses", background=True))
+    assert native_error(unknown)["param"] == "background"
+
+
 @pytest.mark.parametrize("dialect", NATIVE)
 def test_the_vendors_id_of_a_request_it_refused_comes_down(
     vendors: Server, upstream: Upstream, dialect: str
