@@ -1656,6 +1656,9 @@ class Client(Struct, frozen=True):
     since: float | None = None  # when its session began, in seconds since 1970
     per_session: Usd = UNLIMITED
 
+    def may_use(self, model: str) -> bool:
+        return matches(model, self.models) and matches(model, self.parent_models)
+
 
 FORWARDING = {"forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip"}
 LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")
@@ -1778,6 +1781,13 @@ class Clients:
         per_day = address_only if budget.client_per_day is None else budget.client_per_day
         caps = {"per_day": per_day, "per_month": budget.client_per_month}
         return Client(id, **{"limits": self.config.limits} | caps | more)
+
+    def kinds(self) -> list[Client]:
+        """One client of each kind that there may be."""
+        session = self.config.session
+        more = {"session": "any", "per_session": session.budget} if session else {}
+        kind = "ip:" if session or not self.closed else "key:"
+        return [self.client(kind, group="any", **more), *(client for _, client in self.keys)]
 
     def by_address(self, peer: str, headers: Headers) -> Client:
         return self.client(f"ip:{network(self.address(peer, headers))}")
@@ -4168,6 +4178,138 @@ def output_bound(tokens: int, n: int) -> int:
     return max(LEAST_OUTPUT, tokens) * n if tokens else 0
 
 
+# ---- Catalog -----------------------------------------------------------------------------------
+# What may be asked of whom: who serves a model, an alias or a template, and what it may cost.
+
+Target = tuple[str, str]  # a provider and a model of it: where an attempt goes
+MODEL_PRICE = "input and output in USD per million tokens, or free = true"
+
+
+def unpriced(name: str, price: str = MODEL_PRICE) -> str:
+    missing = f"{name} has no price, so no budget can hold for it"
+    return f'{missing}; the server\'s owner can add [prices."{name}"] with {price}'
+
+
+class Catalog:
+    """What the `providers`, those that have a key, serve. Raises ConfigError for a template that
+    nobody does and, where there is a budget (`capped`), for a model without a price."""
+
+    def __init__(self, config: Config, providers: Iterable[str], capped: bool) -> None:
+        self.config, self.providers = config, [*providers]
+        self.prices = Prices(config.prices, config.providers)
+        self.templates = self.template_targets()
+        if capped:
+            self.check_prices()
+
+    def resolve(self, name: str, provider: str = "") -> list[Target]:
+        """The targets of a model name or alias, first choice first. Where no `provider` was asked,
+        the most exact offer of the name counts. Raises 403."""
+        if not name:
+            raise BadRequest("model: is missing")
+        if targets := self.resolve_alias(name):
+            return targets
+        if name in self.config.models:
+            message = f"model: no provider of {name} has a key"
+            raise ProxyError(403, "model_not_allowed", message)
+        prefix, _, rest = name.partition("/")
+        offers = {p: self.config.providers[p].models for p in self.providers}
+        homes = [provider] if provider else [*offers]
+        order = [(prefix, rest), *((home, name) for home in homes)]
+        if not (free := provider in ("", prefix)):
+            order.append(order.pop(0))
+        found = [
+            (len(pattern) + len(name) - len(model), (home, model))  # so openai/… is none of o*
+            for home, model in order
+            for pattern in offers.get(home, ())
+            if model and matches(model, [pattern])
+        ]
+        if found:
+            return [max(found, key=lambda offer: offer[0])[1] if free else found[0][1]]
+        home = homes[0]
+        other = next((f"; send it to /api/{p}" for p in offers if matches(name, offers[p])), "")
+        offer = f"{home} offers {', '.join(offers[home])}"
+        raise ProxyError(403, "model_not_allowed", f"model: {offer}, not {redact(name)!r}{other}")
+
+    def resolve_alias(self, name: str) -> list[Target]:
+        alias = self.config.models.get(name)
+        names = (alias.target, *alias.fallback) if alias else ()
+        pairs = [target.partition("/") for target in names]
+        return [(p, model) for p, _, model in pairs if p in self.providers]
+
+    def list_for(self, client: Client) -> dict[str, Any]:
+        """What the caller may use, in the shape that both families of SDKs read."""
+        settings = [self.config.providers[provider] for provider in self.providers]
+        offered = itertools.chain(*((*p.models, p.default_model) for p in settings))
+        exact = [name for name in offered if name and not re.search(r"[*?\[]", name)]
+        listed = []
+        for name in dict.fromkeys((*self.config.models, *built_in_prices(), *exact)):
+            try:
+                provider, model = self.resolve(name)[0]
+            except ProxyError:  # nobody serves it
+                continue
+            if client.limits.templates_only or not client.may_use(name):
+                continue
+            price = self.prices.of(provider, model)
+            usd = {"input": float(price.input), "output": float(price.output)} if price else None
+            shape: dict[str, Any] = {"id": name, "object": "model", "type": "model"}
+            shape |= {"display_name": name, "max_input_tokens": context_size(model)}
+            shape |= {"created": 0, "created_at": "1970-01-01T00:00:00Z"}
+            owner = "alias" if name in self.config.models else provider
+            listed.append(shape | {"owned_by": owner, "price": usd})
+        ends = {"first_id": listed[0]["id"], "last_id": listed[-1]["id"]} if listed else {}
+        return {"object": "list", "data": listed, "has_more": False} | ends
+
+    def template_targets(self) -> dict[str, list[Target]]:
+        """Where each template goes. Raises ConfigError where one cannot be served."""
+        targets = {}
+        for name, template in self.config.templates.items():
+            try:
+                template_tools(template)
+                targets[name] = self.resolve(template.model)
+            except ProxyError as error:
+                raise ConfigError(f"templates.{name}: {error.message}") from None
+        return targets
+
+    def check_prices(self) -> None:
+        defaults = [(p, self.config.providers[p].default_model) for p in self.providers]
+        aliases = map(self.resolve_alias, self.config.models)
+        for provider, model in itertools.chain(defaults, *aliases, *self.templates.values()):
+            if model and self.prices.of(provider, model) is None:
+                raise ConfigError(f'prices."{model}": {unpriced(model)}')
+
+    def describe_room(self) -> str:
+        """How many answers a day's budget can hold for at a time, where that is not enough."""
+        total, limits, prices = self.config.budget.total_per_day, self.config.limits, []
+        for name, price in built_in_prices().items():
+            if any(matches(name, self.config.providers[p].models) for p in self.providers):
+                prices.append((limits.max_tokens * price.output / 1_000_000, name))
+        usd, name = max(prices, default=(Decimal(0), ""))
+        if self.config.demo or usd * limits.concurrent_total <= total:
+            return ""
+        room = f"{int(total / usd)} answers of limits.max_tokens at a time by {name}"
+        fix = f"raise it, or lower that, for limits.concurrent_total = {limits.concurrent_total}"
+        return f"budget.total_per_day: {total:f} USD hold for {room}; {fix}"
+
+    def bounds(
+        self, request: Request, targets: list[Target], capped: bool
+    ) -> list[tuple[Decimal, Decimal]]:
+        """For each target the most USD that can be due before it answers, and for each token of its
+        answer; none where no budget counts. Raises 400 for what has no price."""
+        for (tool, uses), (provider, _) in itertools.product(request.hosted, targets):
+            if capped and not uses:
+                wanted = "max_uses (or the request max_tool_calls) above 0: a budget holds for them"
+                raise BadRequest(f"tools: {tool} runs at the vendor, and needs {wanted}")
+            if self.prices.of(provider, tool, tool=True) is None:
+                raise BadRequest(f"tools: {unpriced(tool, 'per_use, in USD for each time')}")
+        bounds = []
+        for provider, model in targets if capped else ():
+            if (price := self.prices.of(provider, model)) is None:
+                raise BadRequest(f"model: {unpriced(model)}")
+            fixed, each = cost_bound(price, input_bound(request, model))
+            bounds.append((fixed + self.prices.fee(provider, request), each))
+        return bounds
+
+
 # ---- Metrics and logs --------------------------------------------------------------------------
 # Prometheus metrics in a registry of the app's own, and one log line per request and per retry.
 # Neither ever holds a prompt, an answer or a secret.
@@ -4455,7 +4597,73 @@ def spell(usage: Usage) -> dict[str, int]:
 
 
 # ---- Upstream ----------------------------------------------------------------------------------
-# One attempt at one target: what it asks, what it hears, and what its failures mean.
+# The vendors' keys, and one attempt at one target: what it asks, what it hears, and what its
+# failures mean.
+
+
+class VendorKeys:
+    """The keys of each provider, by their names, which serve by turns; and what is to be left alone
+    for now: a provider that has said so, or a key that it does not take. `tell` has the other
+    replicas know, for so many seconds."""
+
+    def __init__(self, keys: dict[str, dict[str, str]], tell: Callable[[str, float], None]) -> None:
+        self.keys, self.tell = keys, tell
+        self.rests: dict[str, float] = {}  # until when
+
+    def count(self, provider: str) -> int:
+        return len(self.keys[provider])
+
+    def names(self, provider: str) -> list[str]:
+        """What may rest of it."""
+        return [provider, *self.keys[provider]]
+
+    def hear(self, rests: Map[str, float]) -> None:
+        now = time.monotonic()
+        self.rests |= {name: now + seconds for name, seconds in rests.items()}
+
+    def resting(self, provider: str) -> float:
+        """For how many seconds a provider, or each of its keys, is still to be left alone."""
+        keys = min(self.rests.get(name, 0) for name in self.keys[provider])
+        return max(0, max(keys, self.rests.get(provider, 0)) - time.monotonic())
+
+    def refuse(self, provider: str, patience: float) -> ProxyError | None:
+        """What the caller is told where a provider rests until after `patience`."""
+        now, wait = time.monotonic(), self.resting(provider)
+        if not wait or now + wait < patience:
+            return None
+        status = 529 if self.rests.get(provider, 0) > now else 429
+        message = f"{provider} is left alone for {wait:.0f} s more"
+        return ProxyError(*UPSTREAM_CODES[status], message, after=wait)
+
+    def choose(self, provider: str) -> str:
+        """The first of its keys that does not rest; it stands behind all the others then."""
+        keys, now = self.keys[provider], time.monotonic()
+        name = min(keys, key=lambda name: max(now, self.rests.get(name, 0)))
+        keys[name] = key = keys.pop(name)
+        return key
+
+    def rest(self, provider: str, key: str, error: UpstreamError) -> None:
+        """A vendor that says when to come again is left alone until then, by all replicas. A key
+        that it does not take rests while another serves."""
+        keys, seconds, now = self.keys[provider], error.wait, time.monotonic()
+        name = next(name for name in keys if keys[name] == key)
+        others = [other for other in keys if other != name and self.rests.get(other, 0) <= now]
+        if error.status == 529:
+            name = provider
+        elif error.status == 429:
+            seconds = seconds or (10 if len(keys) > 1 else None)
+        elif error.code == "upstream_auth" and others and not error.forbidden:
+            seconds = 60
+        else:
+            error.moved = error.forbidden and bool(others)
+            return
+        if seconds:
+            # a 429 may be about one model: it must not keep the others away for long
+            seconds = min(3600 if name == provider else 60, seconds)
+            self.rests[name] = max(self.rests.get(name, 0), now + seconds)
+            self.tell(name, seconds)
+        error.moved = name != provider and not self.resting(provider) and bool(seconds)
+
 
 parse_url = functools.lru_cache(100)(httpx.URL)
 
@@ -4623,8 +4831,6 @@ def classify(error: BaseException) -> UpstreamError:
 # ---- Proxy -------------------------------------------------------------------------------------
 # The story of a request: one funnel, in one order, for every endpoint that can reach a vendor.
 
-Target = tuple[str, str]  # a provider and a model of it: where an attempt goes
-
 # The dialects that a provider with some adapter understands: OpenAI itself has both of its own.
 SPEAKS = {"messages": ("messages",), "responses": ("responses", "chat"), "chat": ("chat",)}
 
@@ -4645,23 +4851,24 @@ class Proxy:
         redis: dict[str, Any] = {}
         if config.redis.url:  # is it one, and the package there?
             redis = connect_redis(config.redis.url).connection_pool.connection_kwargs
-        self.keys = vendor_keys(config, environ)
+        keys = vendor_keys(config, environ)
+        self.keys = VendorKeys(keys, lambda name, seconds: self.store.rest(name, seconds))
         self.warnings = examine(config, environ, public)
-        secret = itertools.chain(*(keys.values() for keys in self.keys.values()))
+        secret = itertools.chain(*(by_name.values() for by_name in keys.values()))
         self.secrets = (*secret, config.server.admin_token)
         self.secrets += (*signing_secrets(config), redis.get("password") or "")
-        self.clients = Clients(config, environ, public)
-        self.prices, self.metrics = Prices(config.prices, config.providers), Metrics()
+        self.clients, self.metrics = Clients(config, environ, public), Metrics()
+        capped = any(client_caps(kind, config.budget, 0) for kind in self.clients.kinds())
+        self.capped = capped and not config.demo
+        self.catalog = Catalog(config, keys, self.capped)
+        self.prices = self.catalog.prices
         self.webhook = Webhook(config.budget.webhook, config.budget.webhook_secret)
         self.store: Store = MemoryStore(time.monotonic, self.webhook.tell, config.cache)
         self.replicas: RedisStore | None = None
         self.lines: dict[str, Line] = {}
-        self.rests: dict[str, float] = {}  # until when a provider, or a key of it, is not asked
         # a flight is over when nobody holds it
         self.flights: weakref.WeakValueDictionary[str, Flight] = weakref.WeakValueDictionary()
         self.leading: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
-        self.templates = self.template_targets()
-        self.check_prices()
         self.live: set[Call] = set()
         self.reading: set[Attempt] = set()
         self.rejected_rows = Bucket(60, 10_000, 10_000, time.monotonic())
@@ -4672,7 +4879,7 @@ class Proxy:
     ) -> AsyncIterator[None]:
         for warning in self.warnings:
             LOG.warning("%s", warning)
-        if room := self.describe_room():
+        if room := self.catalog.describe_room():
             LOG.info("%s", room)
         self.transport, table = transport, self.config.ledger
         self.http = self.clients.http = http
@@ -4713,88 +4920,6 @@ class Proxy:
         """Seconds since 1970, by the clock that all replicas go by."""
         return self.clock() + self.store.offset
 
-    async def used_today(self, client: str) -> Totals:
-        if self.replicas:
-            return await self.replicas.used(client)
-        rows, midnight = [], self.clock() // 86400 * 86400
-        if self.ledger and self.ledger.path:
-            path = self.ledger.path
-            rows = await asyncio.to_thread(read_ledger, path, midnight, "day", client)
-        return rows[0] if rows else Totals()
-
-    def template_targets(self) -> dict[str, list[Target]]:
-        """Where each template goes. Raises ConfigError where one cannot be served."""
-        targets = {}
-        for name, template in self.config.templates.items():
-            try:
-                template_tools(template)
-                targets[name] = self.resolve(template.model)
-            except ProxyError as error:
-                raise ConfigError(f"templates.{name}: {error.message}") from None
-        return targets
-
-    def check_prices(self) -> None:
-        """Under a budget, refuse to start with a model that has no price."""
-        config, aliases = self.config, map(self.resolve_alias, self.config.models)
-        defaults = [(p, config.providers[p].default_model) for p in self.keys]
-        named = itertools.chain(defaults, *aliases, *self.templates.values())
-        by_address = config.session or not self.clients.closed
-        callers = [self.clients.client("ip:" if by_address else "key:", group="any")]
-        callers += [client for _, client in self.clients.keys]
-        capped = any(client_caps(caller, config.budget, 0) for caller in callers)
-        capped = capped or bool(config.session and config.session.budget < UNLIMITED)
-        self.capped = capped = capped and not config.demo
-        for provider, model in named:
-            if capped and model and self.prices.of(provider, model) is None:
-                raise ConfigError(f'prices."{model}": {unpriced(model)}')
-
-    def describe_room(self) -> str:
-        """How many answers a day's budget can hold for at a time, where that is not enough."""
-        total, limits, prices = self.config.budget.total_per_day, self.config.limits, []
-        for name, price in built_in_prices().items():
-            if any(matches(name, self.config.providers[p].models) for p in self.keys):
-                prices.append((limits.max_tokens * price.output / 1_000_000, name))
-        usd, name = max(prices, default=(Decimal(0), ""))
-        if self.config.demo or usd * limits.concurrent_total <= total:
-            return ""
-        room = f"{int(total / usd)} answers of limits.max_tokens at a time by {name}"
-        fix = f"raise it, or lower that, for limits.concurrent_total = {limits.concurrent_total}"
-        return f"budget.total_per_day: {total:f} USD hold for {room}; {fix}"
-
-    def list_models(self, client: Client) -> dict[str, Any]:
-        """What the caller may use, in the shape that both families of SDKs read."""
-        settings = [self.config.providers[provider] for provider in self.keys]
-        offered = itertools.chain(*((*p.models, p.default_model) for p in settings))
-        exact = [name for name in offered if name and not re.search(r"[*?\[]", name)]
-        listed = []
-        for name in dict.fromkeys((*self.config.models, *built_in_prices(), *exact)):
-            try:
-                provider, model = self.resolve(name)[0]
-            except ProxyError:  # nobody serves it
-                continue
-            allowed = matches(name, client.models) and matches(name, client.parent_models)
-            if client.limits.templates_only or not allowed:
-                continue
-            price = self.prices.of(provider, model)
-            usd = {"input": float(price.input), "output": float(price.output)} if price else None
-            shape: dict[str, Any] = {"id": name, "object": "model", "type": "model"}
-            shape |= {"display_name": name, "max_input_tokens": context_size(model)}
-            shape |= {"created": 0, "created_at": "1970-01-01T00:00:00Z"}
-            owner = "alias" if name in self.config.models else provider
-            listed.append(shape | {"owned_by": owner, "price": usd})
-        ends = {"first_id": listed[0]["id"], "last_id": listed[-1]["id"]} if listed else {}
-        return {"object": "list", "data": listed, "has_more": False} | ends
-
-    def drain(self) -> None:
-        """Begin nothing more, and let what runs finish."""
-        self.draining = True
-        for line in self.lines.values():
-            line.close()
-
-    def stop_calls(self) -> None:
-        for call in self.live:
-            call.stop(Stopping())
-
     async def serve(self, call: Call, provider: str, kind: str) -> None:
         """The story of a request."""
         try:
@@ -4828,8 +4953,8 @@ class Proxy:
             raise ProxyError(503, "paused", "the proxy is paused by its owner", retry=False)
         if self.draining:
             raise Stopping
-        if provider and provider not in self.keys:
-            known = ", ".join(f"/api/{name}" for name in self.keys)
+        if provider and provider not in self.catalog.providers:
+            known = ", ".join(f"/api/{name}" for name in self.catalog.providers)
             message = f"provider {redact(provider)!r} is not configured; there is {known}"
             raise ProxyError(404, "not_found", message)
         call.entry.provider = provider
@@ -4846,70 +4971,9 @@ class Proxy:
             raise refusal(Admission(refused="busy" if full else "concurrent"), limits)
         self.live.add(call)
 
-    async def new_session(self, scope: Scope) -> dict[str, Any]:
-        """Exchange a proof, a Turnstile token or the app's JWT, for a session token."""
-        call, table = scope["state"]["call"], self.config.session
-        headers = call.headers
-        if table is None:
-            raise ProxyError(404, "not_found", "sessions are off: a [session] block turns them on")
-        check_media_type(headers)
-        few: Any = {"requests_per_minute": table.per_minute, "burst": table.per_minute}
-        limits = replace(self.config.limits, **few, max_body=Size(65536))
-        parent = replace(self.clients.by_address(call.peer, headers), limits=limits)
-        call.client = parent
-        taken = await self.store.admit(Ask("", f"session {parent.id}", limits))
-        call.show_rates(taken)
-        if taken.refused:
-            raise ProxyError(429, "rate_limited", "too many sessions; try later", after=taken.wait)
-        proof = convert_body(await read_body(call, self), SessionRequest)
-        if proof.turnstile and table.turnstile_secret:
-            address = self.clients.address(call.peer, headers)
-            await self.check_turnstile(proof.turnstile, address, table)
-        elif (user := await self.clients.by_jwt(read_token(headers))) is None:
-            message = "send a Turnstile token as `turnstile`, or the app's JWT as a bearer token"
-            raise ProxyError(401, "invalid_key", message, retry=False)
-        else:
-            parent = user
-        call.entry.client, call.entry.outcome, call.entry.status = parent.id, "ok", 200
-        self.log(call)
-        return self.clients.new_session(parent, headers.get("origin", ""))
-
-    async def check_turnstile(self, token: str, address: str, table: Session) -> None:
-        """Raises 403 where the token is not good, or not for the first time."""
-        wrong = "turnstile: the token is not valid"
-        refused = ProxyError(403, "challenge_failed", wrong, retry=False)
-        if not await self.store.once(token, 600):
-            raise refused
-        form = {"secret": table.turnstile_secret, "response": token, "remoteip": address}
-        try:
-            reply = await self.http.post(table.siteverify_url, data=form)
-            said = reply.raise_for_status().json()
-            good, codes = said.get("success") is True, str(said.get("error-codes"))
-            if "secret" in codes or "internal-error" in codes:  # no fault of the token
-                raise ValueError(codes)
-        except (httpx.HTTPError, aiohttp.ClientError, OSError, ValueError, AttributeError) as error:
-            LOG.error("session.siteverify_url: no verdict (%s)", redact(repr(error), self.secrets))
-            await self.store.once(token, 0)
-            message = "the challenge cannot be checked now"
-            raise ProxyError(503, "identity_unavailable", message, after=5) from None
-        if not good:
-            raise refused
-
     def places(self) -> list[str]:
         """The client of each request that has a place."""
         return [call.client.id for call in self.live if not call.settled]
-
-    def show_places(self) -> None:
-        self.metrics.show_places(self.places())
-        for name, line in self.lines.items():
-            self.metrics.waiting.labels(name).set(line.waiting())
-
-    async def keep_showing(self) -> None:
-        """Another worker may be asked for what is in flight here."""
-        while self.config.server.workers > 1:
-            with contextlib.suppress(OSError):
-                self.show_places()
-            await asyncio.sleep(1)
 
     def read(self, call: Call, provider: str, kind: str, body: bytes) -> list[Target]:
         """Read the body, find the model, and estimate the tokens."""
@@ -4928,13 +4992,14 @@ class Proxy:
         call.request = request
         stream = raw.get("stream") is not False
         call.writer = (FrameWriter if stream else Writer)(bool(request.thinking))
-        return self.templates.get(template or "") or self.resolve(request.model, provider)
+        targets = self.catalog.templates.get(template or "")
+        return targets or self.catalog.resolve(request.model, provider)
 
     def read_native(self, call: Call, kind: str, raw: dict[str, Any]) -> list[Target]:
         """The body of an official SDK, for the vendors that speak its dialect. A Chat body is
         translated where the model lives elsewhere."""
         limits, dialect = call.client.limits, kind.partition("/")[0]
-        targets = self.resolve(str(raw.get("model") or ""))
+        targets = self.catalog.resolve(str(raw.get("model") or ""))
         dialect = dialect if dialect in ADAPTERS else "chat"
         called = bool(raw.get("tools") or raw.get("functions"))
 
@@ -4963,12 +5028,11 @@ class Proxy:
 
     def check_request(self, call: Call, targets: list[Target]) -> None:
         """May this caller use the model, and do its tokens fit into a minute?"""
-        limits, request = call.client.limits, call.request
+        client, request, limits = call.client, call.request, call.client.limits
         # an alias by its name, any other model by its own: "openai/gpt-5" is no o*
-        name = request.model if self.resolve_alias(request.model) else targets[0][1]
-        client = call.client
-        if not (matches(name, client.models) and matches(name, client.parent_models)):
-            allowed = f"this caller may use {', '.join(call.client.models)}"
+        alias = self.catalog.resolve_alias(request.model)
+        if not client.may_use(request.model if alias else targets[0][1]):
+            allowed = f"this caller may use {', '.join(client.models)}"
             message = f"model: {allowed}, not {redact(request.model)!r}"
             raise ProxyError(403, "model_not_allowed", message)
         call.entry.provider, call.entry.model = targets[0]
@@ -4978,117 +5042,10 @@ class Proxy:
             allowed = f"{limits.tokens_per_minute} a minute are allowed; send less"
             raise BadRequest(f"max_tokens: about {estimate} tokens are needed, {allowed}")
         call.estimate = estimate
-        self.bound(call, targets)
-
-    def bound(self, call: Call, targets: list[Target]) -> None:
-        """The most that the dearest target can cost. Raises 400 for a model without a price."""
-        request = call.request
-        caps = client_caps(call.client, self.config.budget, call.entry.time)
+        caps = client_caps(client, self.config.budget, call.entry.time)
         call.caps = [] if self.config.demo else caps
-        for (tool, uses), (provider, _) in itertools.product(request.hosted, targets):
-            if call.caps and not uses:
-                wanted = "max_uses (or the request max_tool_calls) above 0: a budget holds for them"
-                raise BadRequest(f"tools: {tool} runs at the vendor, and needs {wanted}")
-            if self.prices.of(provider, tool, tool=True) is None:
-                raise BadRequest(f"tools: {unpriced(tool, 'per_use, in USD for each time')}")
-        if not call.caps:
-            return
-        for provider, model in targets:
-            if (price := self.prices.of(provider, model)) is None:
-                raise BadRequest(f"model: {unpriced(model)}")
-            fixed, each = cost_bound(price, input_bound(request, model))
-            call.bounds.append((fixed + self.prices.fee(provider, request), each))
-        call.most = call.cost_of(request.max_tokens)
-
-    async def admit(
-        self, call: Call, targets: list[Target] | None = None, again: bool = False
-    ) -> Admission:
-        """Take what a request needs before it may go to `targets`, or only what any request counts
-        for. Raises 402, 429 or 503."""
-        client, limits = call.client, call.client.limits
-        ask = Ask(call.entry.id, client.id, limits, 1, call.estimate, again=again)
-        if targets:
-            ask.caps, ask.most, ask.key = call.caps, call.most, call.key
-            short = min(256, call.request.max_tokens)
-            ask.least = call.most if call.chosen or not call.caps else call.cost_of(short)
-            ask.provider, line = targets[0][0], self.lines.get(targets[0][0])
-            ask.places = line.places if line and not line.turns else 0
-            if self.replicas:
-                ask.rests = [name for p, _ in targets for name in (p, *self.keys[p])]
-                died = replace(call.entry, outcome="error", code="proxy_died", estimated=True)
-                ask.row = msgspec.json.encode(died)
-        call.asked = True
-        given = await self.store.admit(ask)
-        now = time.monotonic()
-        self.rests |= {name: now + seconds for name, seconds in given.rests.items()}
-        if not again:
-            call.show_rates(given)
-        if given.refused or given.exceeded:
-            call.estimate = call.estimate if again else 0  # of what was taken the first time
-            raise given.exceeded or refusal(given, limits)
-        call.place = ask.provider if given.placed else ""
-        if ask.caps and given.answer is None and not given.pending:
-            await self.keep(call, given.held)
-        return given
-
-    async def take(self, call: Call) -> Admission:
-        """Find out who is calling, and count what asks nothing of a vendor as one of its requests.
-        Raises 401, 403 or 429."""
-        call.client = client = await self.clients.identify(call.peer, call.headers)
-        given = await self.store.admit(Ask("", client.id, client.limits))
-        call.show_rates(given)
-        if given.refused:
-            raise refusal(given, client.limits)
-        return given
-
-    async def keep(self, call: Call, held: Decimal) -> None:
-        """The row of a request that is still open says what it holds, should the process die."""
-        call.held += held
-        call.entry.cost, call.entry.outcome = f"{call.held:f}", "open"
-        if self.ledger and call.held and not self.replicas:
-            await self.ledger.record(call.entry)
-        if call.held < call.most:  # a length that the caller did not ask for is lowered to it
-            request = call.request
-            left = ((call.held - fixed, each * request.n) for fixed, each in call.bounds if each)
-            affordable = (int(usd / each) for usd, each in left)
-            request.max_tokens = min(affordable, default=request.max_tokens)
-            call.most = call.held
-            call.dropped.append("max_tokens")
-
-    def resolve(self, name: str, provider: str = "") -> list[Target]:
-        """The targets of a model name or alias, first choice first. Where no `provider` was asked,
-        the most exact offer of the name counts. Raises 403."""
-        if not name:
-            raise BadRequest("model: is missing")
-        if targets := self.resolve_alias(name):
-            return targets
-        if name in self.config.models:
-            message = f"model: no provider of {name} has a key"
-            raise ProxyError(403, "model_not_allowed", message)
-        prefix, _, rest = name.partition("/")
-        offers = {p: self.config.providers[p].models for p in self.keys}
-        homes = [provider] if provider else [*offers]
-        order = [(prefix, rest), *((home, name) for home in homes)]
-        if not (free := provider in ("", prefix)):
-            order.append(order.pop(0))
-        found = [
-            (len(pattern) + len(name) - len(model), (home, model))  # so openai/… is none of o*
-            for home, model in order
-            for pattern in offers.get(home, ())
-            if model and matches(model, [pattern])
-        ]
-        if found:
-            return [max(found, key=lambda offer: offer[0])[1] if free else found[0][1]]
-        home = homes[0]
-        other = next((f"; send it to /api/{p}" for p in offers if matches(name, offers[p])), "")
-        offer = f"{home} offers {', '.join(offers[home])}"
-        raise ProxyError(403, "model_not_allowed", f"model: {offer}, not {redact(name)!r}{other}")
-
-    def resolve_alias(self, name: str) -> list[Target]:
-        alias = self.config.models.get(name)
-        names = (alias.target, *alias.fallback) if alias else ()
-        pairs = [target.partition("/") for target in names]
-        return [(p, model) for p, _, model in pairs if p in self.keys]
+        call.bounds = self.catalog.bounds(request, targets, bool(call.caps))
+        call.most = call.cost_of(request.max_tokens) if call.bounds else call.most
 
     async def work(self, call: Call, targets: list[Target]) -> None:
         """Fetch and deliver the answer. That the caller leaves shows only to a second task."""
@@ -5104,32 +5061,6 @@ class Proxy:
         finally:
             call.wrote = math.inf
             gone.cancel()
-
-    async def keep_checking(self) -> None:
-        """Look after all that runs, until cancelled: a timer for each would cost each of them."""
-        times, ping = self.config.upstream, self.config.server.ping
-        while True:
-            await asyncio.sleep(max(0.01, min(0.5, ping / 8, times.idle / 8, times.total / 8)))
-            now = time.monotonic()
-            for call in self.live:
-                self.check(call, now)
-            for attempt in self.reading:
-                attempt.check(now)
-
-    def check(self, call: Call, now: float) -> None:
-        """Keep a silent reply alive, and end one that the caller takes nothing more of."""
-        silence, ping = now - call.wrote, self.config.server.ping
-        if call.writing and silence >= self.config.upstream.idle:
-            call.stop(None)
-        elif not call.writing and silence >= ping:
-            # an answer in one piece waits longer before it gives up its status: for its first event
-            # or the end of all attempts, if no router has less patience; and what waits in line, or
-            # for a vendor that rests, may still have any
-            first = 0 if call.entry.ttfb else min(28, self.config.upstream.first_byte + 1)
-            late = call.account.attempts and not call.writer.early
-            if call.begun or (late and silence >= max(ping + 5, first)):
-                call.wrote = now
-                call.filling = asyncio.create_task(call.fill())
 
     async def source(self, call: Call, targets: list[Target]) -> AsyncGenerator[Batch, None]:
         """Where the answer comes from: the cache, another request's flight, or the vendor."""
@@ -5164,6 +5095,50 @@ class Proxy:
             flight = Flight(self.upstream(call, targets, key), call.account)
             call.leads = self.flights[key] = flight
         return flight.read()
+
+    async def admit(
+        self, call: Call, targets: list[Target] | None = None, again: bool = False
+    ) -> Admission:
+        """Take what a request needs before it may go to `targets`, or only what any request counts
+        for. Raises 402, 429 or 503."""
+        client, limits = call.client, call.client.limits
+        ask = Ask(call.entry.id, client.id, limits, 1, call.estimate, again=again)
+        if targets:
+            ask.caps, ask.most, ask.key = call.caps, call.most, call.key
+            short = min(256, call.request.max_tokens)
+            ask.least = call.most if call.chosen or not call.caps else call.cost_of(short)
+            ask.provider, line = targets[0][0], self.lines.get(targets[0][0])
+            ask.places = line.places if line and not line.turns else 0
+            if self.replicas:
+                ask.rests = [name for p, _ in targets for name in self.keys.names(p)]
+                died = replace(call.entry, outcome="error", code="proxy_died", estimated=True)
+                ask.row = msgspec.json.encode(died)
+        call.asked = True
+        given = await self.store.admit(ask)
+        self.keys.hear(given.rests)
+        if not again:
+            call.show_rates(given)
+        if given.refused or given.exceeded:
+            call.estimate = call.estimate if again else 0  # of what was taken the first time
+            raise given.exceeded or refusal(given, limits)
+        call.place = ask.provider if given.placed else ""
+        if ask.caps and given.answer is None and not given.pending:
+            await self.keep(call, given.held)
+        return given
+
+    async def keep(self, call: Call, held: Decimal) -> None:
+        """The row of a request that is still open says what it holds, should the process die."""
+        call.held += held
+        call.entry.cost, call.entry.outcome = f"{call.held:f}", "open"
+        if self.ledger and call.held and not self.replicas:
+            await self.ledger.record(call.entry)
+        if call.held < call.most:  # a length that the caller did not ask for is lowered to it
+            request = call.request
+            left = ((call.held - fixed, each * request.n) for fixed, each in call.bounds if each)
+            affordable = (int(usd / each) for usd, each in left)
+            request.max_tokens = min(affordable, default=request.max_tokens)
+            call.most = call.held
+            call.dropped.append("max_tokens")
 
     async def upstream(
         self, call: Call, targets: list[Target], key: str = ""
@@ -5219,7 +5194,7 @@ class Proxy:
     async def take_place(self, call: Call, provider: str, limit: float, patience: float) -> None:
         """Wait in line for one of the provider's places, where they are counted, until `limit`.
         Raises 503; or 429 or 529, where it would rest until after `patience`."""
-        if refusal := self.left_alone(provider, patience):
+        if refusal := self.keys.refuse(provider, patience):
             raise refusal
         if provider == call.place:
             return
@@ -5239,12 +5214,12 @@ class Proxy:
         account, now, (provider, model) = call.account, time.monotonic, target
         failure: UpstreamError | None = None
         doubted: list[tuple[str, UpstreamError]] = []
-        retry, wait, other_keys = 0, 0.0, len(self.keys[provider]) - 1
+        retry, wait, other_keys = 0, 0.0, self.keys.count(provider) - 1
         while True:
-            if refusal := self.left_alone(provider, patience):
+            if refusal := self.keys.refuse(provider, patience):
                 raise failure or refusal
-            await asyncio.sleep(max(wait, self.resting(provider)))
-            attempt = Attempt(self, provider, model, self.choose_key(provider), call)
+            await asyncio.sleep(max(wait, self.keys.resting(provider)))
+            attempt = Attempt(self, provider, model, self.keys.choose(provider), call)
             if error := failure or error:
                 await self.prepare_again(call, provider, model, error)
             self.enter(call, attempt, provider, model)
@@ -5255,12 +5230,12 @@ class Proxy:
                 await attempt.close()
                 failure = self.explain(failed, provider)
                 self.lose(call, failure)
-                self.rest(provider, attempt.key, failure)
+                self.keys.rest(provider, attempt.key, failure)
                 doubted += [(attempt.key, failure)] if failure.forbidden else []
             else:
                 for key, forbidden in doubted:  # another key may: so it was not what was asked
                     forbidden.forbidden = False
-                    self.rest(provider, key, forbidden)
+                    self.keys.rest(provider, key, forbidden)
                 account.headers = attempt.headers
                 if not call.request.stream:  # its text is not read
                     account.produced += sum(len(e.data) for e in batch if isinstance(e, Raw))
@@ -5273,49 +5248,6 @@ class Proxy:
             useless = not failure.retryable or retry == self.config.upstream.attempts
             if useless or now() + wait >= limit:
                 raise failure
-
-    def resting(self, provider: str) -> float:
-        """For how many seconds a provider, or each of its keys, is still to be left alone."""
-        keys = min(self.rests.get(name, 0) for name in self.keys[provider])
-        return max(0, max(keys, self.rests.get(provider, 0)) - time.monotonic())
-
-    def left_alone(self, provider: str, patience: float) -> ProxyError | None:
-        """What the caller is told where a provider rests until after `patience`."""
-        now, wait = time.monotonic(), self.resting(provider)
-        if not wait or now + wait < patience:
-            return None
-        status = 529 if self.rests.get(provider, 0) > now else 429
-        message = f"{provider} is left alone for {wait:.0f} s more"
-        return ProxyError(*UPSTREAM_CODES[status], message, after=wait)
-
-    def choose_key(self, provider: str) -> str:
-        """The first of its keys that does not rest; it stands behind all the others then."""
-        keys, now = self.keys[provider], time.monotonic()
-        name = min(keys, key=lambda name: max(now, self.rests.get(name, 0)))
-        keys[name] = key = keys.pop(name)
-        return key
-
-    def rest(self, provider: str, key: str, error: UpstreamError) -> None:
-        """A vendor that says when to come again is left alone until then, by all replicas. A key
-        that it does not take rests while another serves."""
-        keys, seconds, now = self.keys[provider], error.wait, time.monotonic()
-        name = next(name for name in keys if keys[name] == key)
-        others = [other for other in keys if other != name and self.rests.get(other, 0) <= now]
-        if error.status == 529:
-            name = provider
-        elif error.status == 429:
-            seconds = seconds or (10 if len(keys) > 1 else None)
-        elif error.code == "upstream_auth" and others and not error.forbidden:
-            seconds = 60
-        else:
-            error.moved = error.forbidden and bool(others)
-            return
-        if seconds:
-            # a 429 may be about one model: it must not keep the others away for long
-            seconds = min(3600 if name == provider else 60, seconds)
-            self.rests[name] = max(self.rests.get(name, 0), now + seconds)
-            self.store.rest(name, seconds)
-        error.moved = name != provider and not self.resting(provider) and bool(seconds)
 
     async def prepare_again(self, call: Call, provider: str, model: str, error: ProxyError) -> None:
         """What failed may be billed, and what is tried next may be too: hold money for both. Raises
@@ -5469,6 +5401,122 @@ class Proxy:
         self.rejected_rows.level -= worth
         return worth
 
+    async def keep_checking(self) -> None:
+        """Look after all that runs, until cancelled: a timer for each would cost each of them."""
+        times, ping = self.config.upstream, self.config.server.ping
+        while True:
+            await asyncio.sleep(max(0.01, min(0.5, ping / 8, times.idle / 8, times.total / 8)))
+            now = time.monotonic()
+            for call in self.live:
+                self.check(call, now)
+            for attempt in self.reading:
+                attempt.check(now)
+
+    def check(self, call: Call, now: float) -> None:
+        """Keep a silent reply alive, and end one that the caller takes nothing more of."""
+        silence, ping = now - call.wrote, self.config.server.ping
+        if call.writing and silence >= self.config.upstream.idle:
+            call.stop(None)
+        elif not call.writing and silence >= ping:
+            # an answer in one piece waits longer before it gives up its status: for its first event
+            # or the end of all attempts, if no router has less patience; and what waits in line, or
+            # for a vendor that rests, may still have any
+            first = 0 if call.entry.ttfb else min(28, self.config.upstream.first_byte + 1)
+            late = call.account.attempts and not call.writer.early
+            if call.begun or (late and silence >= max(ping + 5, first)):
+                call.wrote = now
+                call.filling = asyncio.create_task(call.fill())
+
+    async def keep_showing(self) -> None:
+        """Another worker may be asked for what is in flight here."""
+        while self.config.server.workers > 1:
+            with contextlib.suppress(OSError):
+                self.show_places()
+            await asyncio.sleep(1)
+
+    def show_places(self) -> None:
+        self.metrics.show_places(self.places())
+        for name, line in self.lines.items():
+            self.metrics.waiting.labels(name).set(line.waiting())
+
+    def drain(self) -> None:
+        """Begin nothing more, and let what runs finish."""
+        self.draining = True
+        for line in self.lines.values():
+            line.close()
+
+    def stop_calls(self) -> None:
+        for call in self.live:
+            call.stop(Stopping())
+
+    async def take(self, call: Call) -> Admission:
+        """Find out who is calling, and count what asks nothing of a vendor as one of its requests.
+        Raises 401, 403 or 429."""
+        call.client = client = await self.clients.identify(call.peer, call.headers)
+        given = await self.store.admit(Ask("", client.id, client.limits))
+        call.show_rates(given)
+        if given.refused:
+            raise refusal(given, client.limits)
+        return given
+
+    async def used_today(self, client: str) -> Totals:
+        if self.replicas:
+            return await self.replicas.used(client)
+        rows, midnight = [], self.clock() // 86400 * 86400
+        if self.ledger and self.ledger.path:
+            path = self.ledger.path
+            rows = await asyncio.to_thread(read_ledger, path, midnight, "day", client)
+        return rows[0] if rows else Totals()
+
+    async def new_session(self, scope: Scope) -> dict[str, Any]:
+        """Exchange a proof, a Turnstile token or the app's JWT, for a session token."""
+        call, table = scope["state"]["call"], self.config.session
+        headers = call.headers
+        if table is None:
+            raise ProxyError(404, "not_found", "sessions are off: a [session] block turns them on")
+        check_media_type(headers)
+        few: Any = {"requests_per_minute": table.per_minute, "burst": table.per_minute}
+        limits = replace(self.config.limits, **few, max_body=Size(65536))
+        parent = replace(self.clients.by_address(call.peer, headers), limits=limits)
+        call.client = parent
+        taken = await self.store.admit(Ask("", f"session {parent.id}", limits))
+        call.show_rates(taken)
+        if taken.refused:
+            raise ProxyError(429, "rate_limited", "too many sessions; try later", after=taken.wait)
+        proof = convert_body(await read_body(call, self), SessionRequest)
+        if proof.turnstile and table.turnstile_secret:
+            address = self.clients.address(call.peer, headers)
+            await self.check_turnstile(proof.turnstile, address, table)
+        elif (user := await self.clients.by_jwt(read_token(headers))) is None:
+            message = "send a Turnstile token as `turnstile`, or the app's JWT as a bearer token"
+            raise ProxyError(401, "invalid_key", message, retry=False)
+        else:
+            parent = user
+        call.entry.client, call.entry.outcome, call.entry.status = parent.id, "ok", 200
+        self.log(call)
+        return self.clients.new_session(parent, headers.get("origin", ""))
+
+    async def check_turnstile(self, token: str, address: str, table: Session) -> None:
+        """Raises 403 where the token is not good, or not for the first time."""
+        wrong = "turnstile: the token is not valid"
+        refused = ProxyError(403, "challenge_failed", wrong, retry=False)
+        if not await self.store.once(token, 600):
+            raise refused
+        form = {"secret": table.turnstile_secret, "response": token, "remoteip": address}
+        try:
+            reply = await self.http.post(table.siteverify_url, data=form)
+            said = reply.raise_for_status().json()
+            good, codes = said.get("success") is True, str(said.get("error-codes"))
+            if "secret" in codes or "internal-error" in codes:  # no fault of the token
+                raise ValueError(codes)
+        except (httpx.HTTPError, aiohttp.ClientError, OSError, ValueError, AttributeError) as error:
+            LOG.error("session.siteverify_url: no verdict (%s)", redact(repr(error), self.secrets))
+            await self.store.once(token, 0)
+            message = "the challenge cannot be checked now"
+            raise ProxyError(503, "identity_unavailable", message, after=5) from None
+        if not good:
+            raise refused
+
 
 def refusal(given: Admission, limits: Limits) -> ProxyError:
     match given.refused:
@@ -5479,14 +5527,6 @@ def refusal(given: Admission, limits: Limits) -> ProxyError:
             return ProxyError(429, "too_many_streams", message, after=1)
     message = f"too many {given.refused}; try again in {given.wait:.0f} s"
     return ProxyError(429, "rate_limited", message, after=given.wait)
-
-
-MODEL_PRICE = "input and output in USD per million tokens, or free = true"
-
-
-def unpriced(name: str, price: str = MODEL_PRICE) -> str:
-    missing = f"{name} has no price, so no budget can hold for it"
-    return f'{missing}; the server\'s owner can add [prices."{name}"] with {price}'
 
 
 def check_media_type(headers: Headers) -> None:
@@ -5755,7 +5795,7 @@ PAGE_CSP = (
 
 def render_page(proxy: Proxy) -> str:
     prices, providers, models = built_in_prices(), "", [*proxy.config.models]
-    for name in proxy.keys:
+    for name in proxy.catalog.providers:
         settings = proxy.config.providers[name]
         offered = [model for model in prices if matches(model, settings.models)]
         models += offered
@@ -5912,7 +5952,7 @@ def create_app(
     async def models(scope: Scope) -> dict[str, Any]:
         call = scope["state"]["call"]
         await proxy.take(call)
-        return proxy.list_models(call.client)
+        return proxy.catalog.list_for(call.client)
 
     @litestar.route(["/health", "/healthz", "/livez"], http_method=["GET", "HEAD"])
     async def health() -> dict[str, Any]:
@@ -5961,7 +6001,7 @@ def create_app(
 
     @litestar.get("/openapi.json")
     async def document() -> dict[str, Any]:
-        return describe(proxy.keys)
+        return describe(proxy.catalog.providers)
 
     @litestar.post("/session", status_code=200)
     async def session(request: litestar.Request[Any, Any, Any]) -> dict[str, Any]:
@@ -6278,7 +6318,7 @@ def check_lines(config: Config, environ: Map[str, str], public: bool) -> Iterato
     try:
         proxy = create_app(config, environ, public=public).proxy
         check_ledger(config.ledger)
-        if room := proxy.describe_room():
+        if room := proxy.catalog.describe_room():
             yield "room", room
         for warning in proxy.warnings:
             yield "warning", warning

@@ -1548,9 +1548,9 @@ def test_the_most_exact_offer_of_a_model_counts() -> None:
         "qwen": ("any", "qwen"),
         "any/gpt-5.4": ("any", "gpt-5.4"),
     }.items():
-        assert app.proxy.resolve(name) == [wanted]
-    assert app.proxy.resolve("openai/gpt-5.4", "any") == [("any", "openai/gpt-5.4")]
-    assert app.proxy.resolve("openai/gpt-oss-120b", "openai") == [("openai", "gpt-oss-120b")]
+        assert app.proxy.catalog.resolve(name) == [wanted]
+    assert app.proxy.catalog.resolve("openai/gpt-5.4", "any") == [("any", "openai/gpt-5.4")]
+    assert app.proxy.catalog.resolve("openai/gpt-oss-120b", "openai") == [("openai", "gpt-oss-120b")]
 
 
 def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
