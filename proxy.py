@@ -6268,8 +6268,11 @@ def serve(config: Config, public: bool) -> None:
         os.register_at_fork(before=mask, after_in_parent=unmask)
     gc.collect()
     gc.freeze()  # a worker's collector would touch, and so copy, all the memory that it shares
-    with tempfile.TemporaryDirectory(prefix="proxy-metrics-") as directory:
-        if server.workers > 1:  # prometheus_client looks for this once, and has been imported
+    shared: Any = contextlib.nullcontext()
+    if server.workers > 1:
+        shared = tempfile.TemporaryDirectory(prefix="proxy-metrics-")
+    with shared as directory:
+        if directory:  # prometheus_client looks for this once, and has been imported
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
             values: Any = importlib.import_module("prometheus_client.values")
             values.ValueClass = values.get_value_class()
