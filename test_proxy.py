@@ -1550,7 +1550,9 @@ def test_the_most_exact_offer_of_a_model_counts() -> None:
     }.items():
         assert app.proxy.catalog.resolve(name) == [wanted]
     assert app.proxy.catalog.resolve("openai/gpt-5.4", "any") == [("any", "openai/gpt-5.4")]
-    assert app.proxy.catalog.resolve("openai/gpt-oss-120b", "openai") == [("openai", "gpt-oss-120b")]
+    assert app.proxy.catalog.resolve("openai/gpt-oss-120b", "openai") == [
+        ("openai", "gpt-oss-120b")
+    ]
 
 
 def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
@@ -2330,7 +2332,7 @@ BAD = [
         b'{"messages":' + b'{"a":' * 100_000, "body", id="deeply nested objects, half"
     ),
     pytest.param(
-        b'{"x":' + b"[" * 5000 + b"]" * 5000 + b',"messages":[]}', "body", id="deeply nested"
+        b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b',"messages":[]}', "body", id="deeply nested"
     ),
     pytest.param({}, "messages", id="no messages"),
     pytest.param({"messages": []}, "messages", id="empty messages"),
@@ -4218,9 +4220,11 @@ def test_the_names_and_quotes_in_tools_are_searched_too(
 
 
 def test_no_depth_of_a_body_is_a_fault_of_ours(vendors: Server, upstream: Upstream) -> None:
-    upstream.play(official)
+    whole = reply(200, whole_message())  # of a vendor that reads none of it
+    upstream.play(lambda got: answer(got) if b'"stream":true' in got.body else whole)
     statuses = Counter[tuple[str, int]]()
-    for depth in range(880, 1000):
+    # just what Python 3.11 can read and write, and what later ones can
+    for depth in (*range(880, 1000), *range(9_970, 10_000), 50_000):
         schema = '{"a":' * depth + "1" + "}" * depth
         for path, tool in (
             ("/api/anthropic", '{"name": "f", "parameters": %s}'),
@@ -13001,10 +13005,10 @@ def test_what_is_tried_again(
     answered = trouble.post(headers={"x-request-id": number})
     assert answered.status_code >= 400
     assert len(upstream.requests) == attempts
-    assert last_row(trouble, number)["attempts"] == attempts
-    retries = [
-        line for line in trouble.log("retry") if line["id"] == last_row(trouble, number)["id"]
-    ]
+    row = last_row(trouble, number)
+    assert row["attempts"] == attempts
+    wait_for(lambda: [line for line in trouble.log("request") if line["id"] == row["id"]])
+    retries = [line for line in trouble.log("retry") if line["id"] == row["id"]]
     assert len(retries) == attempts - 1
     if attempts == 1:
         assert answered.headers.get("x-should-retry") == "false" or b"retry-after: 60" in failing
