@@ -711,7 +711,8 @@ class ProxyError(Exception):
 class BadRequest(ProxyError):
     def __init__(self, message: str) -> None:
         super().__init__(400, "invalid_request", message)
-        self.param = message.partition(":")[0]
+        field, _, _ = message.partition(":")
+        self.param = field if field.isascii() and " " not in field else ""
 
 
 class Stopping(ProxyError):
@@ -737,7 +738,7 @@ def error_body(error: ProxyError, request_id: str, dialect: str = "") -> bytes:
             body = {"type": "error", "error": detail, "request_id": request_id}
         case _:
             detail |= {"param": error.param or None, "code": error.vendor_code or error.code}
-            body = {"type": "error", "error": detail}
+            body = {"error": detail}
     return msgspec.json.encode(body)
 
 
@@ -1032,6 +1033,11 @@ def report(lost: list[str], dropped: list[str]) -> None:
     dropped += [redact(name, length=50) for name in lost[:50]]
 
 
+def unknown(given: Map[str, Any], known: set[str]) -> list[str]:
+    """The names under which something else is said."""
+    return [name for name, value in given.items() if value and name not in known]
+
+
 def decode_body(body: bytes, limits: Limits) -> dict[str, Any]:
     """Two bytes of JSON can make a hundred bytes of objects. Before each value stands one of these;
     in a text they are characters, which are counted anyway, and in an image there are none."""
@@ -1219,7 +1225,7 @@ def read_request(
     items = getattr(given, key) or []
     items = [{"role": "user", "content": items}] if isinstance(items, str) else items
     leading = [{"role": "system", "content": t} for t in (given.instructions, given.system) if t]
-    relabelled = None if chat else not limits.allow_system
+    relabelled = None if given.input is None else not limits.allow_system
     messages = read_items(leading, "system", dropped) + read_items(items, key, dropped, relabelled)
     if not limits.allow_system and any(message.role == "system" for message in messages):
         raise BadRequest(f"{'system' if leading else key}: a system prompt is not allowed here")
@@ -1255,7 +1261,7 @@ def read_items(
         where = f"{key}[{i}]"
         if isinstance(item, dict) and isinstance(item.get("role"), str):
             item = item | {"role": clean(item["role"])}
-            lost = [name for name, value in item.items() if value and name not in ITEM_KEYS]
+            lost = unknown(item, ITEM_KEYS)
             for name in {"function_call", "audio"}.intersection(lost):
                 raise BadRequest(f"{where}.{name}: cannot be said to this model")
             report(lost, dropped)
@@ -1299,17 +1305,27 @@ def read_content(item: dict[str, Any], where: str, dropped: list[str]) -> list[P
     return parts
 
 
+BLOCK_KEYS = {
+    "type", "role", "text", "refusal", "source", "image_url", "detail", "id", "call_id", "status",
+    "tool_call_id", "tool_use_id", "name", "arguments", "input", "result", "output", "content",
+    "is_error",
+}  # fmt: skip
+THOUGHTS = ("thinking", "redacted_thinking", "reasoning")
+
+
 def read_block(block: Any, where: str, dropped: list[str]) -> list[Part]:
     """The part that a block, a call or the result of one is; none where it cannot be passed on."""
     block = block if isinstance(block, dict) else {"type": "text", "text": block}
-    if "cache_control" in block:
-        dropped.append("cache_control")
     if isinstance(function := block.get("function"), dict):  # Chat wraps its calls
         block = {"type": "function_call", "id": block.get("id")} | function
     ids = ("call_id", "tool_call_id", "tool_use_id", "id")
     call = next((block[key] for key in ids if key in block), None)
     call = own_id(call) if isinstance(call, str) else None
     kind = block.get("type", block.get("role"))
+    if kind in THOUGHTS:  # opaque to every vendor but the one that wrote it
+        dropped.append(kind.removeprefix("redacted_"))
+        return []
+    report(unknown(block, BLOCK_KEYS), dropped)
     match kind, block:
         case "text" | "input_text" | "output_text", {"text": str(text)}:
             return [Text(text)]
@@ -1325,10 +1341,6 @@ def read_block(block: Any, where: str, dropped: list[str]) -> list[Part]:
         case "function_call_output" | "tool_result" | "tool", _ if call is not None:
             given = block.get("result", block.get("output", block.get("content")))
             return [ToolResult(call, read_result(given, where), bool(block.get("is_error")))]
-        case "thinking" | "redacted_thinking" | "reasoning", _:
-            # opaque to every vendor but the one that wrote it
-            dropped.append(kind.removeprefix("redacted_"))
-            return []
     raise BadRequest(f"{where}: must be a complete text, image, tool call or tool result")
 
 
@@ -1382,8 +1394,7 @@ def read_tool(tool: Any, where: str, dropped: list[str]) -> Tool:
             if (kind := tool.get("type", "function")) not in ("function", "custom"):
                 kind = redact(str(kind), length=50)
                 raise BadRequest(f"{where}.type: {kind!r} runs at the vendor and is not allowed")
-            given = itertools.chain(tool.items(), inner.items())
-            report([name for name, value in given if value and name not in TOOL_KEYS], dropped)
+            report(unknown(tool | inner, TOOL_KEYS), dropped)
             schema = inner.get("parameters") or inner.get("input_schema") or {}
             name = inner.get("name")
             if isinstance(name, str) and (name := clean(name)) and isinstance(schema, dict):
@@ -3363,7 +3374,8 @@ class Adapter:
 
     def always(self, request: Request) -> bool:
         """Is the model told not to reason, and cannot but do it?"""
-        return request.effort in self.idle and "always" in self.can
+        idle = request.effort in self.idle or (not request.effort and request.thinking is False)
+        return idle and "always" in self.can
 
     def rejects(self, request: Request) -> Iterable[str]:
         """The parameters that this model would not take beside the others."""
@@ -4000,7 +4012,8 @@ class NativeWriter(Writer):
         body = error_body(error, request_id, self.dialect)
         if self.dialect == "responses":  # whose events are numbered
             known = re.findall(rb'"sequence_number":\s*(\d{1,9})\b', self.last)
-            body = b'{"sequence_number":%d,%b' % (int(known[-1]) + 1 if known else 0, body[1:])
+            number = int(known[-1]) + 1 if known else 0
+            body = b'{"type":"error","sequence_number":%d,%b' % (number, body[1:])
         return b"%bdata: %b\n\n" % (event, body)
 
 
@@ -4218,16 +4231,19 @@ class Catalog:
         if not (free := provider in ("", prefix)):
             order.append(order.pop(0))
         found = [
-            (len(pattern) + len(name) - len(model), (home, model))  # so openai/… is none of o*
+            (len(pattern) + len(name) - len(model), (home, model))
             for home, model in order
             for pattern in offers.get(home, ())
-            if model and matches(model, [pattern])
+            if model
+            and matches(model, [pattern])
+            # ollama/… is none of o*
+            and (model != name or prefix not in offers or "/" in pattern or pattern == "*")
         ]
         if found:
             return [max(found, key=lambda offer: offer[0])[1] if free else found[0][1]]
-        home = homes[0]
-        other = next((f"; send it to /api/{p}" for p in offers if matches(name, offers[p])), "")
-        offer = f"{home} offers {', '.join(offers[home])}"
+        others = [(len(glob), p) for p in offers for glob in offers[p] if matches(name, [glob])]
+        other = f"; send it to /api/{max(others)[1]}" if others else ""
+        offer = f"{homes[0]} offers {', '.join(offers[homes[0]])}"
         raise ProxyError(403, "model_not_allowed", f"model: {offer}, not {redact(name)!r}{other}")
 
     def resolve_alias(self, name: str) -> list[Target]:
@@ -4632,7 +4648,7 @@ class VendorKeys:
         if not wait or now + wait < patience:
             return None
         status = 529 if self.rests.get(provider, 0) > now else 429
-        message = f"{provider} is left alone for {wait:.0f} s more"
+        message = f"{provider} is left alone for {math.ceil(wait)} s more"
         return ProxyError(*UPSTREAM_CODES[status], message, after=wait)
 
     def choose(self, provider: str) -> str:
@@ -5525,7 +5541,7 @@ def refusal(given: Admission, limits: Limits) -> ProxyError:
         case "concurrent":
             message = f"{limits.concurrent} requests at a time are allowed; let one end"
             return ProxyError(429, "too_many_streams", message, after=1)
-    message = f"too many {given.refused}; try again in {given.wait:.0f} s"
+    message = f"too many {given.refused}; try again in {math.ceil(given.wait)} s"
     return ProxyError(429, "rate_limited", message, after=given.wait)
 
 
@@ -5854,7 +5870,8 @@ class App(litestar.Litestar):
         async def send(message: Any) -> None:
             if message["type"] == "http.response.start":
                 await call.discard()
-                message["headers"] = [*message.get("headers", ()), *raw_headers(call.added)]
+                more = raw_headers(call.rates | call.added)
+                message["headers"] = [*message.get("headers", ()), *more]
             await call.send(message)
 
         if scope["method"] == "OPTIONS" and "access-control-request-method" in call.headers:
@@ -5909,7 +5926,7 @@ def error_response(request: litestar.Request[Any, Any, Any], error: Exception) -
     if isinstance(app, App):
         app.proxy.account_for(call)
     body = error_body(error, call.added["x-request-id"], call.dialect)
-    headers = error.headers | call.rates | call.own_id()
+    headers = error.headers | call.own_id()
     return litestar.Response(
         body, status_code=error.status, media_type="application/json", headers=headers
     )
@@ -6370,7 +6387,7 @@ def show_usage(config: Config, options: argparse.Namespace) -> str:
         where = path if config.ledger.path else '"", so none is kept'
         raise ConfigError(f"ledger.path: there is no ledger at {where}")
     if options.json:
-        return msgspec.json.encode(rows).decode()
+        return msgspec.json.Encoder(decimal_format="number").encode(rows).decode()
     lines = [f"{options.by} requests errors input output USD unpriced".split()]
     lines += [[str(cell) for cell in astuple(row)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -1537,7 +1537,7 @@ def test_the_most_exact_offer_of_a_model_counts() -> None:
     table = {"adapter": "chat", "base_url": "http://127.0.0.1:1/v1"}
     groq = table | {"models": ["openai/gpt-oss-*", "llama-*"]}
     environ = {"ANTHROPIC_API_KEY": "k", "OPENAI_API_KEY": "k"}
-    more = {"providers.groq": groq, "providers.any": table | {"models": ["*"]}}
+    more = {"providers.groq": groq, "providers.any": table, "providers.own": table}
     app = proxy.create_app(proxy.load_config(None, environ, **more), environ, public=False)
     for name, wanted in {
         "openai/gpt-oss-120b": ("groq", "openai/gpt-oss-120b"),
@@ -1547,12 +1547,25 @@ def test_the_most_exact_offer_of_a_model_counts() -> None:
         "llama-4": ("groq", "llama-4"),
         "qwen": ("any", "qwen"),
         "any/gpt-5.4": ("any", "gpt-5.4"),
+        "own/gpt-5.4": ("own", "gpt-5.4"),
     }.items():
         assert app.proxy.catalog.resolve(name) == [wanted]
+    for endpoint in ("openai", "anthropic", "own"):  # OpenAI's o* is not meant to match it
+        assert app.proxy.catalog.resolve("own/gpt-5.4", endpoint) == [("own", "gpt-5.4")]
     assert app.proxy.catalog.resolve("openai/gpt-5.4", "any") == [("any", "openai/gpt-5.4")]
     assert app.proxy.catalog.resolve("openai/gpt-oss-120b", "openai") == [
         ("openai", "gpt-oss-120b")
     ]
+
+
+def test_a_model_of_elsewhere_is_sent_to_who_means_it() -> None:
+    environ = {"ANTHROPIC_API_KEY": "k", "OPENAI_API_KEY": "k"}
+    own = {"adapter": "chat", "base_url": "http://127.0.0.1:1/v1"}
+    config = proxy.load_config(None, environ, **{"providers.own": own})
+    catalog = proxy.create_app(config, environ, public=False).proxy.catalog
+    for name, place in (("gpt-5.4", "/api/openai"), ("qwen", "/api/own")):
+        with pytest.raises(proxy.ProxyError, match=f"send it to {place}$"):
+            catalog.resolve(name, "anthropic")
 
 
 def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
@@ -1969,6 +1982,14 @@ def history(calls: list[Any], results: list[Any]) -> dict[str, Any]:
                        assistant([{"type": "output_text", "text": "Hello!"}]),
                        {"role": "user", "content": "How are you?"}], "instructions": "Be brief."},
             CONVERSATION, id="input family as OpenAI documents it",
+        ),
+        pytest.param(
+            {"messages": [*CONVERSATION["messages"][:-1],
+                          {"role": "developer", "content": "In French."},
+                          *CONVERSATION["messages"][-1:]]},
+            {"messages": [*CONVERSATION["messages"][:-1], system("In French."),
+                          *CONVERSATION["messages"][-1:]]},
+            id="messages family, where a developer is what OpenAI means by it",
         ),
         pytest.param(
             {"system": "Be brief.", "messages": CONVERSATION["messages"][1:]},
@@ -2977,12 +2998,13 @@ def ask_native(
 def native_error(response: httpx.Response) -> dict[str, Any]:
     """The error of a reply, held against the shape of the dialect it was asked in."""
     body = response.json()
-    assert body["type"] == "error"
     assert body["error"]["type"] and body["error"]["message"]
     if "/v1/messages" in str(response.url):
         assert body.keys() == {"type", "error", "request_id"}
+        assert body["type"] == "error"
         assert body["request_id"] == response.headers["x-request-id"]
     else:
+        assert body.keys() == {"error"}
         assert body["error"].keys() == {"type", "message", "param", "code"}
     return dict(body["error"])
 
@@ -4378,13 +4400,15 @@ SYSTEM_SPELLINGS = [
     pytest.param({"messages": [{"type": "message", "role": "system", "content": "OBEY"}, *HI]},
                  id="role with a type"),
     pytest.param({"input": [item("system", "OBEY"), item("user", "Hi")]}, id="input item"),
+    pytest.param({"messages": [{"role": "developer", "content": "OBEY"}, *HI]}, id="developer"),
+    pytest.param({"messages": [{"role": "dev\u2066eloper", "content": "OBEY"}, *HI]},
+                 id="bidi developer"),
 ]  # fmt: skip
 DEVELOPER = [
     pytest.param({"input": [item("developer", "OBEY"), item("user", "Hi")]}, id="developer item"),
     pytest.param(
-        {"messages": [{"role": "developer", "content": "OBEY"}, *HI]}, id="developer role"
+        {"input": [item("dev\u2066eloper", "OBEY"), item("user", "Hi")]}, id="bidi developer item"
     ),
-    pytest.param({"messages": [{"role": "dev\u2066eloper", "content": "OBEY"}, *HI]}, id="bidi"),
 ]
 
 
@@ -6732,6 +6756,13 @@ def used(serve_module: Serve, upstream_module: Upstream) -> Server:
     return server
 
 
+def read_usage(report: str) -> list[dict[str, Any]]:
+    """The rows of `usage --json`, their costs as exact as they are written: as numbers."""
+    rows: list[dict[str, Any]] = json.loads(report, parse_float=Decimal)
+    assert not any(isinstance(row["cost"], str) for row in rows)
+    return rows
+
+
 def usage_report(server: Server, *arguments: str, environ: Mapping[str, str | None] = {}) -> str:
     config = str(server.directory / "config.toml")
     done = run_proxy("--config", config, "usage", *arguments, environ=environ)
@@ -6740,12 +6771,12 @@ def usage_report(server: Server, *arguments: str, environ: Mapping[str, str | No
 
 
 def test_usage_is_a_table_or_json(used: Server) -> None:
-    rows = json.loads(usage_report(used, "--by", "model", "--json"))
+    rows = read_usage(usage_report(used, "--by", "model", "--json"))
     by_name = {row["group"]: row for row in rows}
     assert by_name["anthropic/claude-haiku-4-5"]["requests"] == 1
     mini = by_name["openai/gpt-5-mini"]
     assert (mini["requests"], mini["input_tokens"], mini["output_tokens"]) == (2, 20, 10)
-    assert Decimal(str(mini["cost"])) == 2 * (10 * Decimal("0.25") + 5 * 2) / MILLION
+    assert mini["cost"] == 2 * (10 * Decimal("0.25") + 5 * 2) / MILLION
     assert by_name["openai/gpt-5-of-tomorrow"]["unpriced"] == 1
     table = usage_report(used, "--by", "model").splitlines()
     assert table[0].split()[:2] == ["model", "requests"]
@@ -6754,13 +6785,13 @@ def test_usage_is_a_table_or_json(used: Server) -> None:
 
 
 def test_usage_since_and_by(used: Server) -> None:
-    by_client = json.loads(usage_report(used, "--by", "client", "--json"))
+    by_client = read_usage(usage_report(used, "--by", "client", "--json"))
     names = {row["group"]: row["requests"] for row in by_client}
     assert sorted(names.values()) == [1, 2, 2]  # the one without a key is nobody
     assert "key:old" not in names
-    older = json.loads(usage_report(used, "--since", "60d", "--by", "client", "--json"))
+    older = read_usage(usage_report(used, "--since", "60d", "--by", "client", "--json"))
     assert "key:old" in {row["group"] for row in older}
-    days = json.loads(usage_report(used, "--since", "60d", "--json"))
+    days = read_usage(usage_report(used, "--since", "60d", "--json"))
     assert [len(row["group"]) for row in days] == [10] * len(days) and len(days) >= 2
 
 
@@ -7754,7 +7785,7 @@ def test_a_stream_ends_well_while_redis_is_away_and_is_told_of_later(
         wait_for(lambda: own.client.hget(money, "settled") == b"100000000")
         wait_for(lambda: put_off(server) == 0)
         assert own.client.hget(money, "held") == b"0"
-        [row] = json.loads(usage_report(server, "--by", "client", "--json", environ=environ))
+        [row] = read_usage(usage_report(server, "--by", "client", "--json", environ=environ))
         assert (row["group"], row["requests"], Decimal(row["cost"])) == ("key:a", 1, Decimal("0.1"))
         ends = [json.loads(f[b"row"]) for _, f in own.client.xrange(money_rows(own))]
         assert [end["request_id"] for end in ends if end.get("code") != "proxy_died"] == ["r1"]
@@ -7782,11 +7813,11 @@ def test_usage_is_that_of_all_replicas(
     for server, client in ((first, "a"), (second, "a"), (second, "b")):
         assert server.post("/api/local", even(), headers=as_client(client)).status_code == 200
     report = functools.partial(usage_report, first, environ=environ)
-    by_client = {row["group"]: row for row in json.loads(report("--json", "--by", "client"))}
+    by_client = {row["group"]: row for row in read_usage(report("--json", "--by", "client"))}
     counts = {name: row["requests"] for name, row in by_client.items()}
     assert counts == {"key:a": 2, "key:b": 1}
     assert Decimal(by_client["key:a"]["cost"]) == Decimal("0.2")
-    [model] = json.loads(report("--json", "--by", "model"))
+    [model] = read_usage(report("--json", "--by", "model"))
     assert (model["group"], model["requests"]) == ("local/m-even", 3)
     assert report().splitlines()[1].split()[:2] == [time.strftime(DAY, time.gmtime()), "3"]
     for server in (first, second):
@@ -7900,6 +7931,17 @@ def small(**fields: Any) -> dict[str, Any]:
     return ask(**{"max_tokens": 10, **fields})
 
 
+@pytest.mark.parametrize("path", ["/usage", "/v1/models"])
+def test_whatever_counts_as_a_request_says_how_many_are_left(
+    limited_server: Server, key: dict[str, str], path: str
+) -> None:
+    for left in (2, 1, 0):
+        got = limited_server.get(path, headers=key)
+        assert (got.status_code, got.headers["x-ratelimit-remaining-requests"]) == (200, str(left))
+    refused = limited_server.get(path, headers=key)
+    assert (refused.status_code, refused.headers["x-ratelimit-remaining-requests"]) == (429, "0")
+
+
 def test_a_burst_is_followed_by_429_until_the_time_it_says(
     limited_server: Server, upstream: Upstream, key: dict[str, str]
 ) -> None:
@@ -7913,6 +7955,7 @@ def test_a_burst_is_followed_by_429_until_the_time_it_says(
     assert (refused.status_code, refused.json()["code"]) == (429, "rate_limited")
     assert refused.json()["type"] == "rate_limit_error"
     assert refused.headers["retry-after"] == "1"
+    assert "again in 1 s" in refused.json()["error"]
     assert refused.headers["x-ratelimit-remaining-requests"] == "0"
     assert len(upstream.requests) == 3
     another = {"authorization": f"Bearer {next(KEYS)}"}
@@ -10549,12 +10592,13 @@ def test_what_a_browser_says_and_is_not_passed_on_is_named(
     image = {"type": "image_url", "image_url": {"url": "https://a.example/b.png", "detail": "low"}}
     tool = WEATHER | {"cache_control": {"type": "ephemeral"}, "strict": True}
     choice = {"type": "auto", "disable_parallel_tool_use": True}
-    said = [user([image]), {"role": "assistant", "content": [
-        {"type": "tool_use", "id": "1", "name": "weather", "arguments": {}}]}, user([
+    text = {"type": "text", "text": "Hi", "citations": {"enabled": True}, "annotations": []}
+    said = [user([text, image]), {"role": "assistant", "content": [
+        {"type": "tool_use", "id": "1", "name": "weather", "arguments": {}, "tag": "x"}]}, user([
         {"type": "tool_result", "tool_use_id": "1", "result": "x", "is_error": True}])]  # fmt: skip
     upstream.play(official)
-    for provider, lost in (("anthropic", {"detail", "cache_control", "strict"}),
-                           ("openai", {"detail", "cache_control", "is_error"})):  # fmt: skip
+    both = {"detail", "cache_control", "citations", "tag"}
+    for provider, lost in (("anthropic", both | {"strict"}), ("openai", both | {"is_error"})):
         body = {"messages": said, "tools": [tool], "tool_choice": choice}
         got = vendors.post(f"/api/{provider}", ask(model=MODELS[provider]) | body)
         assert set(got.headers["x-dropped-params"].split(", ")) == lost
@@ -11270,8 +11314,9 @@ def test_the_capabilities_agree_with_the_public_table(model: str, can: dict[str,
         assert thinks == {"budget": "enabled"}.get(known.thinking, "adaptive")
         always, by_default = can.get("thinking_always_on", False), model in THINKING_BY_DEFAULT
         assert adapter("anthropic", model).reasons == (always or by_default)
-        off = sent("anthropic", model, THINKS | {"enable_thinking": False}).body.get("thinking")
-        assert off == ({"type": "disabled"} if by_default else None)
+        off = sent("anthropic", model, THINKS | {"enable_thinking": False})
+        assert off.body.get("thinking") == ({"type": "disabled"} if by_default else None)
+        assert ("enable_thinking" in off.dropped) == always
         assert ("tool_choice" in sent("anthropic", model, asks("required")).body) == (
             known.forced_tools
         )
@@ -17338,7 +17383,7 @@ class Fleet:
     def usage(self, by: str = "client") -> dict[str, dict[str, Any]]:
         done = run_proxy("usage", "--json", "--by", by, environ=self.environment(self.ports[0]))
         assert done.returncode == 0, done.stderr
-        return {row["group"]: row for row in json.loads(done.stdout)}
+        return {row["group"]: row for row in read_usage(done.stdout)}
 
     def stop(self) -> None:
         self.http.close()
