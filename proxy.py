@@ -250,18 +250,28 @@ class Model(Table, frozen=True):
     fallback: tuple[str, ...] = ()
 
 
+class Above(Table, frozen=True):
+    """USD per million tokens of a request whose input is larger than `tokens`."""
+
+    tokens: Count
+    input: Rate
+    output: Rate
+    cache_read: Rate | None = None
+    cache_write_5m: Rate | None = None
+    cache_write_1h: Rate | None = None
+
+
 class Price(Table, frozen=True):
     """USD per million tokens. A cache price that is not set is the price of input. `above` holds
-    for the whole request once its input is larger than `above.tokens`. One with `per_use` is of a
-    tool that runs at the vendor, in USD for each time."""
+    for the whole of a large request. One with `per_use` is of a tool that runs at the vendor, in
+    USD for each time."""
 
     input: Rate = Rate(0)
     output: Rate = Rate(0)
     cache_read: Rate | None = None
     cache_write_5m: Rate | None = None
     cache_write_1h: Rate | None = None
-    above: Price | None = None
-    tokens: int = 0
+    above: Above | None = None
     free: bool = False
     per_use: Rate | None = None
 
@@ -316,7 +326,7 @@ class Jwt(Table, frozen=True):
     issuer: str = ""
     audience: str = ""
     leeway: Duration = Duration(30)
-    client_claim: str = "sub"
+    client_claim: Phrase = Phrase("sub")
     group_claim: str = ""
     models: tuple[str, ...] = ("*",)
 
@@ -409,9 +419,12 @@ def convert_text(kind: Any, value: Any) -> Any:
     match = re.fullmatch(pattern, str(value))
     if not match:
         raise ValueError(wrong.format(value))
-    if kind in (Duration, Size):
-        return kind(float(match[1]) * UNITS[match[2]])
-    return UNLIMITED if kind is Usd and value == "unlimited" else kind(str(value))
+    try:
+        if kind in (Duration, Size):
+            return kind(float(match[1]) * UNITS[match[2]])
+        return UNLIMITED if kind is Usd and value == "unlimited" else kind(str(value))
+    except ArithmeticError:
+        raise ValueError(wrong.format(value)) from None
 
 
 def merge(below: Any, above: Any) -> Any:
@@ -432,7 +445,7 @@ def load_config(
     try:
         if chosen or file.is_file():
             tables = tomllib.loads(file.read_text("utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: {error}") from None
     if not chosen and tables and tables.keys().isdisjoint(Config.__struct_fields__):
         LOG.warning("%s has none of our tables and is ignored", file)
@@ -442,8 +455,13 @@ def load_config(
     tables["providers"] = merge(given, merge(BUILT_IN_PROVIDERS, given))
     alone = {"redis.url": "", "ledger.path": ""} if overrides.get("demo") else {}
     for key, value in (read_environment(environ) | alone | overrides).items():
-        if key.partition(".")[0] in {"jwt", "session"} - tables.keys():
-            continue  # a secret by itself asks for nothing
+        section, _, name = key.partition(".")
+        if section in {"jwt", "session"} - tables.keys():  # a secret by itself asks for nothing
+            LOG.warning("%s counts only with a [%s] block", ENVIRONMENT.get(key, key), section)
+            continue
+        if section == "clients" and (client := name.partition(".")[0]) in tables.get(section, {}):
+            wanted = "ALLOWED_CLIENT_KEYS and PROXY_AUTH_TOKEN have one of that name; call it"
+            raise ConfigError(f"clients.{client}: {wanted} something else")
         for name in reversed(key.split(".")):
             value = {name: value}
         tables = merge(tables, value)
@@ -484,6 +502,8 @@ def read_environment(environ: Map[str, str]) -> dict[str, Any]:
     level = found["server.log_level"].lower()
     found["server.log_level"] = "warning" if level == "warn" else level
     found["server.cors_origins"] = split_list(found["server.cors_origins"])
+    paused = found["server.paused"].lower()
+    found["server.paused"] = {"yes": "true", "on": "true", "no": "", "off": ""}.get(paused, paused)
     if found["upstream.total"].isdecimal():
         found["upstream.total"] += "ms"
     try:
@@ -495,7 +515,9 @@ def read_environment(environ: Map[str, str]) -> dict[str, Any]:
         raise ConfigError(f"RATE_LIMIT_MAX, RATE_LIMIT_WINDOW_MS: {wanted}") from None
     token = environ.get("PROXY_AUTH_TOKEN", "").strip()  # which may hold a comma
     keys = [*([token] if token else ()), *split_list(environ.get("ALLOWED_CLIENT_KEYS", ""))]
-    for number, key in enumerate(keys, start=1):
+    if not all(map(str.isascii, keys)):
+        raise ConfigError("ALLOWED_CLIENT_KEYS, PROXY_AUTH_TOKEN: a key must be ASCII, to be sent")
+    for number, key in enumerate(dict.fromkeys(keys), start=1):
         found[f"clients.env-{number}.key_sha256"] = sha256(key)
     return {key: value for key, value in found.items() if value not in ("", [])}
 
@@ -505,6 +527,7 @@ def split_list(text: str) -> list[str]:
 
 
 SLOT = re.compile(r"\{([A-Za-z_]\w*)\}")
+SLOTS = re.compile(rf"(?:{SLOT.pattern}\s*)+")
 
 
 def check_values(config: Config) -> None:
@@ -522,11 +545,12 @@ def check_values(config: Config) -> None:
             if getattr(key.limits, setting) != getattr(config.limits, setting):
                 wanted = "is the same for all; set it in [limits]"
                 raise ConfigError(f"clients.{name}.limits.{setting}: {wanted}")
+    digests: dict[str, str] = {}
+    for name, key in config.clients.items():
+        if (other := digests.setdefault(key.key_sha256, name)) != name:
+            raise ConfigError(f"clients.{name}.key_sha256: is that of clients.{other}, too")
     for pattern, price in config.prices.items():
         of_model = bool(price.input or price.output or price.free)
-        if price.above and price.output and not price.above.output:
-            wanted = "set it, too: what output costs above that many tokens"
-            raise ConfigError(f'prices."{pattern}".above.output: {wanted}')
         if of_model == (price.per_use is not None):
             wanted = "set input and output of a model, or free = true, or per_use of a tool"
             raise ConfigError(f'prices."{pattern}": {wanted}')
@@ -565,7 +589,7 @@ def check_values(config: Config) -> None:
          "is needed with jwks_url; it is the `iss` of your tokens"),
         (jwt and jwt.secret and is_short(jwt.secret), "jwt.secret", secret),
         (session and is_short(session.secret), "session.secret", secret),
-        (session and session.ttl > 600, "session.ttl", 'at most "10m"'),
+        (session and not 1 <= session.ttl <= 600, "session.ttl", 'from "1s" to "10m"'),
         (session and not (session.turnstile_secret or jwt), "session.turnstile_secret",
          "set it (TURNSTILE_SECRET_KEY) or a [jwt] block: a session needs a proof"),
         (budget.webhook and is_short(budget.webhook_secret), "budget.webhook_secret", secret),
@@ -1018,7 +1042,9 @@ def parse_body(
     report(sorted(raw.keys() - known), dropped)
     given = convert_body({name: raw[name] for name in raw if name in known}, Body)
     if by_template:
-        request, said = read_template(given, templates), [*(given.variables or {}).values()]
+        request, said = read_template(given, templates)
+        dropped += ["max_tokens"] if request.max_tokens > limits.max_tokens else []
+        request.max_tokens = min(request.max_tokens, limits.max_tokens)
     else:
         check_lists(raw, limits)
         request = read_request(given, limits, default_model, dropped, chat)
@@ -1453,7 +1479,8 @@ def join_messages(messages: list[Message]) -> tuple[str, list[Message]]:
 # that is put in as plain text, once: what it holds is never looked at again.
 
 
-def read_template(given: Body, templates: Map[str, Template]) -> Request:
+def read_template(given: Body, templates: Map[str, Template]) -> tuple[Request, list[str]]:
+    """The request, and what of it the page says. Slots beside each other say one thing."""
     if (template := templates.get(given.template or "")) is None:
         known = ", ".join(templates) or "none"
         raise BadRequest(f"template: is not configured; there are: {known}")
@@ -1468,13 +1495,15 @@ def read_template(given: Body, templates: Map[str, Template]) -> Request:
 
     if not (prompt := fill(template.prompt)).strip():
         raise BadRequest("variables: leave nothing to ask")
-    return Request(
+    slots = SLOTS.finditer(f"{template.prompt}\0{template.system}")
+    request = Request(
         model=template.model,
         max_tokens=template.max_tokens,
         system=fill(template.system),
         messages=[Message("user", [Text(prompt)])],
         tools=template_tools(template),
     )
+    return request, [fill(found[0]) for found in slots]
 
 
 def template_tools(template: Template) -> list[Tool]:
@@ -1724,15 +1753,24 @@ class KeySet:
 
 
 def read_token(headers: Headers) -> str:
+    """The key or token that was sent, if it is not too long to be one."""
     scheme, _, bearer = headers.get("authorization", "").partition(" ")
-    return bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+    token = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+    return token if len(token) <= 8192 else ""
+
+
+def from_origins(headers: Headers) -> tuple[str, ...]:
+    """The page's origin, as far as a browser tells it: not where a GET stays at home."""
+    if "origin" in headers or headers.get("sec-fetch-site") != "same-origin":
+        return (headers.get("origin", ""),)
+    return tuple(f"{scheme}://{headers.get('host', '')}" for scheme in ("http", "https"))
 
 
 SESSION_ISSUER = "proxy.py/session"
 
 
 class SessionRequest(Struct, forbid_unknown_fields=True):
-    turnstile: str = ""
+    turnstile: Annotated[str, Meta(max_length=2048)] = ""
 
 
 class Clients:
@@ -1774,7 +1812,7 @@ class Clients:
         tokens are configured and none that is good was sent."""
         if self.closed:
             token = read_token(headers)
-            client = self.by_key(token) or self.by_session(token, headers.get("origin", ""))
+            client = self.by_key(token) or self.by_session(token, *from_origins(headers))
             if client := client or await self.by_jwt(token):
                 return client
             message = "a valid key or token is needed: send it as `Authorization: Bearer KEY`"
@@ -1835,11 +1873,11 @@ class Clients:
             return None
         return self.client(f"jwt:{user}", models=table.models, group=group)
 
-    def by_session(self, token: str, origin: str) -> Client | None:
+    def by_session(self, token: str, *origins: str) -> Client | None:
         if self.config.session is None:
             return None
         claims = read_claims(token, self.session_key, ["HS256"], issuer=SESSION_ISSUER)
-        if claims.get("origin") != origin or "client" not in claims:
+        if claims.get("origin") not in origins or "client" not in claims:
             return None
         budget = self.config.session.budget
         return self.client(claims["sub"], per_session=budget, **claims["client"])
@@ -2405,9 +2443,9 @@ class MemoryStore:
         """Nobody else needs to know."""
 
     async def once(self, token: str, seconds: float) -> bool:
-        first = not self.shown.pop(token, False)
+        first = not self.shown.pop(known := sha256(token), False)
         if seconds:
-            self.shown[token] = True
+            self.shown[known] = True
         return first
 
 
@@ -4104,7 +4142,7 @@ def built_in_prices() -> dict[str, Price]:
             more: Any = {
                 n: Rate(r * (outputs if n == "output" else inputs)) for n, r in usd.items()
             }
-            price = replace(price, above=Price(**more, tokens=int(tokens)))
+            price = replace(price, above=Above(**more, tokens=int(tokens)))
         prices |= dict.fromkeys(models.split(), price)
     return prices
 
@@ -4144,13 +4182,13 @@ def cost(usage: Usage, price: Price | None) -> Decimal | None:
     """USD of one answer; None where the price is not known."""
     if price is None or price.free:
         return Decimal(0) if price else None
-    if price.above and usage.input_tokens > price.above.tokens:
-        price = price.above
-    read = price.input if price.cache_read is None else price.cache_read
-    write = price.input if price.cache_write_5m is None else price.cache_write_5m
-    write_1h = write if price.cache_write_1h is None else price.cache_write_1h
+    large = price.above and usage.input_tokens > price.above.tokens
+    usd = price.above if price.above and large else price
+    read = usd.input if usd.cache_read is None else usd.cache_read
+    write = usd.input if usd.cache_write_5m is None else usd.cache_write_5m
+    write_1h = write if usd.cache_write_1h is None else usd.cache_write_1h
     cached = usage.cache_read_tokens + usage.cache_write_tokens
-    total = max(0, usage.input_tokens - cached) * price.input + usage.output_tokens * price.output
+    total = max(0, usage.input_tokens - cached) * usd.input + usage.output_tokens * usd.output
     total += usage.cache_read_tokens * read + usage.cache_write_1h_tokens * write_1h
     total += (usage.cache_write_tokens - usage.cache_write_1h_tokens) * write
     return total / 1_000_000
@@ -5468,6 +5506,10 @@ class Proxy:
     async def take(self, call: Call) -> Admission:
         """Find out who is calling, and count what asks nothing of a vendor as one of its requests.
         Raises 401, 403 or 429."""
+        headers = call.headers
+        if "origin" not in headers and headers.get("sec-fetch-site") == "cross-site":
+            message = "a page of another site must ask with CORS, as fetch() does"
+            raise ProxyError(403, "origin_not_allowed", message)
         call.client = client = await self.clients.identify(call.peer, call.headers)
         given = await self.store.admit(Ask("", client.id, client.limits))
         call.show_rates(given)
@@ -6191,7 +6233,7 @@ key_sha256 = "{sha256(key)}"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse_arguments(arguments)
+    options, code = parse_arguments(arguments), 0
     set_up_logging("info")
     try:
         config = configure(options, os.environ)
@@ -6202,13 +6244,16 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.command == "key":
             print(new_key(options.name))
         elif options.check:
-            return print_check(config, os.environ, public)
+            code = print_check(config, os.environ, public)
         else:
             serve(config, public)
-    except ConfigError as error:
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ConfigError, OSError) as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         return 2
-    return 0
+    return code
 
 
 def configure(options: argparse.Namespace, environ: Map[str, str]) -> Config:
@@ -6236,7 +6281,7 @@ def check_port(host: str, port: int) -> str:
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(place)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         fix = "choose others with --host and --port"
         raise ConfigError(f"server.port: cannot bind {host}:{port} ({error}); {fix}") from None
     return str(place[0])
@@ -6331,11 +6376,14 @@ def check_lines(config: Config, environ: Map[str, str], public: bool) -> Iterato
     kept = "kept over restarts" if config.ledger.persistent else "begins anew if it is lost"
     yield "ledger", f"{config.ledger.path}, {kept}" if config.ledger.path else "none"
     yield "cache", "on" if config.cache.enabled else "off"
-    if redis.url:
-        url = httpx.URL(redis.url)
-        away = f"limits {redis.limits_when_away} and budgets {redis.budget_when_away}"
-        yield "redis", f"{url.host}:{url.port or 6379}; while it is away, {away}"
     try:
+        if redis.url:
+            place = connect_redis(redis.url).connection_pool.connection_kwargs
+            host = (
+                place.get("path") or f"{place.get('host', 'localhost')}:{place.get('port', 6379)}"
+            )
+            away = f"limits {redis.limits_when_away} and budgets {redis.budget_when_away}"
+            yield "redis", f"{host}; while it is away, {away}"
         proxy = create_app(config, environ, public=public).proxy
         check_ledger(config.ledger)
         if room := proxy.catalog.describe_room():

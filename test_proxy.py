@@ -1414,6 +1414,27 @@ def test_a_key_that_may_spend_nothing_is_a_budget(tmp_path: Path) -> None:
             id="a long session",
         ),
         pytest.param(
+            "[session]\nttl = '500ms'\nturnstile_secret = 'x'\nsecret = '" + "x" * 32 + "'",
+            ["session.ttl", "1s"],
+            id="a session that ends as it begins",
+        ),
+        pytest.param(
+            "[jwt]\nsecret = '" + "x" * 32 + "'\nclient_claim = ' '",
+            ["jwt.client_claim", "blank"],
+            id="users without a name",
+        ),
+        pytest.param(
+            "[budget]\ntotal_per_day = '1e99999999999999999999'",
+            ["budget.total_per_day", "amount of USD"],
+            id="more than all money",
+        ),
+        pytest.param(
+            "[limits]\nmax_body = '" + "9" * 400 + "GiB'",
+            ["limits.max_body", "64KiB"],
+            id="larger than any number",
+        ),
+        pytest.param("x = " + "[" * 5000, ["settings.toml"], id="too deep"),
+        pytest.param(
             "[session]\nsiteverify_url = 'x'\nturnstile_secret = 'x'\nsecret = '" + "x" * 32 + "'",
             ["session.siteverify_url", "URL"],
             id="siteverify URL",
@@ -1579,10 +1600,45 @@ def test_a_wrong_option_is_not_the_variables_fault() -> None:
         proxy.load_config(None, {"PORT": "8000"}, **{"server.port": 0})
 
 
-def test_a_price_above_has_one_of_output(tmp_path: Path) -> None:
-    text = '[prices."m"]\ninput = 1\noutput = 2\nabove = { tokens = 9, input = 2 }'
-    with pytest.raises(proxy.ConfigError, match=r'prices."m".above.output'):
+@pytest.mark.parametrize("missing", ["tokens", "input", "output"])
+def test_a_price_above_is_whole(tmp_path: Path, missing: str) -> None:
+    """One of 0 tokens would be the price of every request, and no output would be for nothing."""
+    given = ", ".join(f"{name} = 2" for name in ("tokens", "input", "output") if name != missing)
+    text = f'[prices."m"]\ninput = 1\noutput = 2\nabove = {{ {given} }}'
+    with pytest.raises(proxy.ConfigError, match=rf"prices\.m\.above: .*`{missing}`"):
         proxy.load_config(Path(write(tmp_path, text)), {})
+
+
+@pytest.mark.parametrize(
+    ("said", "paused"),
+    [*zip(("1", "TRUE", "yes", "On"), itertools.repeat(True)),
+     *zip(("0", "false", "no", "off", ""), itertools.repeat(False))],
+)  # fmt: skip
+def test_the_switch_to_pause_is_spelled_as_people_do(said: str, paused: bool) -> None:
+    assert proxy.load_config(None, {"PROXY_PAUSED": said}).server.paused is paused
+
+
+def test_a_key_is_one_clients(tmp_path: Path) -> None:
+    block = "[clients.{}]\nkey_sha256 = '" + digest("k") + "'\n"
+    for file, environ, said in (
+        (block.format("a") + block.format("b"), {}, r"clients\.b\.key_sha256: .* clients\.a"),
+        (block.format("a"), {"ALLOWED_CLIENT_KEYS": "x,k"}, r"clients\.env-2.* clients\.a"),
+        (block.format("env-1"), {"PROXY_AUTH_TOKEN": "x"}, r"clients\.env-1: "),
+        ("", {"ALLOWED_CLIENT_KEYS": "ké"}, "^ALLOWED_CLIENT_KEYS"),
+    ):
+        with pytest.raises(proxy.ConfigError, match=said):
+            proxy.load_config(Path(write(tmp_path, file)), environ)
+    config = proxy.load_config(None, {"ALLOWED_CLIENT_KEYS": "x,y,x", "PROXY_AUTH_TOKEN": "y"})
+    assert [*config.clients] == ["env-1", "env-2"]
+
+
+def test_a_secret_that_nothing_asks_for_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("WARNING", "proxy")
+    proxy.LOG.propagate = True
+    proxy.load_config(Path(write(tmp_path, "")), {"JWT_SECRET": "x" * 40})
+    assert caplog.messages == ["JWT_SECRET counts only with a [jwt] block"]
 
 
 def test_secrets_in_the_environment_ask_for_nothing_by_themselves(tmp_path: Path) -> None:
@@ -3292,6 +3348,34 @@ def test_a_denied_text_is_found_however_json_spells_it(denied: str) -> None:
         {"id": "c", "type": "function", "function": function}]}]  # fmt: skip
     with pytest.raises(proxy.BadRequest, match="not allowed here"):
         proxy.parse_native(native("chat", messages=said), "chat", limits, (), [])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "denied"),
+    [
+        pytest.param("Say {a}{b}", "badword", id="beside each other"),
+        pytest.param("{a} {b}", "bad word", id="with a space between"),
+        pytest.param("{a}\n{b} {c}", "bad\nword end", id="three"),
+        pytest.param("{a} {b}", "bad", id="in one"),
+    ],
+)
+def test_a_denied_text_over_two_slots_is_found(prompt: str, denied: str) -> None:
+    values = {"a": "bad", "b": "word", "c": "end"}
+    values = {name: value for name, value in values.items() if f"{{{name}}}" in prompt}
+    variables = {name: proxy.Variable() for name in values}
+    made = proxy.Template(model="m", prompt=proxy.Phrase(prompt), variables=variables)
+    body = {"template": "t", "variables": values}
+    with pytest.raises(proxy.BadRequest, match="not allowed here"):
+        parse(body, proxy.Limits(denied=(denied,)), templates={"t": made})
+    parse(body, proxy.Limits(denied=("Say bad", "wordbad")), templates={"t": made})
+
+
+def test_a_templates_max_tokens_stay_below_the_callers() -> None:
+    made = proxy.Template(model="m", prompt=proxy.Phrase("Hi"), max_tokens=500)
+    for most, expected in ((100, (100, ["max_tokens"])), (500, (500, []))):
+        limits = proxy.Limits(max_tokens=most)
+        request, dropped = parse({"template": "t"}, limits, templates={"t": made})
+        assert (request.max_tokens, dropped) == expected
 
 
 def test_a_variable_of_a_template_hides_no_text() -> None:
@@ -6040,7 +6124,7 @@ def test_a_turnstile_token_works_once_also_when_sent_often_at_once(
     check_error(prove(login, next(ADDRESSES), proof), 403, "challenge_failed")
 
 
-@pytest.mark.parametrize("proof", ["bad token", "late token", "good" * 4000])
+@pytest.mark.parametrize("proof", ["bad token", "late token", "good" * 512])
 def test_a_turnstile_token_that_is_not_good_buys_nothing(
     login: Server, challenges: Challenges, address: str, proof: str
 ) -> None:
@@ -6050,6 +6134,55 @@ def test_a_turnstile_token_that_is_not_good_buys_nothing(
     error = check_error(refused, 403, "challenge_failed")
     assert refused.headers["x-should-retry"] == "false"
     assert challenges.secret not in str(error)
+
+
+def test_what_is_too_long_to_be_a_token_is_asked_of_nobody(
+    login: Server, challenges: Challenges, address: str
+) -> None:
+    error = check_error(prove(login, address, "x" * 2049), 400, "invalid_request")["error"]
+    assert error.startswith("turnstile: ") and "2048" in error
+    assert challenges.http.requests == []
+    key = "k" * 8193
+    assert proxy.read_token({"x-api-key": key[1:]}) == key[1:]
+    assert proxy.read_token({"x-api-key": key}) == ""
+    assert proxy.read_token({"authorization": f"Bearer {key}"}) == ""
+
+
+def test_a_session_serves_the_gets_of_its_own_page(login: Server, address: str) -> None:
+    """Browsers send no Origin with a GET that stays at home, but say that it does."""
+    home = f"http://127.0.0.1:{login.port}"
+    clients = proxy.Clients(session_config(), {}, True)
+    token = clients.new_session(clients.client("ip:192.0.2.1"), home)["token"]
+    page = {"host": f"127.0.0.1:{login.port}", "sec-fetch-site": "same-origin"}
+    for headers, good in (
+        (page, True),
+        (page | {"host": "evil.example"}, False),
+        (page | {"sec-fetch-site": "none"}, False),
+        (page | {"origin": "https://evil.example"}, False),
+        ({"host": page["host"]}, False),
+    ):
+        found = clients.by_session(token, *proxy.from_origins(headers))
+        assert (found is not None) == good, headers
+    mine = clients.new_session(clients.client("ip:192.0.2.1"), ORIGIN)["token"]
+    assert clients.by_session(mine, *proxy.from_origins({"origin": ORIGIN}))
+    assert clients.by_session(mine, *proxy.from_origins(page)) is None
+
+
+def session_config() -> Any:
+    return proxy.Config(session=proxy.Session(secret="s" * 32, turnstile_secret="t"))
+
+
+@pytest.mark.parametrize("path", ["/usage", "/v1/models"])
+def test_a_page_elsewhere_uses_up_no_requests_without_cors(serve: Serve, path: str) -> None:
+    """As an image, say, which browsers fetch without an Origin."""
+    server = serve("[limits]\nburst = 1\nrequests_per_minute = 0.001")
+    for mode in ("no-cors", "navigate"):
+        elsewhere = {"sec-fetch-site": "cross-site", "sec-fetch-mode": mode}
+        refused = server.get(path, headers=elsewhere)
+        assert refused.status_code == 403, refused.text
+        assert "origin_not_allowed" in refused.text
+    assert server.get(path, headers={"sec-fetch-site": "same-origin"}).status_code == 200
+    assert server.get(path).status_code == 429  # so each of those counted as nothing
 
 
 @pytest.mark.parametrize(
@@ -12547,7 +12680,8 @@ def every_price() -> list[Any]:
     file = SHARED / "prices.json"
     names = set(proxy.Price.__struct_fields__)
     for row in json.loads(file.read_text()).values() if file.is_file() else ():
-        above = {k: v for k, v in (row.get("above") or {}).items() if k in names}
+        tiers = proxy.Above.__struct_fields__
+        above = {k: v for k, v in (row.get("above") or {}).items() if k in tiers}
         fields = {k: v for k, v in row.items() if k in names - {"above"}}
         table = fields | ({"above": above} if above else {})
         found.append(proxy.convert(table, proxy.Price, ""))
@@ -15727,6 +15861,13 @@ def has_ipv6() -> bool:
     return False
 
 
+@pytest.mark.parametrize("host", ["nowhere.invalid", "x" * 70, "a..b"])
+def test_a_host_that_is_none_is_said_in_one_line(host: str) -> None:
+    done = run_proxy("--demo", "--host", host, environ={"CORS_ORIGIN": ORIGIN})
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert "server.port: cannot bind" in done.stderr
+
+
 def test_a_second_server_on_the_same_port_is_refused(plain_server: Server) -> None:
     """Two Granians on one port would share it silently."""
     done = run_proxy("--port", str(plain_server.port))
@@ -15751,6 +15892,24 @@ def test_check_says_what_is_open_and_missing_without_a_secret(tmp_path: Path) ->
     assert all(word in done.stdout for word in ("127.0.0.1:8000", "web", "fast", "api.anthropic"))
     for secret in (ANTHROPIC_KEY, CLIENT_KEY, *secrets.values()):
         assert secret not in done.stdout + done.stderr
+
+
+def test_check_reads_the_place_of_redis_as_the_client_does() -> None:
+    environ = {"REDIS_URL": "redis://:s%2Fecret@db.example:6380/1"}
+    done = run_proxy("--check", environ=environ)
+    assert (done.returncode, "db.example:6380" in done.stdout) == (0, True), done.stdout
+    assert "ecret" not in done.stdout + done.stderr
+    done = run_proxy("--check", environ={"REDIS_URL": "redis://:a/b@db.example:x/1"})
+    assert (done.returncode, done.stderr) == (2, "")
+    assert re.search(r"^missing +redis\.url: must look like", done.stdout, re.MULTILINE)
+
+
+def test_whoever_reads_only_the_beginning_gets_no_traceback() -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"'{sys.executable}' '{PROXY}' --check | true"],
+        env=clean_environment({}), capture_output=True, text=True, timeout=20, check=False,
+    )  # fmt: skip
+    assert done.stderr == ""
 
 
 def test_check_warns_of_a_public_bind_without_client_check() -> None:
@@ -15817,7 +15976,7 @@ REFUSED = [
                  ["session.turnstile_secret: set it (TURNSTILE_SECRET_KEY) or a [jwt] block"],
                  id="session without a proof"),
     pytest.param(SESSIONS.format("s" * 32) + "ttl = '1h'", {}, PUBLIC,
-                 ['session.ttl: at most "10m"'], id="session for long"),
+                 ['session.ttl: from "1s" to "10m"'], id="session for long"),
     pytest.param("[jwt]\nsecret = 'short'", {}, PUBLIC, [f"jwt.secret: {SECRET_RULE}"],
                  id="short JWT secret"),
     pytest.param("[jwt]\nissuer = 'x'", {}, PUBLIC, ["jwt.jwks_url: set it, or else jwt.secret"],
