@@ -161,6 +161,7 @@ KINDS: dict[type, tuple[str, str]] = {
 
 
 Count = Annotated[int, Meta(ge=1)]
+WhenAway = Annotated[str, Meta(pattern="^(local|closed)$")]
 
 
 class Table(Struct, frozen=True, forbid_unknown_fields=True):
@@ -175,7 +176,7 @@ class Server(Table, frozen=True):
     trusted_proxies: Annotated[int, Meta(ge=0)] | None = None
     drain: Duration = Duration(25)
     ping: Duration = Duration(15)
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$")] = "info"
     admin_token: str = ""
     page: bool = False
     paused: bool = False
@@ -186,7 +187,7 @@ class Provider(Table, frozen=True):
     most `max_concurrent` requests of all replicas are at the provider, and `queue_limit` more wait
     for it in each process."""
 
-    adapter: Literal["messages", "responses", "chat"]
+    adapter: Annotated[str, Meta(pattern="^(messages|responses|chat)$")]
     base_url: BaseUrl
     key_env: str | tuple[str, ...] = ""
     organization: str = ""
@@ -296,8 +297,8 @@ class RedisTable(Table, frozen=True):
     url: str = ""
     namespace: str = "proxy"
     replicas: Count = 1
-    limits_when_away: Literal["local", "closed"] = "local"
-    budget_when_away: Literal["local", "closed"] = "closed"
+    limits_when_away: WhenAway = "local"
+    budget_when_away: WhenAway = "closed"
     lease: Duration = Duration(30)  # of what a process has, from its last sign of life
     rows: Count = 100_000  # of the ledger that Redis keeps
 
@@ -346,9 +347,9 @@ class Session(Table, frozen=True):
 class Variable(Table, frozen=True):
     """What a page may put into a template: `text`, a `line` without breaks, or a `number`."""
 
-    kind: Literal["text", "line", "number"] = "text"
+    kind: Annotated[str, Meta(pattern="^(text|line|number)$")] = "text"
     max_length: Count = 1000
-    place: Literal["user", "system"] = field(default="user", name="in")
+    place: Annotated[str, Meta(pattern="^(user|system)$")] = field(default="user", name="in")
 
 
 class Template(Table, frozen=True):
@@ -488,6 +489,7 @@ def convert(value: Any, kind: Any, path: str) -> Any:
         return msgspec.convert(value, kind, strict=False, dec_hook=convert_text)
     except msgspec.ValidationError as error:
         message, _, where = str(error).replace(">= 1", "above 0").partition(" - at `$")
+        message = re.sub(r"Expected .*\^\((.*)\)\$'", r"must be one of \1", message)
         where = re.sub(r"\[.*?\]|`", "", where)  # of an entry
         key = f"{path}{where}".strip(".") or "top level"
         raise ConfigError(f"{key}: {message}; the README lists every setting") from None

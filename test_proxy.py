@@ -1331,8 +1331,16 @@ def test_a_key_that_may_spend_nothing_is_a_budget(tmp_path: Path) -> None:
         ),
         pytest.param(
             "[providers.x]\nadapter = 'chatty'\nbase_url = 'http://x/v1'",
-            ["providers.x.adapter"],
+            ["providers.x.adapter: must be one of messages|responses|chat;"],
             id="adapter",
+        ),
+        pytest.param(
+            "[server]\nlog_level = 'loud'", ["server.log_level: must be one of debug|"], id="level"
+        ),
+        pytest.param(
+            "[templates.t]\nmodel = 'm'\nprompt = '{a}'\nvariables.a = {kind = 'word'}",
+            ["templates.t", "must be one of text|line|number"],
+            id="kind of a variable",
         ),
         pytest.param(
             "[models.fast]\ntarget = 'claude-haiku-4-5'",
