@@ -5658,9 +5658,15 @@ Said = list[tuple[str, list[str]]]
 Json = dict[str, Any]
 
 
-def demo_messages(said: Said, used: Json) -> tuple[list[Json], Json]:
-    """An answer of Anthropic's, as events and in one piece."""
-    counted = {"input_tokens": used["prompt_tokens"], "output_tokens": used["completion_tokens"]}
+def demo_bytes(events: list[Json], whole: Json, stream: bool) -> list[bytes]:
+    if not stream:
+        return [msgspec.json.encode(whole)]
+    return [b"event: %b\n%b" % (event["type"].encode(), frame(event)) for event in events]
+
+
+def demo_messages(said: Said, usage: Usage, stream: bool) -> list[bytes]:
+    """An answer of Anthropic's, as events or in one piece."""
+    counted = {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens}
     message: Json = {"id": "msg_demo", "type": "message", "role": "assistant", "model": "demo"}
     message |= {"content": [], "stop_reason": None, "stop_sequence": None, "usage": counted}
     events: list[Json] = [{"type": "message_start", "message": message}]
@@ -5681,117 +5687,96 @@ def demo_messages(said: Said, used: Json) -> tuple[list[Json], Json]:
         content.append(block)
     end = {"stop_reason": "tool_use" if content[-1]["type"] == "tool_use" else "end_turn"}
     events.append({"type": "message_delta", "delta": end, "usage": counted})
-    return [*events, {"type": "message_stop"}], message | end | {"content": content}
+    events.append({"type": "message_stop"})
+    return demo_bytes(events, message | end | {"content": content}, stream)
 
 
-def demo_responses(said: Said, used: Json) -> tuple[list[Json], Json]:
-    counted = {"input_tokens": used["prompt_tokens"], "output_tokens": used["completion_tokens"]}
-    counted |= {"total_tokens": used["total_tokens"]}
+def demo_responses(said: Said, usage: Usage, stream: bool) -> list[bytes]:
+    counted = {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens}
+    counted |= {"total_tokens": sum(counted.values())}
     response: Json = {"id": "resp_demo", "object": "response", "created_at": 0, "model": "demo"}
     response |= {"parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "output": []}
     events: list[Json] = [{"type": "created", "response": response | {"status": "in_progress"}}]
     output: list[Json] = []
     for index, (kind, pieces) in enumerate(said):
-        at: Json = {"output_index": index, "item_id": f"item_{index}"}
-        item: Json = {"id": at["item_id"], "status": "completed"}
-        whole, added, part = "".join(pieces), list[Json](), dict[str, Any]()
+        item: Json = {"id": f"item_{index}", "status": "completed"}
         match kind:
             case "text":
-                item |= {"type": "message", "role": "assistant", "content": []}
-                name, holds, at = "output_text", "content", at | {"content_index": 0}
-                part = {"type": "output_text", "text": "", "annotations": []}
-                added = [{"type": "content_part.added", **at, "part": part}]
+                item |= {"type": "message", "role": "assistant"}
+                name, holds, shell = "output_text", "content", "content_part"
+                part: Json = {"type": "output_text", "annotations": []}
             case "thinking":
-                item |= {"type": "reasoning", "summary": []}
-                name, holds, at = "reasoning_summary_text", "summary", at | {"summary_index": 0}
-                part = {"type": "summary_text", "text": ""}
-                added = [{"type": "reasoning_summary_part.added", **at, "part": part}]
+                item |= {"type": "reasoning"}
+                name, holds, shell = "reasoning_summary_text", "summary", "reasoning_summary_part"
+                part = {"type": "summary_text"}
             case _:
                 item |= {"type": "function_call", "call_id": f"call_{index}", "name": kind}
-                name, holds, item = "function_call_arguments", "arguments", item | {"arguments": ""}
-        done: Json = item | {holds: [part | {"text": whole}] if part else whole}
-        place: Json = {"output_index": index}
-        events += [{"type": "output_item.added", **place, "item": item}, *added]
-        events += [{"type": f"{name}.delta", **at, "delta": piece} for piece in pieces]
+                name, holds, shell, part = "function_call_arguments", "arguments", "", {}
+        whole = "".join(pieces)
         end = {"text": whole} if part else {"arguments": whole, "name": kind}
-        events.append({"type": f"{name}.done", **at, **end})
-        if kind == "text":
-            events.append({"type": "content_part.done", **at, "part": done["content"][0]})
-        events.append({"type": "output_item.done", **place, "item": done})
-        output.append(done)
+        added = item | {holds: [] if part else ""}
+        output.append(item | {holds: [part | {"text": whole}] if part else whole})
+        place: Json = {"output_index": index}
+        at: Json = place | {"item_id": item["id"]} | ({f"{holds}_index": 0} if part else {})
+        first = {"type": f"{shell}.added", **at, "part": part | {"text": ""}}
+        last = {"type": f"{shell}.done", **at, "part": part | {"text": whole}}
+        deltas = [{"type": f"{name}.delta", **at, "delta": piece} for piece in pieces]
+        deltas.append({"type": f"{name}.done", **at, **end})
+        events.append({"type": "output_item.added", **place, "item": added})
+        events += [first, *deltas, last] if part else deltas
+        events.append({"type": "output_item.done", **place, "item": output[-1]})
     response |= {"status": "completed", "output": output, "usage": counted}
     events.append({"type": "completed", "response": response})
     for number, event in enumerate(events):
         event |= {"type": f"response.{event['type']}", "sequence_number": number}
-    return events, response
+    return demo_bytes(events, response, stream)
 
 
-def demo_chat(said: Said, used: Json) -> tuple[list[Json], Json]:
-    chat: Json = {"id": "chatcmpl-demo", "created": 0, "model": "demo"}
-    message: Json = {"role": "assistant", "content": None}
-    deltas: list[Json] = [message]
+def demo_chat(said: Said, usage: Usage, stream: bool) -> list[bytes]:
+    writer, data = ChatWriter("demo", stream, show_usage=True), list[bytes]()
     for kind, pieces in said:
-        if kind in ("text", "thinking"):
-            name = "content" if kind == "text" else "reasoning_content"
-            deltas += [{name: piece} for piece in pieces]
-            message = message | {name: "".join(pieces)}
-        else:
-            call = function_call(ToolUse("call_0", kind, "".join(pieces)))
-            deltas.append({"tool_calls": [{"index": 0} | call]})
-            message = message | {"tool_calls": [call]}
-    end = "tool_calls" if "tool_calls" in message else "stop"
-    choices: list[Json] = [{"index": 0, "delta": d, "finish_reason": None} for d in deltas]
-    choices.append({"index": 0, "delta": {}, "finish_reason": end})
-    shape = chat | {"object": "chat.completion.chunk"}
-    events = [shape | {"choices": [choice]} for choice in choices]
-    events.append(shape | {"choices": [], "usage": used})
-    whole = {"index": 0, "message": message, "finish_reason": end}
-    chat |= {"object": "chat.completion", "choices": [whole], "usage": used}
-    return events, chat
+        events: Batch = [Text(piece) for piece in pieces]
+        if kind != "text":
+            whole = ToolUse("call_0", kind, "".join(pieces))
+            events = [*map(Thinking, pieces)] if kind == "thinking" else [whole]
+        data += [writer.write([event], 0) for event in events]
+    return [*data, writer.end("tool_calls" if writer.calls else "stop", {"usage": spell(usage)})]
 
 
 DEMOS = {"messages": demo_messages, "responses": demo_responses, "chat": demo_chat}
 
 
-class DemoTransport(httpx.AsyncBaseTransport):
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        body, path = msgspec.json.decode(request.content), request.url.path
-        said = body.get("messages") or body.get("input")
-        last = said[-1] if isinstance(said, list) else said
-        last = last if isinstance(last, dict) else {"content": last}
-        *_, prompt = "", *strings(last.get("content", last.get("output")))
-        dialect = next((name for name, a in ADAPTERS.items() if path.endswith(a.path)), "")
-        if prompt.startswith("/error") or not dialect:
-            status, kind = (529, "overloaded_error") if dialect else (404, "not_found_error")
-            words = "The demo model is overloaded" if dialect else "The demo only answers prompts"
-            error = {"type": kind, "message": words}
-            return httpx.Response(status, json={"type": "error", "error": error})
-        tool = (body.get("tools") or [{"name": "get_weather"}])[0]
-        answer: Said = [("text", [f"{word} " for word in DEMO_TEXT.split()])]
-        match prompt.split()[:1]:
-            case ["/long"]:
-                answer[0][1][:] *= 20
-            case ["/think"]:
-                answer.insert(0, ("thinking", [f"{word} " for word in DEMO_THOUGHT.split()]))
-            case ["/tool"]:
-                name = (tool.get("function") or tool).get("name", "get_weather")
-                answer = [("text", ["Let me ", "see. "]), (name, ['{"city":', '"Paris"}'])]
-        written = sum(len(pieces) for _, pieces in answer)
-        used = {"prompt_tokens": 25, "completion_tokens": written, "total_tokens": 25 + written}
-        events, whole = DEMOS[dialect](answer, used)
-        if not body.get("stream"):
-            return httpx.Response(200, json=whole)
-        cut = prompt.startswith("/cut")
-        end = DONE if dialect == "chat" and not cut else b""
-        return httpx.Response(200, content=demo_stream(events[:12] if cut else events, end))
+def demo_answer(request: httpx.Request) -> httpx.Response:
+    body, path = msgspec.json.decode(request.content), request.url.path
+    said = body.get("messages") or body.get("input")
+    last = said[-1] if isinstance(said, list) else said
+    last = last if isinstance(last, dict) else {"content": last}
+    *_, prompt = "", *strings(last.get("content", last.get("output")))
+    dialect = next((name for name, a in ADAPTERS.items() if path.endswith(a.path)), "")
+    if prompt.startswith("/error") or not dialect:
+        status, kind = (529, "overloaded_error") if dialect else (404, "not_found_error")
+        words = "The demo model is overloaded" if dialect else "The demo only answers prompts"
+        error = {"type": kind, "message": words}
+        return httpx.Response(status, json={"type": "error", "error": error})
+    tool = (body.get("tools") or [{"name": "get_weather"}])[0]
+    answer: Said = [("text", [f"{word} " for word in DEMO_TEXT.split()])]
+    match prompt.split()[:1]:
+        case ["/long"]:
+            answer[0][1][:] *= 20
+        case ["/think"]:
+            answer.insert(0, ("thinking", [f"{word} " for word in DEMO_THOUGHT.split()]))
+        case ["/tool"]:
+            name = (tool.get("function") or tool).get("name", "get_weather")
+            answer = [("text", ["Let me ", "see. "]), (name, ['{"city":', '"Paris"}'])]
+    usage = Usage(25, sum(len(pieces) for _, pieces in answer))
+    data = DEMOS[dialect](answer, usage, bool(body.get("stream")))
+    return httpx.Response(200, content=demo_pace(data[: 12 if prompt.startswith("/cut") else None]))
 
 
-async def demo_stream(events: list[Json], end: bytes) -> AsyncIterator[bytes]:
-    for event in events:
-        yield f"event: {event['type']}\n".encode() if "type" in event else b""
-        yield frame(event)
+async def demo_pace(data: list[bytes]) -> AsyncIterator[bytes]:
+    for piece in data:
+        yield piece
         await asyncio.sleep(0.03)
-    yield end
 
 
 # ---- Page --------------------------------------------------------------------------------------
@@ -6079,7 +6064,7 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(_: litestar.Litestar) -> AsyncIterator[None]:
         real = transport or httpx_aiohttp.AiohttpTransport(client=open_connections)
-        vendors = DemoTransport() if config.demo and not transport else real
+        vendors = httpx.MockTransport(demo_answer) if config.demo and not transport else real
         async with proxy.running(vendors, httpx.AsyncClient(transport=real, timeout=5)):
             if standalone:
                 stop_on_signals(proxy)

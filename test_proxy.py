@@ -7654,7 +7654,7 @@ def test_without_a_file_of_its_own_a_ledger_keeps_no_rows_in_memory(redis_url: s
     config = proxy.load_config(None, environ, **more)
 
     async def play() -> tuple[int, int]:
-        vendor = proxy.DemoTransport()
+        vendor = httpx.MockTransport(proxy.demo_answer)
         app = proxy.create_app(config, environ, public=False, transport=vendor)
         async with app.lifespan():
             assert (await ask_app(app, "/api/anthropic", ask())).startswith("200")
