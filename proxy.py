@@ -824,11 +824,6 @@ class UpstreamError(ProxyError):
         after = wait if shown in (429, 529) else None
         super().__init__(shown, code or known_code, message, after=after, retry=self.retryable)
 
-    @property
-    def worth_fallback(self) -> bool:
-        """Another vendor may do better, unless the request itself was at fault."""
-        return self.status not in (400, 413, 422)
-
 
 # ---- Messages ----------------------------------------------------------------------------------
 # The neutral request, and the events of an answer. Every body that an SDK or a hand-written
@@ -5241,7 +5236,7 @@ class Proxy:
                 return await self.ask(call, target, error, limit, patience)
             except UpstreamError as failed:
                 error = failed
-                if not failed.worth_fallback:
+                if failed.status in (400, 413, 422):  # the request itself: no other does better
                     break
             except ProxyError as failed:  # it rests, has no place, or cannot be asked this
                 error = error or failed
