@@ -3465,11 +3465,10 @@ class Adapter:
             reply = msgspec.convert(read_json(body), dict[str, Any])
         except NO_JSON:
             raise UpstreamError(502, "the vendor's answer is not a JSON object") from None
-        if reply.get("error") and "id" not in reply:
-            raise self.fail(reply["error"]).error
-        if (failed := reply.get("status") == "failed") and reply.get("error"):
-            failure = self.fail(reply["error"]).error
-            if not self.showable(reply["error"], failure):
+        failed = reply.get("status") == "failed"
+        if error := reply.get("error"):
+            failure = self.fail(error).error
+            if "id" not in reply or (failed and not self.showable(error, failure)):
                 raise failure
         self.count(reply)
         # embeddings have no output, and counted tokens have no usage at all
