@@ -3212,11 +3212,8 @@ class SSE:
 
 
 def event_data(event: bytes) -> bytes:
-    data = b""
-    for line in event.removeprefix(b"\xef\xbb\xbf").splitlines():
-        if line[:5] == b"data:":
-            data += line[5:] + b"\n"
-    return data.strip()
+    lines = event.removeprefix(b"\xef\xbb\xbf").splitlines()
+    return b"\n".join([line[5:] for line in lines if line[:5] == b"data:"]).strip()
 
 
 # ---- Adapters ----------------------------------------------------------------------------------
