@@ -2556,7 +2556,7 @@ function run.leave(id, provider)
 end
 
 function run.admit(text, row)
-  local ask, given, held = cjson.decode(text), {}, {usd = 0}
+  local ask, given, held = cjson.decode(text), {rests = {}}, {usd = 0}
   local rate, live = 'rate:' .. ask.client, 'live:' .. ask.client
   local level = call('HMGET', rate, 'requests', 'tokens', 'time')
   local minutes = math.max(0, now - (tonumber(level[3]) or now)) / 60
@@ -2600,10 +2600,7 @@ function run.admit(text, row)
   end
   for _, name in ipairs(ask.rests) do
     local left = call('PTTL', 'rest:' .. name)
-    if left > 0 then
-      given.rests = given.rests or {}
-      given.rests[name] = left / 1000
-    end
+    if left > 0 then given.rests[name] = left / 1000 end
   end
   return {cjson.encode(given), cjson.encode(held), answer}
 end
@@ -6284,10 +6281,8 @@ def serve(config: Config, public: bool) -> None:
     balanced = create_app(config, public=public).proxy.clients.proxies
     if config.ledger.path:
         ledger = Ledger(config.ledger, time.time, bool(config.redis.url))
-        try:
+        with contextlib.closing(ledger):
             read_spending(ledger.database, time.time())
-        finally:
-            ledger.close()
     server, places = config.server, max(1024, 2 * config.limits.concurrent_total)
     check_files(config.limits.concurrent_total)
     address = check_port(server.host, server.port)
