@@ -6183,17 +6183,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--by", choices=GROUPS, default="day", help="one row each (%(default)s)")
     add("--json", action="store_true", help="print JSON instead of a table")
     add = commands.add_parser("key", help="make a key for a client, and its block").add_argument
-    add("name", type=client_name, help="letters, digits, - and _")
+    add("name", help="letters, digits, - and _")
     return parser.parse_args(arguments)
 
 
-def client_name(text: str) -> str:
-    if not re.fullmatch(r"[\w-]{1,64}", text, re.ASCII):
-        raise argparse.ArgumentTypeError("use letters, digits, - and _")
-    return text
-
-
 def new_key(name: str) -> str:
+    if not re.fullmatch(r"[\w-]{1,64}", name, re.ASCII):
+        raise ConfigError(f"{name!r}: use letters, digits, - and _")
     key = f"pk-{secrets.token_urlsafe(32)}"
     return f"""\
 The key, shown this once; the client sends it as `Authorization: Bearer KEY`:
