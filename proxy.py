@@ -1240,8 +1240,6 @@ def read_request(
         output_format=read_format(given.response_format),
         **{name: getattr(given, name) for name in Sampling.__struct_fields__},
     )
-    if not request.model:
-        raise BadRequest("model: is missing")
     if given.messages is not None and given.input is not None:
         raise BadRequest("input: send either messages or input, not both")
     key = "messages" if given.input is None else "input"
@@ -3302,11 +3300,6 @@ def capability(model: str) -> frozenset[str]:
     return look_up(CAPABILITIES, model)
 
 
-def reasons(model: str) -> bool:
-    """May it think, whether anybody sees it or not?"""
-    return not capability(model).isdisjoint(("always", "on", "off"))
-
-
 def filled(**fields: Any) -> dict[str, Any]:
     """JSON without the keys that have nothing to say."""
     return {key: value for key, value in fields.items() if value not in (None, "", [], {})}
@@ -3363,7 +3356,7 @@ class Adapter:
         self.can, self.own = capability(model), "api.openai.com" in self.base_url
         # some of them ignore another name of max_tokens than theirs
         self.compatible = provider.adapter == "chat" and not self.own
-        self.reasons = reasons(model)
+        self.reasons = not self.can.isdisjoint(("always", "on", "off"))  # seen or not
         self.sse, self.usage, self.secret, self.unseen = SSE(), Usage(), b"", 0
         self.counts: dict[str, Any] = {}
         self.calls: dict[Any, ToolUse] = {}
