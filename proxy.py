@@ -6292,12 +6292,10 @@ def serve(config: Config, public: bool) -> None:
         os.register_at_fork(before=mask, after_in_parent=unmask)
     gc.collect()
     gc.freeze()  # a worker's collector would touch, and so copy, all the memory that it shares
-    shared: Any = contextlib.nullcontext()
-    if server.workers > 1:
-        shared = tempfile.TemporaryDirectory(prefix="proxy-metrics-")
-    with shared as directory:
-        if directory:  # prometheus_client looks for this once, and has been imported
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
+    with contextlib.ExitStack() as stack:
+        if server.workers > 1:  # prometheus_client looks for this once, and has been imported
+            shared = tempfile.TemporaryDirectory(prefix="proxy-metrics-")
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = stack.enter_context(shared)
             values: Any = importlib.import_module("prometheus_client.values")
             values.ValueClass = values.get_value_class()
         granian.serve(target_loader=functools.partial(load_app, config, public), wrap_loader=False)
