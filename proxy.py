@@ -4229,7 +4229,8 @@ class Catalog:
     nobody does and, where there is a budget (`capped`), for a model without a price."""
 
     def __init__(self, config: Config, providers: Iterable[str], capped: bool) -> None:
-        self.config, self.providers = config, [*providers]
+        self.config = config
+        self.providers = {name: config.providers[name] for name in providers}
         self.prices = Prices(config.prices, config.providers)
         self.templates = self.template_targets()
         if capped:
@@ -4246,7 +4247,7 @@ class Catalog:
             message = f"model: no provider of {name} has a key"
             raise ProxyError(403, "model_not_allowed", message)
         prefix, _, rest = name.partition("/")
-        offers = {p: self.config.providers[p].models for p in self.providers}
+        offers = {p: settings.models for p, settings in self.providers.items()}
         homes = [provider] if provider else [*offers]
         order = [(prefix, rest), *((home, name) for home in homes)]
         if not (free := provider in ("", prefix)):
@@ -4275,8 +4276,7 @@ class Catalog:
 
     def list_for(self, client: Client) -> dict[str, Any]:
         """What the caller may use, in the shape that both families of SDKs read."""
-        settings = [self.config.providers[provider] for provider in self.providers]
-        offered = itertools.chain(*((*p.models, p.default_model) for p in settings))
+        offered = itertools.chain(*((*p.models, p.default_model) for p in self.providers.values()))
         exact = [name for name in offered if name and not re.search(r"[*?\[]", name)]
         listed = []
         for name in dict.fromkeys((*self.config.models, *built_in_prices(), *exact)):
@@ -4308,7 +4308,7 @@ class Catalog:
         return targets
 
     def check_prices(self) -> None:
-        defaults = [(p, self.config.providers[p].default_model) for p in self.providers]
+        defaults = [(p, settings.default_model) for p, settings in self.providers.items()]
         aliases = map(self.resolve_alias, self.config.models)
         for provider, model in itertools.chain(defaults, *aliases, *self.templates.values()):
             if model and self.prices.of(provider, model) is None:
@@ -4318,7 +4318,7 @@ class Catalog:
         """How many answers a day's budget can hold for at a time, where that is not enough."""
         total, limits, prices = self.config.budget.total_per_day, self.config.limits, []
         for name, price in built_in_prices().items():
-            if any(matches(name, self.config.providers[p].models) for p in self.providers):
+            if any(matches(name, provider.models) for provider in self.providers.values()):
                 prices.append((limits.max_tokens * price.output / 1_000_000, name))
         usd, name = max(prices, default=(Decimal(0), ""))
         if self.config.demo or usd * limits.concurrent_total <= total:
@@ -5821,8 +5821,7 @@ PAGE_CSP = (
 
 def render_page(proxy: Proxy) -> str:
     prices, providers, models = built_in_prices(), "", [*proxy.config.models]
-    for name in proxy.catalog.providers:
-        settings = proxy.config.providers[name]
+    for name, settings in proxy.catalog.providers.items():
         offered = [model for model in prices if matches(model, settings.models)]
         models += offered
         cheapest = min(offered, key=lambda model: prices[model].output, default="")
