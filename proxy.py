@@ -1044,7 +1044,7 @@ def parse_body(
         request.max_tokens = min(request.max_tokens, limits.max_tokens)
     else:
         check_lists(raw, limits)
-        request = read_request(given, limits, default_model, dropped, chat)
+        request = read_request(given, limits, default_model, dropped)
         said = request.said()
     check_texts(said, limits)
     request.system = lock_prompt(limits.system_prompt, request.system)
@@ -1219,9 +1219,7 @@ def read_length(given: Body, limits: Limits, dropped: list[str]) -> int:
     return min([*lengths.values(), limits.max_tokens])
 
 
-def read_request(
-    given: Body, limits: Limits, default_model: str, dropped: list[str], chat: bool
-) -> Request:
+def read_request(given: Body, limits: Limits, default_model: str, dropped: list[str]) -> Request:
     stops = [given.stop] if isinstance(given.stop, str) else given.stop or []
     effort = given.reasoning_effort or ""
     if effort not in ("", "none", "minimal", "low", "medium", "high", "xhigh", "max"):
