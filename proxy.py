@@ -542,13 +542,12 @@ def check_values(config: Config) -> None:
             if target.partition("/")[0] not in config.providers or not target.partition("/")[2]:
                 wanted = f"provider/model with one of the providers {', '.join(config.providers)}"
                 raise ConfigError(f"models.{name}: {target!r} must be {wanted}")
+    digests: dict[str, str] = {}
     for name, key in config.clients.items():
         for setting in ("concurrent_total", "body_timeout"):
             if getattr(key.limits, setting) != getattr(config.limits, setting):
                 wanted = "is the same for all; set it in [limits]"
                 raise ConfigError(f"clients.{name}.limits.{setting}: {wanted}")
-    digests: dict[str, str] = {}
-    for name, key in config.clients.items():
         if (other := digests.setdefault(key.key_sha256, name)) != name:
             raise ConfigError(f"clients.{name}.key_sha256: is that of clients.{other}, too")
     for pattern, price in config.prices.items():
@@ -1608,9 +1607,9 @@ def parse_native(
     prompt, system = limits.system_prompt, "system" if kind == "messages" else "instructions"
     if prompt and kind == "chat":
         native["messages"] = [{"role": "system", "content": prompt}, *native["messages"]]
-    elif prompt and kind in ADAPTERS:
+    elif prompt and kind in NATIVE_BLOCKS:
         native[system] = lock_prompt(prompt, native.get(system))
-    path = "" if kind in ADAPTERS else f"/{kind}"
+    path = "" if kind in NATIVE_BLOCKS else f"/{kind}"
     return Request(
         model=raw["model"], max_tokens=0 if path else read_length(given, limits, dropped),
         n=given.n or 1, hosted=hosted, native=native, path=path, stream=given.stream is True,
