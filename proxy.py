@@ -5993,8 +5993,7 @@ def create_app(
     @litestar.get("/metrics")
     async def metrics(scope: Scope) -> litestar.Response[bytes]:
         call, token = scope["state"]["call"], config.server.admin_token
-        presented = call.headers.get("authorization", "").removeprefix("Bearer ")
-        known = bool(token) and hmac.compare_digest(sha256(presented), sha256(token))
+        known = token and hmac.compare_digest(sha256(read_token(call.headers)), sha256(token))
         if not known and not proxy.clients.trusted(call.peer, call.headers):
             message = "metrics need server.admin_token as `Authorization: Bearer TOKEN`"
             raise ProxyError(401, "invalid_key", message, retry=False)
