@@ -5045,9 +5045,10 @@ class Proxy:
         own, provider = [*filter(is_own, targets)], self.config.providers[targets[0][0]]
         if targets[0] in own:
             targets = own  # those of another dialect could not answer
-            request = parse_native(raw, kind, limits, provider.allow, call.dropped)
+            allowed = set.intersection(*({*self.config.providers[name].allow} for name, _ in own))
+            request = parse_native(raw, kind, limits, allowed, call.dropped)
             request.dialect = dialect
-            call.passed = passed_headers(call.headers, dialect, provider.allow)
+            call.passed = passed_headers(call.headers, dialect, allowed)
             call.writer = NativeWriter(dialect, request.stream)
         elif kind == "chat":
             request = parse_body(raw, limits, call.dropped, chat=True)

@@ -3623,6 +3623,28 @@ def test_whose_account_pays_is_said_by_the_config(serve: Serve, upstream: Upstre
     assert (got["openai-organization"], got["openai-project"]) == ("org-1", "proj-1")
 
 
+def test_what_a_fallback_does_not_allow_is_refused(serve: Serve, upstream: Upstream) -> None:
+    both = """
+    [providers.anthropic]
+    allow = ["container", "beta-1"]
+    [models.a]
+    target = "anthropic/claude-haiku-4-5"
+    fallback = ["other/claude-haiku-4-5"]
+    [providers.other]
+    adapter = "messages"
+    """
+    server = serve(f"{NO_BUDGET}{both}base_url = '{upstream.url}/other'")
+    upstream.play(*[official] * 4)
+    beta, container = {"anthropic-beta": "beta-1"}, {"container": "c"}
+    for headers, fields in (({}, container), (beta, {}), (beta, container)):
+        alone = ask_native(server, "messages", headers, model="claude-haiku-4-5", **fields)
+        assert alone.status_code == 200
+        refused = ask_native(server, "messages", headers, model="a", **fields)
+        assert refused.status_code == 400
+        assert "is not passed on" in native_error(refused)["message"]
+    assert ask_native(server, "messages", model="a").status_code == 200
+
+
 def test_a_fallback_that_chat_cannot_serve_is_not_asked_over_chat(
     serve: Serve, upstream: Upstream
 ) -> None:
