@@ -21,7 +21,7 @@
                      └─► settle the hold ─► ledger row ─► metrics ─► one log line
 
 Run it with `uv run proxy.py --demo`; the README says the rest. Read it from top to bottom: each
-section uses only what stands above it.
+section builds on those above it.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ LOG = logging.getLogger("proxy")
 
 # ---- Config ------------------------------------------------------------------------------------
 # config.toml and the environment become one frozen Config. Nothing here opens a file except
-# load_config, and nothing later reads the environment for a setting.
+# load_config; all that is read from the environment later on is keys, and what shows a platform.
 
 
 class ConfigError(Exception):
@@ -703,7 +703,8 @@ def examine(config: Config, environ: Map[str, str], public: bool) -> list[str]:
 
 # ---- Errors ------------------------------------------------------------------------------------
 # ProxyError ─┬─ BadRequest (400: the message names the field)
-#             └─ UpstreamError (the vendor's, with the status and code the caller is shown)
+#             ├─ UpstreamError (the vendor's, with the status and code the caller is shown)
+#             └─ BudgetExceeded (402), Stopping and StoreAway (503)
 
 # Any other below 500 is an invalid_request_error.
 ERROR_TYPES = {
@@ -752,7 +753,7 @@ class ErrorBody(Struct, rename="camel"):
     request_id: str
 
 
-def error_body(error: ProxyError, request_id: str, dialect: str = "") -> bytes:
+def error_body(error: ProxyError, request_id: str, dialect: str) -> bytes:
     """The error as the caller's dialect has it, "" being the browser's."""
     detail: dict[str, Any] = {"type": error.type, "message": error.message}
     match dialect:
@@ -800,7 +801,7 @@ class UpstreamError(ProxyError):
     """The vendor failed us. `status` here is the vendor's, as is the `error` that it told of;
     `sent` says whether it may bill the attempt; `wait` is its retry-after in seconds; `forbidden`
     that what was asked may be at fault, or our key; `moved` that another key of ours may be taken
-    at once; `told` that an SDK has the vendor's own event of it."""
+    at once; `told` that the caller's SDK was sent the vendor's own event of it."""
 
     def __init__(
         self, status: int, message: str, error: Map[str, Any] = {}, *, code: str = "",
@@ -1050,6 +1051,13 @@ def parse_body(
     return request
 
 
+def lock_prompt(prompt: str, given: Any) -> Any:
+    """The server's own system prompt in front of the caller's."""
+    if prompt and isinstance(given, list):
+        return [{"type": "text", "text": prompt}, *given]
+    return "\n\n".join(filter(None, (prompt, given)))
+
+
 def report(lost: list[str], dropped: list[str]) -> None:
     """Have the names of what is not passed on reported: not all of a million, nor what is a key."""
     dropped += [redact(name, length=50) for name in lost[:50]]
@@ -1121,8 +1129,8 @@ def readable(text: str) -> str:
 def strings(value: Any) -> Iterator[str]:
     """Every text in a JSON value, but not the data of files; what a tool is called with, or takes,
     is one. Those of a list of blocks come in one piece, as a model reads them: a denied text may be
-    cut in two. A token given by its number is as long as most. (Calls within calls would take long
-    where a body is deep.)"""
+    cut in two. A token given by its number is as long as most. (No recursion: a body may be deep.)
+    """
     todo = [(value, False)]  # and whether it stands in a list, whose texts come together
     while todo:
         value, listed = todo.pop()
@@ -1188,7 +1196,7 @@ def check_texts(said: Any, limits: Limits) -> None:
         allowed = f"at most {limits.max_characters} are allowed"
         raise BadRequest(f"messages: {count} characters, {allowed}")
     text = "\n".join(texts) if limits.denied else ""
-    text = f"{text}\n{readable(text)}".casefold()  # some of it is JSON
+    text = f"{text}\n{readable(text)}".casefold()  # what tools are called with is JSON
     if any(denied.casefold() in text for denied in limits.denied):
         raise BadRequest("messages: hold a text that is not allowed here")
 
@@ -1659,13 +1667,6 @@ def check_conversation(raw: Map[str, Any], key: str, limits: Limits, known: set[
                 raise BadRequest(f"{key}[{i}]: {wrong}")
     if system and not limits.allow_system:
         raise BadRequest("system: a system prompt is not allowed here")
-
-
-def lock_prompt(prompt: str, given: Any) -> Any:
-    """The server's own system prompt in front of the caller's."""
-    if prompt and isinstance(given, list):
-        return [{"type": "text", "text": prompt}, *given]
-    return "\n\n".join(filter(None, (prompt, given)))
 
 
 # ---- Clients -----------------------------------------------------------------------------------
@@ -2139,7 +2140,8 @@ class Ledger:
 # ---- Stores ------------------------------------------------------------------------------------
 # What all workers and replicas must agree on: rates, places, money, answers. One Store has all of
 # it, so that a request asks once before it may cost something and tells once what it came to.
-# MemoryStore serves one process, RedisStore any number of them.
+# MemoryStore serves one process, RedisStore any number of them. After them: waiting in line for a
+# place, and who is told when money runs out.
 
 
 class Cap(Struct, frozen=True):
@@ -2901,12 +2903,12 @@ class RedisStore:
         try:
             if not self.is_there(capped):
                 raise StoreAway
-            self.asked.add(ask.id)
+            self.asked |= {ask.id} - {""}
             said, held, answer = await self.link.run("admit", msgspec.json.encode(wanted), ask.row)
         except StoreAway:
             if self.is_needed(capped):
                 raise
-            self.alone.add(ask.id)
+            self.alone |= {ask.id} - {""}
             return await self.local.admit(ask)
         given = msgspec.json.decode(said, type=Admission)
         given.answer = answer
@@ -4460,7 +4462,7 @@ class LogFormat(logging.Formatter):
 
 
 # ---- Calls -------------------------------------------------------------------------------------
-# A request from its arrival to its ledger row, as its caller sees it: what is sent, and when.
+# What is sent to a caller, and when.
 
 
 class Call:
@@ -4710,13 +4712,16 @@ class Attempt:
     waiting_since = math.inf
     silent = False
 
-    def __init__(self, proxy: Proxy, provider: str, model: str, key: str, call: Call) -> None:
-        self.transport, self.times = proxy.transport, proxy.config.upstream
-        self.account = call.account
+    def __init__(
+        self, transport: httpx.AsyncBaseTransport, config: Config, target: Target, key: str,
+        call: Call,
+    ) -> None:  # fmt: skip
+        self.transport, self.times = transport, config.upstream
+        self.account, (provider, model) = call.account, target
         self.deadline, self.key = call.started + self.times.total, key
         self.began = time.monotonic() - self.account.seconds  # as if right after those before it
         self.task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
-        settings, self.request = proxy.config.providers[provider], call.request
+        settings, self.request = config.providers[provider], call.request
         adapter = ADAPTERS[self.request.dialect or settings.adapter](settings, model)
         self.adapter, self.more = adapter, call.passed
         self.headers: Headers = {}
@@ -5229,8 +5234,8 @@ class Proxy:
     async def take_place(self, call: Call, provider: str, limit: float, patience: float) -> None:
         """Wait in line for one of the provider's places, where they are counted, until `limit`.
         Raises 503; or 429 or 529, where it would rest until after `patience`."""
-        if refusal := self.keys.refuse(provider, patience):
-            raise refusal
+        if resting := self.keys.refuse(provider, patience):
+            raise resting
         if provider == call.place:
             return
         if call.place:  # what failed needs its place no longer
@@ -5251,10 +5256,11 @@ class Proxy:
         doubted: list[tuple[str, UpstreamError]] = []
         retry, wait, other_keys = 0, 0.0, self.keys.count(provider) - 1
         while True:
-            if refusal := self.keys.refuse(provider, patience):
-                raise failure or refusal
+            if resting := self.keys.refuse(provider, patience):
+                raise failure or resting
             await asyncio.sleep(max(wait, self.keys.resting(provider)))
-            attempt = Attempt(self, provider, model, self.keys.choose(provider), call)
+            key = self.keys.choose(provider)
+            attempt = Attempt(self.transport, self.config, target, key, call)
             if error := failure or error:
                 await self.prepare_again(call, provider, model, error)
             self.enter(call, attempt, provider, model)
@@ -5268,9 +5274,9 @@ class Proxy:
                 self.keys.rest(provider, attempt.key, failure)
                 doubted += [(attempt.key, failure)] if failure.forbidden else []
             else:
-                for key, forbidden in doubted:  # another key may: so it was not what was asked
+                for other, forbidden in doubted:  # this key may: so it was not what was asked
                     forbidden.forbidden = False
-                    self.keys.rest(provider, key, forbidden)
+                    self.keys.rest(provider, other, forbidden)
                 account.headers = attempt.headers
                 if not call.request.stream:  # its text is not read
                     account.produced += sum(len(e.data) for e in batch if isinstance(e, Raw))
@@ -5507,10 +5513,9 @@ class Proxy:
             rows = await asyncio.to_thread(read_ledger, path, midnight, "day", client)
         return rows[0] if rows else Totals()
 
-    async def new_session(self, scope: Scope) -> dict[str, Any]:
+    async def new_session(self, call: Call) -> dict[str, Any]:
         """Exchange a proof, a Turnstile token or the app's JWT, for a session token."""
-        call, table = scope["state"]["call"], self.config.session
-        headers = call.headers
+        table, headers = self.config.session, call.headers
         if table is None:
             raise ProxyError(404, "not_found", "sessions are off: a [session] block turns them on")
         check_media_type(headers)
@@ -6027,8 +6032,8 @@ def create_app(
         return describe(proxy.catalog.providers)
 
     @litestar.post("/session", status_code=200)
-    async def session(request: litestar.Request[Any, Any, Any]) -> dict[str, Any]:
-        return await proxy.new_session(request.scope)
+    async def session(scope: Scope) -> dict[str, Any]:
+        return await proxy.new_session(scope["state"]["call"])
 
     @litestar.get("/")
     async def page(scope: Scope) -> litestar.Response[str]:

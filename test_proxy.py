@@ -496,6 +496,12 @@ def ask(prompt: str = "Hi", model: str = "claude-haiku-4-5", **fields: Any) -> d
     return {"model": model, "messages": [{"role": "user", "content": prompt}], **fields}
 
 
+def run_async(work: Any) -> Any:
+    """asyncio.run in a thread of its own: in this one Playwright may keep a loop running."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()
+
+
 def run_proxy(
     *arguments: str,
     environ: Mapping[str, str | None] = {},
@@ -5668,7 +5674,7 @@ def test_no_part_of_a_token_is_a_token_and_no_byte_of_it_can_change(
     # the last character of a signature has bits that mean nothing
     for n, character in enumerate(good[:-1]):
         parts.append(good[:n] + ("A" if character != "A" else "B") + good[n + 1 :])
-    first, *rest, last = asyncio.run(users(clients, [good, *parts, good]))
+    first, *rest, last = run_async(users(clients, [good, *parts, good]))
     assert (first, last) == ("jwt:alice", "jwt:alice")
     assert set(rest) == {None}
 
@@ -5712,7 +5718,7 @@ def test_odd_claims_of_a_good_signature_name_a_user_or_nobody(
     claims |= {"sub": "alice", "exp": now(60)} if good else {}
     token = craft({"alg": "HS256", **header}, claims, mac(APP_SECRET))
     assert clients.by_session(token, ORIGIN) is None
-    client = asyncio.run(clients.by_jwt(token))
+    client = run_async(clients.by_jwt(token))
     assert client is None or client.id == f"jwt:{claims['sub']}"
 
 
@@ -5723,7 +5729,7 @@ def test_no_text_crashes_the_reader_of_tokens(given: str | list[bytes]) -> None:
     token = given if isinstance(given, str) else ".".join(map(b64, given))
     assert clients.by_key(token) is None
     assert clients.by_session(token, ORIGIN) is None
-    assert asyncio.run(clients.by_jwt(token)) is None
+    assert run_async(clients.by_jwt(token)) is None
 
 
 CLAIMS = {
@@ -5803,7 +5809,7 @@ def test_many_tokens_need_one_fetch(
 def test_random_key_ids_do_not_make_it_fetch_again() -> None:
     issuer = Issuer("EdDSA-1")
     keys = proxy.KeySet(issuer.url)
-    found = asyncio.run(fetched(keys, "EdDSA-1", *map(str, range(200)), None))
+    found = run_async(fetched(keys, "EdDSA-1", *map(str, range(200)), None))
     assert found == [True] + [False] * 201
     assert len(issuer.http.requests) == 1
     issuer.http.stop()
@@ -5813,22 +5819,22 @@ def test_a_new_key_is_found_after_the_pause_and_an_old_one_forgotten() -> None:
     issuer = Issuer("EdDSA-1", "EdDSA-2")
     issuer.publish("EdDSA-1")
     keys = proxy.KeySet(issuer.url)
-    assert asyncio.run(fetched(keys, "EdDSA-1", "EdDSA-2")) == [True, False]
+    assert run_async(fetched(keys, "EdDSA-1", "EdDSA-2")) == [True, False]
     issuer.publish("EdDSA-2")
-    assert asyncio.run(fetched(keys, "EdDSA-2", "EdDSA-1")) == [False, True]
+    assert run_async(fetched(keys, "EdDSA-2", "EdDSA-1")) == [False, True]
     keys.pause = 0
-    assert asyncio.run(fetched(keys, "EdDSA-2")) == [True]
-    assert asyncio.run(fetched(keys, "EdDSA-1")) == [False]
+    assert run_async(fetched(keys, "EdDSA-2")) == [True]
+    assert run_async(fetched(keys, "EdDSA-1")) == [False]
     issuer.http.stop()
 
 
 def test_keys_that_are_old_are_fetched_again() -> None:
     issuer = Issuer("EdDSA-1", "EdDSA-2")
     keys = proxy.KeySet(issuer.url)
-    assert asyncio.run(fetched(keys, "EdDSA-1")) == [True]
+    assert run_async(fetched(keys, "EdDSA-1")) == [True]
     issuer.publish("EdDSA-2")
     keys.pause, keys.fresh = 0, 0
-    assert asyncio.run(fetched(keys, "EdDSA-1")) == [False]
+    assert run_async(fetched(keys, "EdDSA-1")) == [False]
     issuer.http.stop()
 
 
@@ -5862,21 +5868,21 @@ def test_an_issuer_that_fails_is_503_at_first_and_later_its_old_keys_serve_on(
     keys = proxy.KeySet(issuer.url)
     keys.patience = 0.3
     with pytest.raises(proxy.ProxyError) as raised:
-        asyncio.run(fetched(keys, "EdDSA-1"))
+        run_async(fetched(keys, "EdDSA-1"))
     assert (raised.value.status, raised.value.code) == (503, "identity_unavailable")
     keys.pause, keys.patience = 0, 20
     issuer.publish("EdDSA-1")
-    assert asyncio.run(fetched(keys, "EdDSA-1")) == [True]
+    assert run_async(fetched(keys, "EdDSA-1")) == [True]
     keys.fresh, keys.patience = 0, 0.3
     issuer.http.play(script)
-    assert asyncio.run(fetched(keys, "EdDSA-1", "another")) == [True, False]
+    assert run_async(fetched(keys, "EdDSA-1", "another")) == [True, False]
     issuer.http.stop()
 
 
 def test_nobody_whose_key_is_known_waits_for_a_slow_issuer() -> None:
     issuer = Issuer("EdDSA-1")
     keys = proxy.KeySet(issuer.url)
-    assert asyncio.run(fetched(keys, "EdDSA-1")) == [True]
+    assert run_async(fetched(keys, "EdDSA-1")) == [True]
     keys.pause = 0
     gate = threading.Event()
     issuer.http.play([until(gate), RESET])
@@ -5890,7 +5896,7 @@ def test_nobody_whose_key_is_known_waits_for_a_slow_issuer() -> None:
             await waiting
         return known is not None, waits
 
-    assert asyncio.run(both()) == (True, True)
+    assert run_async(both()) == (True, True)
     issuer.http.stop()
 
 
@@ -6066,7 +6072,7 @@ def test_supabases_public_key_is_no_user(tmp_path: Path) -> None:
     public = {"iss": "supabase", "ref": "PROJECT", "role": "anon", "exp": now(10**8)}
     issued = {"iss": "https://PROJECT.supabase.co/auth/v1", "aud": "authenticated"}
     tokens = [jwt.encode(public, APP_SECRET, "HS256"), app_token(**issued)]
-    assert asyncio.run(users(login_clients(tmp_path, block), tokens)) == [None, "jwt:alice"]
+    assert run_async(users(login_clients(tmp_path, block), tokens)) == [None, "jwt:alice"]
 
 
 # Sessions of pages without a login. Each test comes from an address of its own.
@@ -6379,7 +6385,7 @@ def test_a_users_session_is_bound_to_the_models_of_sessions_or_else_of_users(
 ) -> None:
     block = f"[jwt]\nsecret = '{APP_SECRET}'\nmodels = {users}\n"
     clients = login_clients(tmp_path, block + session_block(challenges, models=sessions))
-    session = clients.new_session(asyncio.run(clients.by_jwt(app_token())), ORIGIN)
+    session = clients.new_session(run_async(clients.by_jwt(app_token())), ORIGIN)
     assert list(session["models"]) == models
     assert list(clients.by_session(session["token"], ORIGIN).models) == models
 
@@ -6393,8 +6399,8 @@ def test_a_session_token_cannot_be_changed_or_made_to_last(
     parts = [token[:n] for n in range(len(token))]
     for n, character in enumerate(token[:-1]):
         parts.append(token[:n] + ("A" if character != "A" else "B") + token[n + 1 :])
-    assert set(asyncio.run(users(clients, parts))) == {None}
-    assert asyncio.run(users(clients, [token])) == [f"ip:{address}"]
+    assert set(run_async(users(clients, parts))) == {None}
+    assert run_async(users(clients, [token])) == [f"ip:{address}"]
 
     def signed(key: Any, **more: Any) -> str:
         changed = {k: v for k, v in (claims | more).items() if v is not None}
@@ -6433,8 +6439,8 @@ def test_sessions_and_the_apps_tokens_are_told_apart_though_their_secret_is_one(
     clients = login_clients(tmp_path, block)
     session = clients.new_session(clients.client("ip:192.0.2.1"), ORIGIN)["token"]
     claims = jwt.decode(session, options={"verify_signature": False})
-    assert asyncio.run(users(clients, [session, app_token()])) == ["ip:192.0.2.1", "jwt:alice"]
-    assert asyncio.run(clients.by_jwt(session)) is None
+    assert run_async(users(clients, [session, app_token()])) == ["ip:192.0.2.1", "jwt:alice"]
+    assert run_async(clients.by_jwt(session)) is None
     assert clients.by_session(app_token(**claims), ORIGIN) is None  # with a session's claims
     assert clients.by_session(session, "") is None
 
@@ -6873,7 +6879,7 @@ def test_rows_that_a_busy_disk_does_not_take_are_written_with_the_next(tmp_path:
         assert rows.healthy
         rows.close()
 
-    asyncio.run(play())
+    run_async(play())
     with contextlib.closing(sqlite3.connect(path)) as database:
         found = database.execute("SELECT id FROM entries").fetchall()
     assert ("3",) in found
@@ -7018,7 +7024,7 @@ def test_a_store_gives_no_more_than_the_burst_and_the_rate(open_store: OpenStore
             assert 5 < admitted <= 5 + 20 * (time.monotonic() - began)
             assert not (await store.admit(wish(client="key:b", limits=limits))).refused
 
-    asyncio.run(play())
+    run_async(play())
 
 
 def test_a_store_takes_tokens_as_estimated_and_corrects_them(open_store: OpenStore) -> None:
@@ -7037,7 +7043,7 @@ def test_a_store_takes_tokens_as_estimated_and_corrects_them(open_store: OpenSto
             look = await store.admit(wish(requests=0, limits=limits))
             assert look.tokens < -400
 
-    asyncio.run(play())
+    run_async(play())
 
 
 def test_a_store_holds_what_the_tightest_of_several_caps_has_left(open_store: OpenStore) -> None:
@@ -7057,7 +7063,7 @@ def test_a_store_holds_what_the_tightest_of_several_caps_has_left(open_store: Op
                 await store.hold("3", [everybody, yours], Decimal("0.2"), Decimal("0.2"))
             assert await store.spent([everybody, mine, yours]) == left
 
-    asyncio.run(play())
+    run_async(play())
 
 
 def test_a_store_settles_once(open_store: OpenStore) -> None:
@@ -7069,7 +7075,7 @@ def test_a_store_settles_once(open_store: OpenStore) -> None:
                 await store.settle(end_of(asked, usd))
                 assert await store.spent([cap()]) == [Decimal("0.123456789")]
 
-    asyncio.run(play())
+    run_async(play())
 
 
 def test_a_store_keeps_answers_within_bounds(open_store: OpenStore) -> None:
@@ -7096,7 +7102,7 @@ def test_a_store_keeps_answers_within_bounds(open_store: OpenStore) -> None:
             assert await kept("k2") == b"2" * 800
             assert await kept("large") is None
 
-    asyncio.run(play())
+    run_async(play())
 
 
 def test_a_store_knows_a_token_that_was_shown(open_store: OpenStore) -> None:
@@ -7107,7 +7113,7 @@ def test_a_store_knows_a_token_that_was_shown(open_store: OpenStore) -> None:
             await store.once("token", 0)
             assert await store.once("token", 60)
 
-    asyncio.run(play())
+    run_async(play())
 
 
 def test_a_store_gives_a_place_again_when_it_is_left(open_store: OpenStore) -> None:
@@ -7124,7 +7130,7 @@ def test_a_store_gives_a_place_again_when_it_is_left(open_store: OpenStore) -> N
             await store.settle(end_of(asks[0]))
             assert (await store.admit(asks[2])).placed
 
-    asyncio.run(play())
+    run_async(play())
 
 
 # Redis alone.
@@ -7169,7 +7175,7 @@ def test_parallel_requests_at_several_stores_hold_what_one_budget_has(redis_url:
             assert sum(g.exceeded is not None for g in given) == 490
             assert await stores[0].spent([cap()]) == [1]
 
-    asyncio.run(play())
+    run_async(play())
 
 
 def test_two_stores_count_requests_at_a_time_together(redis_url: str) -> None:
@@ -7186,7 +7192,7 @@ def test_two_stores_count_requests_at_a_time_together(redis_url: str) -> None:
             assert not (await b.admit(wish("6", "key:b", limits=limits))).refused
             assert (await b.admit(wish("7", "key:c", limits=limits))).refused == "busy"
 
-    asyncio.run(play())
+    run_async(play())
 
 
 def test_nothing_is_left_of_a_process_without_signs_of_life(redis_url: str) -> None:
@@ -7237,7 +7243,7 @@ def test_nothing_is_left_of_a_process_without_signs_of_life(redis_url: str) -> N
                 [total] = proxy.read_totals(database, 0, "day")
             assert (total.requests, total.cost) == (1, Decimal("0.1"))
 
-    asyncio.run(play())
+    run_async(play())
 
 
 def test_what_is_told_of_who_seemed_dead_is_told_again_when_it_is_so(redis_url: str) -> None:
@@ -7266,7 +7272,7 @@ def test_what_is_told_of_who_seemed_dead_is_told_again_when_it_is_so(redis_url: 
                 await other.settle(end_of(later, usd))
             assert told == [80, 100, 80, 100]
 
-    asyncio.run(play())
+    run_async(play())
 
 
 def test_what_an_older_version_left_is_no_end_of_redis(redis_url: str) -> None:
@@ -7282,7 +7288,7 @@ def test_what_an_older_version_left_is_no_end_of_redis(redis_url: str) -> None:
             await eventually(lambda: rows_of(store))
             assert store.link.up
 
-    asyncio.run(play())
+    run_async(play())
 
 
 def replace_row(row: Any, **more: Any) -> Any:
@@ -7318,7 +7324,7 @@ def test_a_process_that_seemed_dead_goes_on(redis_url: str) -> None:
     async def is_admitted(store: Any, asked: Any) -> bool:
         return not (await store.admit(asked)).refused
 
-    asyncio.run(play())
+    run_async(play())
 
 
 def test_what_holds_more_after_it_seemed_dead_gives_it_back(redis_url: str) -> None:
@@ -7338,7 +7344,7 @@ def test_what_holds_more_after_it_seemed_dead_gives_it_back(redis_url: str) -> N
             await slow.settle(end_of(asked, 0.3))
             assert await other.spent([cap()]) == [Decimal("0.3")]
 
-    asyncio.run(play())
+    run_async(play())
 
 
 def test_nobody_seems_dead_where_it_was_redis_that_was_away(
@@ -7376,7 +7382,7 @@ def test_nobody_seems_dead_where_it_was_redis_that_was_away(
     async def is_dead(store: Any) -> bool:
         return not (await store.admit(wish("2", limits=limits))).refused
 
-    asyncio.run(play())
+    run_async(play())
 
 
 def test_what_comes_after_the_end_of_a_request_takes_nothing(redis_url: str) -> None:
@@ -7391,7 +7397,7 @@ def test_what_comes_after_the_end_of_a_request_takes_nothing(redis_url: str) -> 
             assert (await store.admit(replace_again(asked))).refused == "busy"
             assert await store.spent([cap()]) == [Decimal("0.1")]
 
-    asyncio.run(play())
+    run_async(play())
 
 
 def test_a_debt_of_tokens_is_remembered_until_it_is_paid(redis_url: str) -> None:
@@ -7403,7 +7409,7 @@ def test_a_debt_of_tokens_is_remembered_until_it_is_paid(redis_url: str) -> None
             [key] = [k async for k in store.link.redis.scan_iter(f"{store.link.prefix}rate:*")]
             assert await store.link.redis.ttl(key) > 300
 
-    asyncio.run(play())
+    run_async(play())
 
 
 def test_signs_of_life_go_on_while_much_is_delivered(redis_url: str) -> None:
@@ -7427,7 +7433,7 @@ def test_signs_of_life_go_on_while_much_is_delivered(redis_url: str) -> None:
     async def is_delivered(store: Any) -> bool:
         return bool(store.link.up and calls.count("settle") >= 500)
 
-    asyncio.run(play())
+    run_async(play())
     settled = [i for i, name in enumerate(calls) if name == "settle"]
     between = calls[settled[0] : settled[-1]]
     assert between.count("beat") >= 2
@@ -7445,7 +7451,7 @@ def test_an_answer_that_would_keep_the_others_waiting_is_not_kept(redis_url: str
     async def kept(store: Any, key: str) -> bool:
         return (await store.admit(wish(key=key))).answer is not None
 
-    asyncio.run(play())
+    run_async(play())
 
 
 def test_a_place_counts_here_too_should_redis_go_away(redis_url: str) -> None:
@@ -7459,7 +7465,7 @@ def test_a_place_counts_here_too_should_redis_go_away(redis_url: str) -> None:
             await asyncio.sleep(0)  # Redis is told, too
             assert await store.enter("3", "p", 2, False)
 
-    asyncio.run(play())
+    run_async(play())
 
 
 def test_a_share_that_is_too_small_for_a_request_is_overdrawn() -> None:
@@ -7471,7 +7477,7 @@ def test_a_share_that_is_too_small_for_a_request_is_overdrawn() -> None:
         assert (await store.admit(wish("2", tokens=1, limits=asked_limits))).refused == "tokens"
 
     asked_limits = {"tokens_per_minute": 100_000}
-    asyncio.run(play())
+    run_async(play())
 
 
 def test_the_end_of_a_budget_is_told_of_when_redis_is_back(redis_url: str) -> None:
@@ -7493,7 +7499,7 @@ def test_the_end_of_a_budget_is_told_of_when_redis_is_back(redis_url: str) -> No
     async def is_told() -> bool:
         return told == [("client key:a", Decimal("0.5"), 80)]
 
-    asyncio.run(play())
+    run_async(play())
 
 
 def test_one_replica_leads_and_the_others_get_its_answer(redis_url: str) -> None:
@@ -7521,7 +7527,7 @@ def test_one_replica_leads_and_the_others_get_its_answer(redis_url: str) -> None
             await a.settle(end_of(failing))  # without an answer
             assert not (await b.admit(wish("4", key="other"))).pending
 
-    asyncio.run(play())
+    run_async(play())
 
 
 def test_keys_in_redis_are_in_one_slot_and_expire_and_name_nobody(redis_url: str) -> None:
@@ -7552,7 +7558,7 @@ def test_keys_in_redis_are_in_one_slot_and_expire_and_name_nobody(redis_url: str
                 # what lives for two seconds may have gone meanwhile
                 assert await store.link.redis.pttl(key) != -1, key
 
-    asyncio.run(play())
+    run_async(play())
 
 
 def test_parallel_requests_share_their_round_trips(redis_server: Redis) -> None:
@@ -7566,7 +7572,7 @@ def test_parallel_requests_share_their_round_trips(redis_server: Redis) -> None:
             await asyncio.gather(*(store.admit(wish(str(number))) for number in range(200)))
             assert reads() - before < 50
 
-    asyncio.run(play())
+    run_async(play())
 
 
 def test_scripts_that_redis_has_forgotten_are_sent_again(redis_url: str) -> None:
@@ -7580,7 +7586,7 @@ def test_scripts_that_redis_has_forgotten_are_sent_again(redis_url: str) -> None
             await store.settle(end_of(asked, 0.05))
             assert await store.spent([cap()]) == [Decimal("0.05")]
 
-    asyncio.run(play())
+    run_async(play())
 
 
 def test_what_redis_never_heard_of_is_not_put_off(redis_url: str) -> None:
@@ -7601,7 +7607,7 @@ def test_what_redis_never_heard_of_is_not_put_off(redis_url: str) -> None:
     async def told(store: Any) -> bool:
         return bool(store.link.up and await store.ledger.due() == [])
 
-    asyncio.run(play())
+    run_async(play())
 
 
 def test_who_leaves_while_redis_is_asked_leaves_nothing(redis_url: str) -> None:
@@ -7622,7 +7628,7 @@ def test_who_leaves_while_redis_is_asked_leaves_nothing(redis_url: str) -> None:
             assert (store.alone, store.link.queue) == (set(), [])
             assert len(store.tasks) == 1  # its signs of life
 
-    asyncio.run(play())
+    run_async(play())
 
 
 class Relay:
@@ -7666,7 +7672,7 @@ def test_who_comes_after_a_crowd_has_its_patience(redis_url: str) -> None:
             assert not (await after).refused
             assert store.link.up
 
-    asyncio.run(play())
+    run_async(play())
 
 
 def test_without_a_file_of_its_own_a_ledger_keeps_no_rows_in_memory(redis_url: str) -> None:
@@ -7685,7 +7691,7 @@ def test_without_a_file_of_its_own_a_ledger_keeps_no_rows_in_memory(redis_url: s
             link = app.proxy.replicas.link
             return rows[0], await link.redis.xlen(f"{link.prefix}rows")
 
-    assert asyncio.run(play()) == (0, 1)
+    assert run_async(play()) == (0, 1)
 
 
 def test_what_was_settled_is_not_settled_again_where_the_answer_was_lost(redis_url: str) -> None:
@@ -7711,7 +7717,7 @@ def test_what_was_settled_is_not_settled_again_where_the_answer_was_lost(redis_u
             assert (await store.used("key:a")).requests == 1
         relay.server.close()
 
-    asyncio.run(play())
+    run_async(play())
 
 
 def sign(name: str, directory: Path) -> list[str]:
@@ -7758,7 +7764,7 @@ def test_a_redis_with_a_password_and_tls_serves(start_redis: StartRedis, tmp_pat
             async with redis_store(url):
                 pass
 
-    asyncio.run(play())
+    run_async(play())
 
 
 @pytest.mark.parametrize(
@@ -7812,7 +7818,7 @@ def test_a_cluster_of_one_node_serves(start_redis: StartRedis) -> None:
             await store.settle(end_of(asked, 0.2))
             assert await store.spent([cap()]) == [Decimal("0.2")]
 
-    asyncio.run(play())
+    run_async(play())
 
 
 # Servers that share one. A request for 100 tokens holds and costs 0.1 USD; see Budget.
@@ -8395,7 +8401,7 @@ def test_a_million_addresses_do_not_grow_the_memory() -> None:
             await store.admit(proxy.Ask("", f"ip:{number}", proxy.Limits(), 1, 1))
         return resident() - before
 
-    assert asyncio.run(flood()) < 100 * 2**20
+    assert run_async(flood()) < 100 * 2**20
 
 
 def test_a_flood_of_small_spenders_is_forgotten_but_not_what_it_spent() -> None:
@@ -8413,7 +8419,7 @@ def test_a_flood_of_small_spenders_is_forgotten_but_not_what_it_spent() -> None:
             )
         return store.windows["2026-11-24"]
 
-    window = asyncio.run(flood())
+    window = run_async(flood())
     assert len(window) <= 101
     assert window["all"].settled == Decimal("1.399")
     assert window["client 1"].settled == Decimal("0.4")  # who has spent most is remembered
@@ -8770,7 +8776,7 @@ def test_500_parallel_requests_against_a_budget_for_10_make_10_calls(
             gate.set()
             return await asyncio.gather(*tasks)
 
-    answered = asyncio.run(run())
+    answered = run_async(run())
     statuses = [status for status, _ in answered]
     assert (statuses.count(200), statuses.count(402)) == (10, 490)
     assert len(upstream.requests) == 10
@@ -9423,7 +9429,7 @@ def test_no_order_of_holds_and_settlements_passes_a_cap(
         spending = [s for scopes in budget.windows.values() for s in scopes.values()]
         assert all(s.settled and not s.held for s in spending)  # what cost nothing is forgotten
 
-    asyncio.run(play())
+    run_async(play())
     assert len(set(told)) == len(told)  # once each
 
 
@@ -9813,7 +9819,7 @@ def test_no_place_is_lost_or_made_by_those_who_leave_the_line(
         failed = [task for task in tasks if not task.cancelled() and task.exception()]
         assert failed == []
 
-    asyncio.run(run())
+    run_async(run())
 
 
 # ---- SSE ---------------------------------------------------------------------------------------
@@ -13715,7 +13721,7 @@ def test_a_thousand_streams_at_the_defaults(serve: Serve, upstream: Upstream) ->
         async with asyncio.timeout(40):
             return await asyncio.gather(*streams)
 
-    answered = asyncio.run(run())
+    answered = run_async(run())
     assert [status for status, _ in answered] == [200] * 1000
     assert all(body.count("[DONE]") == 1 for _, body in answered)
     assert len(upstream.requests) == 1000
@@ -14417,7 +14423,7 @@ def test_who_leaves_at_any_moment_leaves_nothing_at_redis(
         await redis.aclose()
         return [n for n in names if any(word in n for word in (b":places:", b":live", b":opens:"))]
 
-    wait_for(lambda: asyncio.run(left()) == [])
+    wait_for(lambda: run_async(left()) == [])
     assert server.post().status_code == 200
 
 
@@ -14487,7 +14493,7 @@ def test_several_keys_serve_in_turn_and_show_nowhere(
     if kept_in:
         settings = tomllib.loads(kept_in)["redis"]
         redis = proxy.connect_redis(settings["url"])
-        names = asyncio.run(redis.keys(f"*{settings['namespace']}*"))
+        names = run_async(redis.keys(f"*{settings['namespace']}*"))
         assert [name for name in names if b"rest:anthropic:" in name]
         seen += b"\n".join(names).decode()
     for key in THREE.values():
@@ -15583,7 +15589,7 @@ def test_a_vendors_key_is_in_none_of_ten_thousand_replies_logs_metrics_and_rows(
     LOGGED.setLevel("DEBUG")
     LOGGED.propagate = False
     try:
-        metrics, replies = asyncio.run(ask_planted(config, environ, 10_000))
+        metrics, replies = run_async(ask_planted(config, environ, 10_000))
     finally:
         LOGGED.removeHandler(handler)
         LOGGED.setLevel(level)
@@ -17799,8 +17805,7 @@ def test_of_10_000_requests_every_one_is_in_the_ledger_exactly_once(fleet: Fleet
         async with aiohttp.ClientSession(fleet.url) as http:
             await asyncio.gather(*(caller(http) for _ in range(32)))
 
-    with ThreadPoolExecutor(1) as pool:  # the browser's tests leave a loop running in this thread
-        pool.submit(asyncio.run, load()).result()
+    run_async(load())
     count = Counter(statuses)
     assert count.total() == len(ids)
     assert set(count) <= {200, 503}  # where Redis was late
