@@ -4882,6 +4882,7 @@ class Proxy:
     ledger: Ledger | None = None
     draining = False
     unread = 0  # bytes of the bodies that are still coming
+    parent = 0  # the process that ends this one, where there is one
 
     def __init__(
         self, config: Config, environ: Map[str, str], public: bool, clock: Callable[[], float]
@@ -5452,6 +5453,9 @@ class Proxy:
                 self.check(call, now)
             for attempt in self.reading:
                 attempt.check(now)
+            if self.parent and os.getppid() != self.parent:  # it was killed, and can end nobody
+                self.parent = 0
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def check(self, call: Call, now: float) -> None:
         """Keep a silent reply alive, and end one that the caller takes nothing more of."""
@@ -6145,9 +6149,10 @@ def __getattr__(name: str) -> Any:
     return app
 
 
-def load_app(config: Config, public: bool) -> App:
+def load_app(config: Config, public: bool, parent: int = 0) -> App:
     """What a Granian worker runs; at module level, so that a spawned process finds it."""
     app = create_app(config, public=public, standalone=True)
+    app.proxy.parent = parent
     set_up_logging(config.server.log_level, app.proxy.secrets)
     gc.freeze()  # what lasts need not be looked through again and again
     return app
@@ -6262,6 +6267,24 @@ def check_files(streams: int) -> None:
             LOG.warning("%d files may be open, too few for %d streams: %s", most, streams, fix)
 
 
+class Interrupt:
+    """What Granian's main thread waits for, instead of an Event: that has a lock, for which the
+    handler of a second signal would wait for ever in the thread that holds it; and of two signals
+    both may come to another thread, which leaves one that waits for a lock asleep."""
+
+    raised = False
+
+    def set(self) -> None:
+        self.raised = True
+
+    def clear(self) -> None:
+        self.raised = False
+
+    def wait(self) -> None:
+        while not self.raised:
+            time.sleep(0.1)
+
+
 def serve(config: Config, public: bool) -> None:
     from granian import Granian
     from granian.constants import HTTPModes, Interfaces
@@ -6277,7 +6300,7 @@ def serve(config: Config, public: bool) -> None:
     check_files(config.limits.concurrent_total)
     address = check_port(server.host, server.port)
     LOG.info("serving http://%s:%s", f"[{address}]" if ":" in address else server.host, server.port)
-    granian = Granian(
+    granian: Any = Granian(
         "proxy", address=address, port=server.port, interface=Interfaces.ASGI, websockets=False,
         http=HTTPModes.http1, workers=server.workers,
         backlog=places, backpressure=places,  # of connections; beyond it the next client hangs
@@ -6286,6 +6309,10 @@ def serve(config: Config, public: bool) -> None:
         http1_settings=HTTP1Settings(header_read_timeout=620_000 if balanced else 10_000),
         log_enabled=False, respawn_failed_workers=True, workers_kill_timeout=int(server.drain) + 5,
     )  # fmt: skip
+    granian.main_loop_interrupt = Interrupt()
+    # a terminal was closed, if there is no nohup: Granian would go on, with new workers
+    ignored = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    granian.signal_handler_reload = signal.SIG_IGN if ignored else granian.signal_handler_interrupt
     if hasattr(os, "register_at_fork"):
         # until a worker can act on a SIGTERM it waits: the handler it inherits would swallow it
         mask = functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGTERM})
@@ -6299,7 +6326,12 @@ def serve(config: Config, public: bool) -> None:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = stack.enter_context(shared)
             values: Any = importlib.import_module("prometheus_client.values")
             values.ValueClass = values.get_value_class()
-        granian.serve(target_loader=functools.partial(load_app, config, public), wrap_loader=False)
+        load = functools.partial(load_app, config, public, os.getpid())
+        try:
+            granian.serve(target_loader=load, wrap_loader=False)
+        except SystemExit:  # also for a worker that has heard of the end before its server
+            if not granian.interrupt_signal:
+                raise
 
 
 def print_check(config: Config, environ: Map[str, str], public: bool) -> int:

@@ -13572,6 +13572,7 @@ def test_a_cut_of_an_answer_in_one_piece_is_no_answer(
         pytest.param(signal.SIGTERM, False, id="SIGTERM to the server"),
         pytest.param(signal.SIGTERM, True, id="SIGTERM to all its processes"),
         pytest.param(signal.SIGINT, True, id="Ctrl-C"),
+        pytest.param(signal.SIGHUP, True, id="a terminal that is closed"),
     ],
 )
 def test_a_signal_lets_running_streams_finish(
@@ -13659,6 +13660,53 @@ def test_a_worker_that_dies_is_replaced(serve: Serve) -> None:
         return False
 
     wait_for(answers)
+
+
+@pytest.mark.parametrize("numbers", [
+    (signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT), (signal.SIGTERM,) * 5,
+    (signal.SIGHUP, signal.SIGINT, signal.SIGTERM) * 20,
+])  # fmt: skip
+def test_signals_close_to_each_other_end_the_server_as_one_does(
+    serve: Serve, numbers: tuple[signal.Signals, ...]
+) -> None:
+    """As where uv passes on one that the whole group got."""
+    for _ in range(3):
+        server = serve()
+        for number in numbers:
+            with contextlib.suppress(ProcessLookupError):
+                server.process.send_signal(number)
+        assert server.process.wait(10) == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc")
+def test_no_worker_outlives_its_server(serve: Serve, upstream: Upstream) -> None:
+    """It would serve on with old settings, and keep the port and the ledger."""
+    server, gate, request_id = serve(), threading.Event(), next(IDS)
+    events = messages_events()
+    upstream.play(stream(*events[:4], until(gate), *events[4:]))
+    [worker] = (
+        Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    )
+    with server.connect(headers={"X-Request-ID": request_id}) as connection:
+        data = read_until(connection, b"Hello")
+        server.process.kill()
+        wait_for(lambda: not listening(server))
+        gate.set()
+        data += read_until(connection, b"[DONE]")
+    assert b"isLast" in data
+    wait_for(lambda: not Path(f"/proc/{worker}").exists())
+    assert last_row(server, request_id)["outcome"] == "ok"
+
+
+def test_nohup_keeps_the_server_where_its_terminal_is_closed(serve: Serve) -> None:
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        server = serve()
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+    os.killpg(server.process.pid, signal.SIGHUP)
+    assert server.post().status_code == 200
+    assert server.terminate() == 0
 
 
 def test_a_server_without_work_stops_at_once(serve: Serve) -> None:
