@@ -5771,26 +5771,36 @@ async def demo_pace(data: list[bytes]) -> AsyncIterator[bytes]:
 # A small page to try the proxy with. Model text reaches it only through textContent.
 
 PAGE_SCRIPT = """
-const $ = id => document.getElementById(id), provider = $("provider");
+const $ = id => document.getElementById(id), provider = $("provider"), model = $("model");
+const usual = () => provider.selectedOptions[0].dataset.model;
 let controller;
-$("stop").onclick = () => controller?.abort();
-(provider.onchange = () => $("model").value = provider.selectedOptions[0].dataset.model)();
+$("stop").onclick = () => controller.abort();
+(provider.onchange = () => {
+  model.value = "";
+  model.placeholder = usual() || "its name";
+  model.setAttribute("list", "models-" + provider.value);
+})();
+$("prompt").onkeydown = ({key, ctrlKey, metaKey}) => {
+  if (key === "Enter" && (ctrlKey || metaKey)) $("form").requestSubmit();
+};
 $("form").onsubmit = async event => {
   event.preventDefault();
   controller?.abort();
-  controller = new AbortController();
+  const mine = controller = new AbortController();
+  $("stop").disabled = false;
   const answer = $("answer"), facts = $("facts"), started = performance.now();
   answer.textContent = facts.textContent = "";
   const headers = {"Content-Type": "application/json"};
   if ($("key").value) headers.Authorization = "Bearer " + $("key").value;
-  const body = JSON.stringify({model: $("model").value, enable_thinking: $("think").checked,
+  const body = JSON.stringify({model: model.value || usual(), enable_thinking: $("think").checked,
     messages: [{role: "user", content: $("prompt").value}]});
   try {
     const reply = await fetch("api/" + provider.value,
-      {method: "POST", headers, body, signal: controller.signal});
+      {method: "POST", headers, body, signal: mine.signal});
     if (!reply.ok) throw new Error((await reply.json()).error);
     const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
     for (let part, first, rest = ""; !(part = await reader.read()).done;) {
+      if (mine !== controller) return;
       const lines = (rest + part.value).split("\\n");
       rest = lines.pop();
       for (const line of lines) {
@@ -5801,18 +5811,22 @@ $("form").onsubmit = async event => {
         answer.textContent += token;
         for (const {function: tool} of toolCalls ?? [])
           answer.textContent += `\\n→ ${tool.name}(${tool.arguments})`;
-        if (usage) facts.textContent = [first, `${usage.totalTokens} tokens`,
-          `cost ${costUsd === null ? "unknown" : "$" + costUsd}`, finishReason].join(" · ");
+        const cost = costUsd === null ? "unknown" : "$" + costUsd?.toFixed(6);
+        if (usage) facts.textContent =
+          [first, `${usage.totalTokens} tokens`, `cost ${cost}`, finishReason].join(" · ");
       }
     }
   } catch (error) {
+    if (mine !== controller) return;
     facts.textContent = error.name === "AbortError" ? "stopped" : "Error: " + error.message;
   }
+  $("stop").disabled = true;
 };
 """
 PAGE_STYLE = """
 body { font: 16px system-ui; max-width: 44rem; margin: 2rem auto; padding: 0 1rem }
 textarea, pre { width: 100%; box-sizing: border-box; font: inherit; white-space: pre-wrap }
+label { display: inline-block; margin: 0 1em .5em 0 }
 """
 
 
@@ -5827,24 +5841,25 @@ PAGE_CSP = (
 
 
 def render_page(proxy: Proxy) -> str:
-    prices, providers, models = built_in_prices(), "", [*proxy.config.models]
+    prices, providers, lists = built_in_prices(), "", ""
     for name, settings in proxy.catalog.providers.items():
-        offered = [model for model in prices if matches(model, settings.models)]
-        models += offered
+        sold = [] if settings.models == ("*",) else [m for m in prices if prices[m].output]
+        offered = [model for model in sold if matches(model, settings.models)]
         cheapest = min(offered, key=lambda model: prices[model].output, default="")
-        first = html.escape(settings.default_model or cheapest)
-        providers += f'<option data-model="{first}">{name}</option>'
-    options = "".join(f"<option>{html.escape(model)}</option>" for model in models)
+        usual = html.escape(settings.default_model or cheapest)
+        providers += f'<option data-model="{usual}">{name}</option>'
+        options = (f"<option>{html.escape(m)}</option>" for m in (*proxy.config.models, *offered))
+        lists += f'<datalist id="models-{name}">{"".join(options)}</datalist>'
     hint = DEMO_HINT if proxy.config.demo else "Send a prompt to a configured model."
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>proxy.py</title>
 <meta name="viewport" content="width=device-width"><style>{PAGE_STYLE}</style>
-<h1>proxy.py</h1><p>{hint}</p><form id="form">
+<h1>proxy.py</h1><p>{hint}</p><form id="form" autocomplete="off">
 <label>Provider <select id="provider">{providers}</select></label>
-<label>Model <input id="model" list="models"></label><datalist id="models">{options}</datalist>
+<label>Model <input id="model"></label>{lists}
 <label><input type="checkbox" id="think"> show thinking</label>
 <label>Key <input id="key" type="password" placeholder="where one is needed"></label>
 <p><textarea id="prompt" rows="4" required autofocus>Say hello.</textarea></p>
-<button id="send">Send</button> <button id="stop" type="button">Stop</button>
+<button id="send">Send</button> <button id="stop" type="button" disabled>Stop</button>
 </form><pre id="answer"></pre><p id="facts" role="status"></p><script>{PAGE_SCRIPT}</script></html>
 """
 

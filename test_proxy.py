@@ -16682,6 +16682,55 @@ def test_built_in_page_stops_an_answer(open_page: Open, demo: Server) -> None:
     wait_for(lambda: len(lines_of(demo, outcome="cancelled")) > before)
 
 
+def test_built_in_page_has_one_answer_at_a_time(open_page: Open, demo: Server) -> None:
+    """One that is asked for while another comes takes its place."""
+    page = open_page(demo.url)
+    assert page.is_disabled("#stop")
+    page.fill("#prompt", "/long")
+    page.press("#prompt", "Control+Enter")
+    wait_for(lambda: len(page.text_content("#answer")) > 20)
+    page.fill("#prompt", "/tool")
+    page.click("#send")
+    wait_for(lambda: "tool_calls" in page.text_content("#facts"))
+    assert page.text_content("#answer").startswith("Let me see. \n→ get_weather(")
+    assert page.is_disabled("#stop")
+
+
+def test_built_in_page_proposes_what_the_provider_can_be_asked(
+    open_page: Open, serve: Serve, upstream: Upstream
+) -> None:
+    config = f"""
+    [providers.local]
+    adapter = "chat"
+    base_url = "{upstream.url}/v1"
+    default_model = "<i>llama"
+    [providers.any]
+    adapter = "chat"
+    base_url = "{upstream.url}/v1"
+    [models.fast]
+    target = "local/llama"
+    """
+    page = open_page(serve(config + NO_BUDGET).url)
+    proposed = {}
+    for provider in ("anthropic", "openai", "local", "any"):
+        page.select_option("#provider", provider)
+        options = page.evaluate(
+            "[...document.getElementById('model').list.options].map(o => o.value)"
+        )
+        proposed[provider] = page.get_attribute("#model", "placeholder"), options
+    assert proposed["local"] == ("<i>llama", ["fast"])
+    assert proposed["any"] == ("its name", ["fast"])
+    for provider, beginning in (("anthropic", "claude-"), ("openai", "")):
+        usual, (alias, *options) = proposed[provider]
+        assert usual in options and alias == "fast"
+        assert all(name.startswith(beginning) for name in options)
+        assert not any("embedding" in name for name in options)
+    page.select_option("#provider", "openai")
+    page.click("#send")
+    wait_for(lambda: page.text_content("#facts"))
+    assert upstream.requests[-1].json["model"] == proposed["openai"][0]
+
+
 @pytest.mark.parametrize(
     ("prompt", "expected"),
     [
