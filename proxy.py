@@ -447,7 +447,8 @@ def load_config(
         if chosen or file.is_file():
             tables = tomllib.loads(file.read_text("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{file}: {error}") from None
+        wrong = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{file}: {wrong}") from None
     if not chosen and tables and tables.keys().isdisjoint(Config.__struct_fields__):
         LOG.warning("%s has none of our tables and is ignored", file)
         tables = {}
@@ -574,7 +575,7 @@ def check_values(config: Config) -> None:
     jwt, session, budget, keep = config.jwt, config.session, config.budget, config.ledger.keep
     monthly = [cap for name, cap in asdict(budget).items() if name.endswith("_per_month")]
     monthly += [key.budget.per_month or UNLIMITED for key in config.clients.values()]
-    secret = "must hold at least 32 bytes, as from `openssl rand -hex 32`"
+    secret = "must hold at least 32 bytes, as from `openssl rand -hex 32`; set"
     rules = (
         (keep < 86400, "ledger.keep", 'must be at least "1d"; a day\'s budget is read from it'),
         (keep < 31 * 86400 and min(monthly) < UNLIMITED, "ledger.keep",
@@ -588,12 +589,13 @@ def check_values(config: Config) -> None:
          "set it, or else jwt.secret (JWT_SECRET), and not both"),
         (jwt and jwt.jwks_url and not jwt.issuer, "jwt.issuer",
          "is needed with jwks_url; it is the `iss` of your tokens"),
-        (jwt and jwt.secret and is_short(jwt.secret), "jwt.secret", secret),
-        (session and is_short(session.secret), "session.secret", secret),
+        (jwt and jwt.secret and is_short(jwt.secret), "jwt.secret", f"{secret} JWT_SECRET"),
+        (session and is_short(session.secret), "session.secret", f"{secret} SESSION_SECRET"),
         (session and not 1 <= session.ttl <= 600, "session.ttl", 'from "1s" to "10m"'),
         (session and not (session.turnstile_secret or jwt), "session.turnstile_secret",
          "set it (TURNSTILE_SECRET_KEY) or a [jwt] block: a session needs a proof"),
-        (budget.webhook and is_short(budget.webhook_secret), "budget.webhook_secret", secret),
+        (budget.webhook and is_short(budget.webhook_secret), "budget.webhook_secret",
+         f"{secret} BUDGET_WEBHOOK_SECRET"),
     )  # fmt: skip
     for wrong, path, fix in rules:
         if wrong:
@@ -1985,7 +1987,7 @@ CREATE INDEX IF NOT EXISTS entries_client ON entries (client, time);
 CREATE TABLE IF NOT EXISTS put_off (id, message, row, PRIMARY KEY (id)) WITHOUT ROWID;
 """
 GROUPS = {
-    "client": "client",
+    "client": "iif(client = '', '-', client)",
     "model": "iif(model = '', '-', provider || '/' || model)",
     "day": "strftime('%Y-%m-%d', time, 'unixepoch')",
 }
@@ -3081,7 +3083,7 @@ class Webhook:
     def tell(self, cap: Cap, percent: int) -> None:
         event = {"percent": percent, "scope": cap.scope, "window": cap.window}
         event |= {"limitUsd": float(cap.limit), "resetsAt": cap.resets()}
-        LOG.warning("budget", extra={"fields": event})
+        LOG.warning("budget %s", event)
         if self.url:
             with contextlib.suppress(asyncio.QueueFull):
                 self.queue.put_nowait(msgspec.json.encode({"type": "budget", "data": event}))
@@ -4264,8 +4266,10 @@ class Catalog:
             return [max(found, key=lambda offer: offer[0])[1] if free else found[0][1]]
         others = [(len(glob), p) for p in offers for glob in offers[p] if matches(name, [glob])]
         other = f"; send it to /api/{max(others)[1]}" if others else ""
-        offer = f"{homes[0]} offers {', '.join(offers[homes[0]])}"
-        raise ProxyError(403, "model_not_allowed", f"model: {offer}, not {redact(name)!r}{other}")
+        offer = (
+            f"{provider} offers {', '.join(offers[provider])}, not" if provider else "nobody offers"
+        )
+        raise ProxyError(403, "model_not_allowed", f"model: {offer} {redact(name)!r}{other}")
 
     def resolve_alias(self, name: str) -> list[Target]:
         alias = self.config.models.get(name)
@@ -4312,6 +4316,18 @@ class Catalog:
         for provider, model in itertools.chain(defaults, *aliases, *self.templates.values()):
             if model and self.prices.of(provider, model) is None:
                 raise ConfigError(f'prices."{model}": {unpriced(model)}')
+
+    def unserved(self) -> Iterator[str]:
+        """What to warn of: names that a client may ask for, and nobody serves."""
+        tables: dict[str, Any] = {"jwt": self.config.jwt, "session": self.config.session}
+        tables |= {f"clients.{name}": key for name, key in self.config.clients.items()}
+        for path, table in tables.items():
+            for name in table.models if table else ():
+                if not (self.resolve_alias(name) or re.search(r"[*?\[]", name)):
+                    try:
+                        self.resolve(name)
+                    except ProxyError as error:
+                        yield f"{path}.models: {error.message}; an alias needs its [models.NAME]"
 
     def describe_room(self) -> str:
         """How many answers a day's budget can hold for at a time, where that is not enough."""
@@ -4443,17 +4459,18 @@ def is_alive(process: int) -> bool:
 
 
 class LogFormat(logging.Formatter):
-    """JSON lines; on a terminal, lines for people. `extra={"fields": {...}}` carries the data."""
+    """JSON lines; on a terminal, lines for people. `"request %s", {...}` has its data in fields."""
 
     def __init__(self, terminal: bool, known: Iterable[str] = ()) -> None:
         super().__init__()
         self.terminal, self.known = terminal, tuple(known)
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = dict(getattr(record, "fields", {}))
+        level, event, fields = record.levelname.lower(), record.getMessage(), dict[str, Any]()
+        if isinstance(record.args, Map):
+            event, fields = record.msg.removesuffix(" %s"), {**record.args}
         if record.exc_info:
             fields["exception"] = redact(self.formatException(record.exc_info), self.known, 4000)
-        level, event = record.levelname.lower(), record.getMessage()
         if self.terminal:
             shown = (f"{name}={redact(str(value), length=4000)}" for name, value in fields.items())
             return " ".join((self.formatTime(record, "%H:%M:%S"), level, event, *shown))
@@ -4901,6 +4918,7 @@ class Proxy:
         capped = any(client_caps(kind, config.budget, 0) for kind in self.clients.kinds())
         self.capped = capped and not config.demo
         self.catalog = Catalog(config, keys, self.capped)
+        self.warnings += self.catalog.unserved()
         self.prices = self.catalog.prices
         self.webhook = Webhook(config.budget.webhook, config.budget.webhook_secret)
         self.store: Store = MemoryStore(time.monotonic, self.webhook.tell, config.cache)
@@ -4991,6 +5009,9 @@ class Proxy:
     def check_open(self, call: Call, provider: str) -> None:
         if self.config.server.paused:
             raise ProxyError(503, "paused", "the proxy is paused by its owner", retry=False)
+        if not hasattr(self, "transport"):
+            message = "the proxy does not run: the host's lifespan must enter app.lifespan()"
+            raise ProxyError(503, "not_running", message, retry=False)
         if self.draining:
             raise Stopping
         if provider and provider not in self.catalog.providers:
@@ -5062,7 +5083,7 @@ class Proxy:
             call.writer = ChatWriter(request.model, raw.get("stream") is True, asked)
         else:
             home = provider.adapter
-            place = "/v1/chat/completions" if home == "chat" else f"/v1/{home}"
+            place = "/v1/chat/completions" + ("" if home == "chat" else f" and /v1/{home}")
             raise BadRequest(f"model: {redact(targets[0][1])} is served at {place}, not here")
         call.request = request
         return targets
@@ -5304,7 +5325,7 @@ class Proxy:
         self.metrics.retries.labels(provider, error.code).inc()
         # not the vendor's message, which may repeat what it was asked
         fields = {"id": call.entry.id, "provider": provider, "model": model, "after": error.code}
-        LOG.info("retry", extra={"fields": fields})
+        LOG.info("retry %s", fields)
 
     def enter(self, call: Call, attempt: Attempt, provider: str, model: str) -> None:
         """Account for an attempt as billed, until it is known better; also if the caller leaves."""
@@ -5419,7 +5440,7 @@ class Proxy:
     def log(self, call: Call) -> None:
         fields = asdict(call.entry) | {"dropped": call.all_dropped(), "time": None}
         fields["cost"] = call.entry.cost and float(call.entry.cost)
-        LOG.info("request", extra={"fields": {k: v for k, v in fields.items() if v}})
+        LOG.info("request %s", {k: v for k, v in fields.items() if v})
 
     async def record(self, call: Call) -> None:
         """The ledger's row, and the end of all that the request has in the store."""
@@ -5996,11 +6017,17 @@ def create_app(
         scope["state"]["call"].route = "", NATIVE_PATHS[scope["path_template"]]
         return no_answer
 
-    @litestar.get("/v1/models")
-    async def models(scope: Scope) -> dict[str, Any]:
+    @litestar.get(["/v1/models", "/v1/models/{name:path}"])
+    async def models(scope: Scope, name: FromPath[str] = "") -> dict[str, Any]:
         call = scope["state"]["call"]
         await proxy.take(call)
-        return proxy.catalog.list_for(call.client)
+        listed, name = proxy.catalog.list_for(call.client), name.removeprefix("/")
+        found = [model for model in listed["data"] if model["id"] == name]
+        if name and not found:
+            raise ProxyError(
+                404, "not_found", f"model: {redact(name)!r} is not listed at /v1/models"
+            )
+        return found[0] if name else listed
 
     @litestar.route(["/health", "/healthz", "/livez"], http_method=["GET", "HEAD"])
     async def health() -> dict[str, Any]:
@@ -6191,7 +6218,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--check", action="store_true", help="print what is configured, open and missing; exit")
     add("--demo", action="store_true", help="answer from a built-in model instead of the vendors")
     add("--version", action="version", version=f"{name} {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     add = commands.add_parser("usage", help="print what was used, from the ledger").add_argument
     add("--since", default="7d", help="how far back, like 12h (%(default)s)")
     add("--by", choices=GROUPS, default="day", help="one row each (%(default)s)")
@@ -6392,6 +6419,8 @@ def check_lines(config: Config, environ: Map[str, str], public: bool) -> Iterato
             )
             away = f"limits {redis.limits_when_away} and budgets {redis.budget_when_away}"
             yield "redis", f"{host}; while it is away, {away}"
+            if wrong := ping_redis(redis.url):
+                yield "warning", f"redis.url: cannot be reached now ({wrong})"
         proxy = create_app(config, environ, public=public).proxy
         check_ledger(config.ledger)
         if room := proxy.catalog.describe_room():
@@ -6400,6 +6429,17 @@ def check_lines(config: Config, environ: Map[str, str], public: bool) -> Iterato
             yield "warning", warning
     except ConfigError as error:
         yield "missing", str(error)
+
+
+def ping_redis(url: str) -> str:
+    """What is wrong with it now, if anything."""
+    import redis
+
+    try:
+        redis.Redis.from_url(url, retry=None, socket_connect_timeout=2, socket_timeout=2).ping()
+    except redis.RedisError as error:
+        return redact(str(error))
+    return ""
 
 
 def check_ledger(table: LedgerTable) -> None:
@@ -6419,7 +6459,8 @@ async def fetch_rows(table: RedisTable, since: float) -> list[Entry]:
             rows += [msgspec.json.decode(fields[b"row"], type=Entry) for _, fields in page]
             start = f"({page[-1][0].decode()}"
     except Exception as error:
-        raise ConfigError(f"redis.url: cannot be read ({redact(repr(error))})") from None
+        fix = "without it the file of this machine is read"
+        raise ConfigError(f"redis.url: cannot be read ({redact(repr(error))}); {fix}") from None
     finally:
         await redis.aclose()
     return rows
@@ -6441,7 +6482,7 @@ def show_usage(config: Config, options: argparse.Namespace) -> str:
             raise ConfigError(f"ledger.path: {path} cannot be read ({error})") from None
     else:
         where = path if config.ledger.path else '"", so none is kept'
-        raise ConfigError(f"ledger.path: there is no ledger at {where}")
+        raise ConfigError(f"ledger.path: there is no ledger at {where} (a demo keeps none)")
     if options.json:
         return msgspec.json.Encoder(decimal_format="number").encode(rows).decode()
     lines = [f"{options.by} requests errors input output USD unpriced".split()]

@@ -2879,7 +2879,7 @@ def test_a_template_with_nothing_in_its_slots_must_still_ask_something(
                      "'tools' } }", "t.variables.in: ", id="unknown place"),
         pytest.param("model = 'claude-haiku-4-5'\nprompt = '{x}'\nvariables = { x = { max_length = "
                      "0 } }", "t.variables.max_length: ", id="length of nothing"),
-        pytest.param("model = 'llama-4'\nprompt = 'y'", "t: model: anthropic offers claude-*",
+        pytest.param("model = 'llama-4'\nprompt = 'y'", "t: model: nobody offers 'llama-4'",
                      id="unknown model"),
         pytest.param("model = 'nobody/x'\nprompt = 'y'", "t: model: ", id="unknown provider"),
         pytest.param("model = 'claude-haiku-4-5'\nprompt = 'y'\ntools = [{ description = 'x' }]",
@@ -14076,6 +14076,17 @@ def test_the_list_of_models_says_where_each_of_them_is_served(serve: Serve) -> N
     assert (refused.status_code, "dead" in native_error(refused)["message"]) == (403, True)
 
 
+def test_both_sdks_find_one_model_by_its_name(named: Server) -> None:
+    for client in (gpt(named.url, "some"), claude(named.url, "some")):
+        assert client.models.retrieve("claude-haiku-4-5").id == "claude-haiku-4-5"
+        for other in ("claude-opus-5", "anthropic/claude-haiku-4-5", "no\u202ebody"):
+            with pytest.raises((openai.NotFoundError, anthropic.NotFoundError)) as unknown:
+                client.models.retrieve(other)
+            assert "is not listed at /v1/models" in str(unknown.value)
+    with pytest.raises(openai.AuthenticationError):
+        gpt(named.url, "nobody").models.retrieve("own")
+
+
 def test_the_list_of_models_is_a_request_like_any_other(limited_server: Server) -> None:
     key = {"authorization": f"Bearer {next(KEYS)}"}
     statuses = [limited_server.get("/v1/models", headers=key).status_code for _ in range(4)]
@@ -14902,6 +14913,37 @@ def test_mounted_under_a_prefix(tmp_path: Path, upstream: Upstream, host: str) -
         assert server.terminate() == 0
     finally:
         server.stop()
+
+
+def test_a_host_that_does_not_start_the_proxy_is_told_how() -> None:
+    environ = {"ANTHROPIC_API_KEY": "k"}
+    app = proxy.create_app(proxy.load_config(None, environ), environ, public=False)
+    told = run_async(ask_app(app, "/api/anthropic", ask()))
+    assert told.startswith("503") and "must enter app.lifespan()" in told
+
+
+def test_a_hosts_own_log_has_the_fields_of_a_request(tmp_path: Path) -> None:
+    """As where a web app has called logging.basicConfig."""
+    log = io.StringIO()
+    handler = logging.StreamHandler(log)
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    handlers, level, propagate = LOGGED.handlers, LOGGED.level, LOGGED.propagate
+    LOGGED.handlers, LOGGED.propagate = [handler], False
+    LOGGED.setLevel("INFO")
+    config = proxy.load_config(write_config(tmp_path, ""), {}, demo=True)
+    app = proxy.create_app(config, {}, public=False)
+
+    async def play() -> str:
+        async with app.lifespan():
+            return await ask_app(app, "/api/anthropic", ask())
+
+    try:
+        assert run_async(play()).startswith("200")
+    finally:
+        LOGGED.handlers, LOGGED.propagate = handlers, propagate
+        LOGGED.setLevel(level)
+    [line] = [line for line in log.getvalue().splitlines() if line.startswith("proxy: request")]
+    assert all(f"'{word}'" in line for word in ("id", "client", "claude-haiku-4-5", "ok", "cost"))
 
 
 def test_connections_that_say_nothing_are_let_go(serve: Serve, upstream: Upstream) -> None:
@@ -15976,6 +16018,23 @@ def test_check_says_what_is_open_and_missing_without_a_secret(tmp_path: Path) ->
     assert all(word in done.stdout for word in ("127.0.0.1:8000", "web", "fast", "api.anthropic"))
     for secret in (ANTHROPIC_KEY, CLIENT_KEY, *secrets.values()):
         assert secret not in done.stdout + done.stderr
+
+
+def test_check_says_that_redis_cannot_be_reached() -> None:
+    done = run_proxy("--check", environ={"REDIS_URL": f"redis://:secret@127.0.0.1:{free_port()}"})
+    assert done.returncode == 0
+    assert "warning   redis.url: cannot be reached now (" in done.stdout
+    assert "secret" not in done.stdout
+
+
+def test_check_says_which_names_of_a_key_nobody_serves(tmp_path: Path) -> None:
+    block = f"[clients.a]\nkey_sha256 = '{digest('a')}'\nmodels = "
+    names = ["fast", "claude-*", "claude-haiku-4-5", "anthropic/claude-haiku-4-5", "slow"]
+    alias = "[models.slow]\ntarget = 'openai/gpt-5-mini'"
+    file = write(tmp_path, f"{block}{names}\n{alias}")
+    done = run_proxy("--check", "--config", file)
+    warnings = [line for line in done.stdout.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1 and "clients.a.models: model: nobody offers 'fast'" in warnings[0]
 
 
 def test_check_reads_the_place_of_redis_as_the_client_does() -> None:
