@@ -6191,10 +6191,11 @@ def __getattr__(name: str) -> Any:
     return app
 
 
-def load_app(config: Config, public: bool, parent: int = 0) -> App:
-    """What a Granian worker runs; at module level, so that a spawned process finds it."""
+def load_app(config: Config, public: bool, ours: bool = False) -> App:
+    """What a Granian worker runs; at module level, so that a spawned process finds it. It is `ours`
+    where `serve` has started it."""
     app = create_app(config, public=public, standalone=True)
-    app.proxy.parent = parent
+    app.proxy.parent = os.getppid() if ours else 0
     set_up_logging(config.server.log_level, app.proxy.secrets)
     gc.freeze()  # what lasts need not be looked through again and again
     return app
@@ -6321,6 +6322,7 @@ class Interrupt:
 
     def clear(self) -> None:
         self.raised = False
+        LOG.error("a worker has died, and another one takes its place")
 
     def wait(self) -> None:
         while not self.raised:
@@ -6368,7 +6370,7 @@ def serve(config: Config, public: bool) -> None:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = stack.enter_context(shared)
             values: Any = importlib.import_module("prometheus_client.values")
             values.ValueClass = values.get_value_class()
-        load = functools.partial(load_app, config, public, os.getpid())
+        load = functools.partial(load_app, config, public, ours=True)
         try:
             granian.serve(target_loader=load, wrap_loader=False)
         except SystemExit:  # also for a worker that has heard of the end before its server

@@ -13647,12 +13647,8 @@ def test_a_leader_that_left_is_billed_even_when_the_server_stops(
 
 def test_a_worker_that_dies_is_replaced(serve: Serve) -> None:
     server = serve()
-    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
-    if not children.exists():
-        pytest.skip("child processes are read from /proc")
-    for child in children.read_text().split():
-        if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes():
-            os.kill(int(child), signal.SIGKILL)
+    [worker] = workers_of(server)
+    os.kill(worker, signal.SIGKILL)
 
     def answers() -> bool:
         with contextlib.suppress(httpx.TransportError):
@@ -13660,6 +13656,15 @@ def test_a_worker_that_dies_is_replaced(serve: Serve) -> None:
         return False
 
     wait_for(answers)
+    assert server.log("a worker has died, and another one takes its place")
+
+
+def workers_of(server: Server) -> list[int]:
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+    if not children.exists():
+        pytest.skip("child processes are read from /proc")
+    commands = {int(c): Path(f"/proc/{c}/cmdline") for c in children.read_text().split()}
+    return [child for child, file in commands.items() if b"tracker" not in file.read_bytes()]
 
 
 @pytest.mark.parametrize("numbers", [
@@ -13678,15 +13683,12 @@ def test_signals_close_to_each_other_end_the_server_as_one_does(
         assert server.process.wait(10) == 0
 
 
-@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc")
 def test_no_worker_outlives_its_server(serve: Serve, upstream: Upstream) -> None:
     """It would serve on with old settings, and keep the port and the ledger."""
     server, gate, request_id = serve(), threading.Event(), next(IDS)
     events = messages_events()
     upstream.play(stream(*events[:4], until(gate), *events[4:]))
-    [worker] = (
-        Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-    )
+    [worker] = workers_of(server)
     with server.connect(headers={"X-Request-ID": request_id}) as connection:
         data = read_until(connection, b"Hello")
         server.process.kill()
