@@ -156,12 +156,12 @@ KINDS: dict[type, tuple[str, str]] = {
              "without a path, a final slash or the usual port"),
     Digest: (f"(?!{NO_KEY})[0-9a-f]{{64}}", "must be the 64 hex digits that `printf %s KEY | "
              "sha256sum` prints for a key that is not empty; `proxy.py key NAME` makes one"),
-    Phrase: (r"(?s).*\S.*", "must not be blank: write something, or take it out of the list"),
+    Phrase: (r"(?s).*\S.*", "must not be blank: write something, or take it out"),
 }  # fmt: skip
 
 
 Count = Annotated[int, Meta(ge=1)]
-WhenAway = Annotated[str, Meta(pattern="^(local|closed)$")]
+WhenAway = Annotated[str, Meta(pattern=r"^(local|closed)\Z")]
 
 
 class Table(Struct, frozen=True, forbid_unknown_fields=True):
@@ -176,7 +176,7 @@ class Server(Table, frozen=True):
     trusted_proxies: Annotated[int, Meta(ge=0)] | None = None
     drain: Duration = Duration(25)
     ping: Duration = Duration(15)
-    log_level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$")] = "info"
+    log_level: Annotated[str, Meta(pattern=r"^(debug|info|warning|error)\Z")] = "info"
     admin_token: str = ""
     page: bool = False
     paused: bool = False
@@ -187,7 +187,7 @@ class Provider(Table, frozen=True):
     most `max_concurrent` requests of all replicas are at the provider, and `queue_limit` more wait
     for it in each process."""
 
-    adapter: Annotated[str, Meta(pattern="^(messages|responses|chat)$")]
+    adapter: Annotated[str, Meta(pattern=r"^(messages|responses|chat)\Z")]
     base_url: BaseUrl
     key_env: str | tuple[str, ...] = ""
     organization: str = ""
@@ -347,9 +347,9 @@ class Session(Table, frozen=True):
 class Variable(Table, frozen=True):
     """What a page may put into a template: `text`, a `line` without breaks, or a `number`."""
 
-    kind: Annotated[str, Meta(pattern="^(text|line|number)$")] = "text"
+    kind: Annotated[str, Meta(pattern=r"^(text|line|number)\Z")] = "text"
     max_length: Count = 1000
-    place: Annotated[str, Meta(pattern="^(user|system)$")] = field(default="user", name="in")
+    place: Annotated[str, Meta(pattern=r"^(user|system)\Z")] = field(default="user", name="in")
 
 
 class Template(Table, frozen=True):
@@ -458,10 +458,10 @@ def load_config(
     alone = {"redis.url": "", "ledger.path": ""} if overrides.get("demo") else {}
     for key, value in (read_environment(environ) | alone | overrides).items():
         section, _, name = key.partition(".")
-        if section in {"jwt", "session"} - tables.keys():  # a secret by itself asks for nothing
-            LOG.warning("%s counts only with a [%s] block", ENVIRONMENT.get(key, key), section)
-            continue
-        if section == "clients" and (client := name.partition(".")[0]) in tables.get(section, {}):
+        if section in {"jwt", "session"} - tables.keys():
+            continue  # a secret by itself asks for nothing
+        client = name.partition(".")[0]
+        if section == "clients" and key not in overrides and client in tables.get(section, {}):
             wanted = "ALLOWED_CLIENT_KEYS and PROXY_AUTH_TOKEN have one of that name; call it"
             raise ConfigError(f"clients.{client}: {wanted} something else")
         for name in reversed(key.split(".")):
@@ -490,7 +490,7 @@ def convert(value: Any, kind: Any, path: str) -> Any:
         return msgspec.convert(value, kind, strict=False, dec_hook=convert_text)
     except msgspec.ValidationError as error:
         message, _, where = str(error).replace(">= 1", "above 0").partition(" - at `$")
-        message = re.sub(r"Expected .*\^\((.*)\)\$'", r"must be one of \1", message)
+        message = re.sub(r"Expected .*\^\((.*)\)\\\\Z'", r"must be one of \1", message)
         where = re.sub(r"\[.*?\]|`", "", where)  # of an entry
         key = f"{path}{where}".strip(".") or "top level"
         raise ConfigError(f"{key}: {message}; the README lists every setting") from None
@@ -506,7 +506,7 @@ def read_environment(environ: Map[str, str]) -> dict[str, Any]:
     found["server.log_level"] = "warning" if level == "warn" else level
     found["server.cors_origins"] = split_list(found["server.cors_origins"])
     paused = found["server.paused"].lower()
-    found["server.paused"] = {"yes": "true", "on": "true", "no": "", "off": ""}.get(paused, paused)
+    found["server.paused"] = {"yes": "1", "on": "1", "no": "0", "off": "0"}.get(paused, paused)
     if found["upstream.total"].isdecimal():
         found["upstream.total"] += "ms"
     try:
@@ -517,7 +517,7 @@ def read_environment(environ: Map[str, str]) -> dict[str, Any]:
         wanted = "each must be a whole number above 0"
         raise ConfigError(f"RATE_LIMIT_MAX, RATE_LIMIT_WINDOW_MS: {wanted}") from None
     token = environ.get("PROXY_AUTH_TOKEN", "").strip()  # which may hold a comma
-    keys = [*([token] if token else ()), *split_list(environ.get("ALLOWED_CLIENT_KEYS", ""))]
+    keys = [*filter(None, [token]), *split_list(environ.get("ALLOWED_CLIENT_KEYS", ""))]
     if not all(map(str.isascii, keys)):
         raise ConfigError("ALLOWED_CLIENT_KEYS, PROXY_AUTH_TOKEN: a key must be ASCII, to be sent")
     for number, key in enumerate(dict.fromkeys(keys), start=1):
@@ -550,13 +550,17 @@ def check_values(config: Config) -> None:
                 wanted = "is the same for all; set it in [limits]"
                 raise ConfigError(f"clients.{name}.limits.{setting}: {wanted}")
         if (other := digests.setdefault(key.key_sha256, name)) != name:
-            raise ConfigError(f"clients.{name}.key_sha256: is that of clients.{other}, too")
+            whose = "; env-N are those of ALLOWED_CLIENT_KEYS" if name.startswith("env-") else ""
+            raise ConfigError(f"clients.{name}.key_sha256: is that of clients.{other}, too{whose}")
     for pattern, price in config.prices.items():
         of_model = bool(price.input or price.output or price.free)
+        for kind in ("input", "output") if price.above else ():
+            if getattr(price, kind) and not getattr(price.above, kind):
+                raise ConfigError(f'prices."{pattern}".above.{kind}: set it, too')
         if of_model == (price.per_use is not None):
             wanted = "set input and output of a model, or free = true, or per_use of a tool"
             raise ConfigError(f'prices."{pattern}": {wanted}')
-        free = price.free and pattern.partition("/")[0] not in config.providers
+        free = price.free and not names_provider(pattern, config.providers)
         sellers = [n for n, p in config.providers.items() if may_overlap(pattern, p.models)]
         for name, provider in config.providers.items():
             sold = free and provider.variables and not config.demo
@@ -610,6 +614,11 @@ def may_overlap(pattern: str, others: Iterable[str]) -> bool:
     return bool(rest and begins) and any(
         head.startswith(begins) or begins.startswith(head) for head in heads
     )
+
+
+def names_provider(pattern: str, providers: Iterable[str]) -> bool:
+    provider, slash, _ = pattern.partition("/")
+    return bool(slash) and provider in providers
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -813,9 +822,9 @@ class UpstreamError(ProxyError):
         self.sent, self.wait, self.moved, self.told = sent, wait, False, False
         self.forbidden = status == 403
         told = (str(error.get(name) or "") for name in ("code", "param"))
-        plain = (re.fullmatch(r"[A-Za-z][\w.[\]-]{0,99}", text) for text in told)
+        plain = (text if re.fullmatch(r"[A-Za-z][\w.[\]-]{0,99}", text) else "" for text in told)
         if known_code != "upstream_auth":
-            self.vendor_code, self.param = (found[0] if found else "" for found in plain)
+            self.vendor_code, self.param = plain
         details = error.get("details")
         deep = details.get("error_code") if isinstance(details, dict) else None
         names = {str(name) for name in (error.get("type"), error.get("code"), deep)}
@@ -1062,7 +1071,8 @@ def lock_prompt(prompt: str, given: Any) -> Any:
 
 def report(lost: list[str], dropped: list[str]) -> None:
     """Have the names of what is not passed on reported: not all of a million, nor what is a key."""
-    dropped += [redact(name, length=50) for name in lost[:50]]
+    names = dict.fromkeys(redact(name, length=50) for name in lost[:50])
+    dropped += [name for name in names if name not in dropped[:100]][: max(0, 100 - len(dropped))]
 
 
 def unknown(given: Map[str, Any], known: set[str]) -> list[str]:
@@ -1345,13 +1355,14 @@ def read_block(block: Any, where: str, dropped: list[str]) -> list[Part]:
     """The part that a block, a call or the result of one is; none where it cannot be passed on."""
     block = block if isinstance(block, dict) else {"type": "text", "text": block}
     if isinstance(function := block.get("function"), dict):  # Chat wraps its calls
+        report(unknown(block, BLOCK_KEYS | {"function", "index"}), dropped)
         block = {"type": "function_call", "id": block.get("id")} | function
     ids = ("call_id", "tool_call_id", "tool_use_id", "id")
     call = next((block[key] for key in ids if key in block), None)
     call = own_id(call) if isinstance(call, str) else None
     kind = block.get("type", block.get("role"))
     if kind in THOUGHTS:  # opaque to every vendor but the one that wrote it
-        dropped.append(kind.removeprefix("redacted_"))
+        report([kind.removeprefix("redacted_")], dropped)
         return []
     report(unknown(block, BLOCK_KEYS), dropped)
     match kind, block:
@@ -1361,14 +1372,17 @@ def read_block(block: Any, where: str, dropped: list[str]) -> list[Part]:
             return [Text(text)]
         case ("image", {"source": given}) | (_, {"image_url": given}):
             detail = given if isinstance(given, dict) and "detail" in given else block
-            dropped += ["detail"] if detail.get("detail", "auto") != "auto" else []
+            report(["detail"] if detail.get("detail", "auto") != "auto" else [], dropped)
+            if isinstance(given, dict):
+                report(unknown(given, {"type", "media_type", "data", "url", "detail"}), dropped)
             return [read_image(given, where)]
         case "function_call" | "tool_use", {"name": str(name)} if call is not None:
             given = block.get("arguments", block.get("input"))
             return [ToolUse(call, clean(name), read_arguments(given, where))]
         case "function_call_output" | "tool_result" | "tool", _ if call is not None:
             given = block.get("result", block.get("output", block.get("content")))
-            return [ToolResult(call, read_result(given, where), bool(block.get("is_error")))]
+            said = read_result(given, where, dropped)
+            return [ToolResult(call, said, bool(block.get("is_error")))]
     raise BadRequest(f"{where}: must be a complete text, image, tool call or tool result")
 
 
@@ -1387,11 +1401,12 @@ def is_text(block: Any) -> bool:
     return isinstance(block, dict) and block.keys() == {"text"}
 
 
-def read_result(given: Any, where: str) -> str:
+def read_result(given: Any, where: str, dropped: list[str]) -> str:
     """A tool's result as text: a string as it is, text blocks joined, anything else as JSON."""
     if any(image_data(block) is not None for block in blocks(given)):
         raise BadRequest(f"{where}: the result of a tool can hold no image here")
     if given and isinstance(given, list) and all(is_text(block) for block in given):
+        report([name for block in given for name in unknown(block, {"type", "text"})], dropped)
         return "".join(str(block["text"]) for block in given)
     if given is None or isinstance(given, str):
         return given or ""
@@ -1422,7 +1437,7 @@ def read_tool(tool: Any, where: str, dropped: list[str]) -> Tool:
             if (kind := tool.get("type", "function")) not in ("function", "custom"):
                 kind = redact(str(kind), length=50)
                 raise BadRequest(f"{where}.type: {kind!r} runs at the vendor and is not allowed")
-            report(unknown(tool | inner, TOOL_KEYS), dropped)
+            report(unknown(tool, TOOL_KEYS) + unknown(inner, TOOL_KEYS), dropped)
             schema = inner.get("parameters") or inner.get("input_schema") or {}
             name = inner.get("name")
             if isinstance(name, str) and (name := clean(name)) and isinstance(schema, dict):
@@ -1497,7 +1512,7 @@ def read_template(given: Body, templates: Map[str, Template]) -> tuple[Request, 
 
     if not (prompt := fill(template.prompt)).strip():
         raise BadRequest("variables: leave nothing to ask")
-    slots = SLOTS.finditer(f"{template.prompt}\0{template.system}")
+    said = [fill(found[0]) for found in SLOTS.finditer(f"{template.prompt}\0{template.system}")]
     request = Request(
         model=template.model,
         max_tokens=template.max_tokens,
@@ -1505,7 +1520,7 @@ def read_template(given: Body, templates: Map[str, Template]) -> tuple[Request, 
         messages=[Message("user", [Text(prompt)])],
         tools=template_tools(template),
     )
-    return request, [fill(found[0]) for found in slots]
+    return request, said
 
 
 def template_tools(template: Template) -> list[Tool]:
@@ -1572,7 +1587,7 @@ PLAIN_VALUES = {
 # Tools that the vendor defines and the caller's own program runs.
 CALLERS_TOOLS = ("bash_*", "text_editor_*", "memory_*", "computer_*", "local_shell", "apply_patch")
 NOT_STORED = "store: false tells an SDK to (AI SDK: providerOptions.openai.store)"
-ALLOW = "the server's owner can add it to the provider's `allow`"
+ALLOW = "the server's owner can add it to `allow` of the provider, and of its fallbacks"
 
 
 def parse_native(
@@ -1751,7 +1766,7 @@ def read_token(headers: Headers) -> str:
     """The key or token that was sent, if it is not too long to be one."""
     scheme, _, bearer = headers.get("authorization", "").partition(" ")
     token = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-    return token if len(token) <= 8192 else ""
+    return token if len(token) <= 65536 else ""
 
 
 def from_origins(headers: Headers) -> tuple[str, ...]:
@@ -4142,7 +4157,7 @@ class Prices:
     def of(self, provider: str, name: str, tool: bool = False) -> Price | None:
         """The price of a model, or of a tool that runs at the vendor."""
         for pattern, price in self.configured:  # the longest, that is the most exact, first
-            there = price.free and pattern.partition("/")[0] in self.providers
+            there = price.free and names_provider(pattern, self.providers)
             named = not there and matches(name, [pattern])
             known = named or matches(f"{provider}/{name}", [pattern])
             if known and tool == (price.per_use is not None):
@@ -4166,8 +4181,7 @@ def cost(usage: Usage, price: Price | None) -> Decimal | None:
     """USD of one answer; None where the price is not known."""
     if price is None or price.free:
         return Decimal(0) if price else None
-    large = price.above and usage.input_tokens > price.above.tokens
-    usd = price.above if price.above and large else price
+    usd = price.above if price.above and usage.input_tokens > price.above.tokens else price
     read = usd.input if usd.cache_read is None else usd.cache_read
     write = usd.input if usd.cache_write_5m is None else usd.cache_write_5m
     write_1h = write if usd.cache_write_1h is None else usd.cache_write_1h
@@ -4257,19 +4271,23 @@ class Catalog:
             (len(pattern) + len(name) - len(model), (home, model))
             for home, model in order
             for pattern in offers.get(home, ())
-            if model
-            and matches(model, [pattern])
-            # ollama/… is none of o*
-            and (model != name or prefix not in offers or "/" in pattern or pattern == "*")
+            if model and self.offers(pattern, model, name)
         ]
         if found:
             return [max(found, key=lambda offer: offer[0])[1] if free else found[0][1]]
-        others = [(len(glob), p) for p in offers for glob in offers[p] if matches(name, [glob])]
+        others = [(len(g), p) for p in offers for g in offers[p] if self.offers(g, name, name)]
         other = f"; send it to /api/{max(others)[1]}" if others else ""
         offer = (
             f"{provider} offers {', '.join(offers[provider])}, not" if provider else "nobody offers"
         )
         raise ProxyError(403, "model_not_allowed", f"model: {offer} {redact(name)!r}{other}")
+
+    def offers(self, pattern: str, model: str, name: str) -> bool:
+        """Is a model that was asked for by `name` what the pattern means? ollama/… is none of o*,
+        which only happens to begin alike."""
+        prefix, slash, _ = name.partition("/")
+        alike = model == name and slash and prefix in self.providers and "/" not in pattern
+        return matches(model, [pattern]) and (not alike or pattern[:1] in ("*", "?", "["))
 
     def resolve_alias(self, name: str) -> list[Target]:
         alias = self.config.models.get(name)
@@ -4663,9 +4681,6 @@ class VendorKeys:
         self.keys, self.tell = keys, tell
         self.rests: dict[str, float] = {}  # until when
 
-    def count(self, provider: str) -> int:
-        return len(self.keys[provider])
-
     def names(self, provider: str) -> list[str]:
         """What may rest of it."""
         return [provider, *self.keys[provider]]
@@ -4919,7 +4934,6 @@ class Proxy:
         self.capped = capped and not config.demo
         self.catalog = Catalog(config, keys, self.capped)
         self.warnings += self.catalog.unserved()
-        self.prices = self.catalog.prices
         self.webhook = Webhook(config.budget.webhook, config.budget.webhook_secret)
         self.store: Store = MemoryStore(time.monotonic, self.webhook.tell, config.cache)
         self.replicas: RedisStore | None = None
@@ -5276,7 +5290,7 @@ class Proxy:
         account, now, (provider, model) = call.account, time.monotonic, target
         failure: UpstreamError | None = None
         doubted: list[tuple[str, UpstreamError]] = []
-        retry, wait, other_keys = 0, 0.0, self.keys.count(provider) - 1
+        retry, wait, other_keys = 0, 0.0, len(self.keys.keys[provider]) - 1
         while True:
             if resting := self.keys.refuse(provider, patience):
                 raise failure or resting
@@ -5361,8 +5375,8 @@ class Proxy:
         """Add what an attempt that never answered may be billed, all the same."""
         account, request = call.account, call.request
         account.billed = False
-        price = self.prices.of(account.provider, account.model)
-        fee = self.prices.fee(account.provider, request)
+        price = self.catalog.prices.of(account.provider, account.model)
+        fee = self.catalog.prices.fee(account.provider, request)
         if error.sent and price:
             fixed, each = cost_bound(price, account.bound)
             whole = error.status == 504 or account.hidden
@@ -5425,7 +5439,7 @@ class Proxy:
             setattr(entry, name, getattr(usage, name))
         entry.provider, entry.model = account.provider, account.model
         entry.attempts = account.attempts
-        price = self.prices.of(account.provider, account.model)
+        price = self.catalog.prices.of(account.provider, account.model)
         usd = cost(usage, price)
         if usd is not None and entry.estimated:  # all of it may be written to a cache
             tokens = usage.input_tokens
@@ -5434,7 +5448,11 @@ class Proxy:
             written.cache_write_1h_tokens = tokens if account.hour else 0
             usd = max(cost(kind, price) or Decimal(0) for kind in (read, written))
         searches = None if entry.estimated else usage.web_searches
-        fee = self.prices.fee(account.provider, call.request, searches) if account.billed else 0
+        fee = (
+            self.catalog.prices.fee(account.provider, call.request, searches)
+            if account.billed
+            else 0
+        )
         entry.cost = None if usd is None else f"{(usd + fee + account.lost).normalize():f}"
 
     def log(self, call: Call) -> None:
@@ -5749,7 +5767,8 @@ def demo_chat(said: Said, usage: Usage, stream: bool) -> list[bytes]:
             whole = ToolUse("call_0", kind, "".join(pieces))
             events = [*map(Thinking, pieces)] if kind == "thinking" else [whole]
         data += [writer.write([event], 0) for event in events]
-    return [*data, writer.end("tool_calls" if writer.calls else "stop", {"usage": spell(usage)})]
+    data.append(writer.end("tool_calls" if writer.calls else "stop", {"usage": spell(usage)}))
+    return data if stream else [b"".join(data)]
 
 
 DEMOS = {"messages": demo_messages, "responses": demo_responses, "chat": demo_chat}
@@ -6253,14 +6272,13 @@ def main(arguments: list[str] | None = None) -> int:
         set_up_logging(config.server.log_level)
         public = not is_loopback(config.server.host)
         if options.command == "usage":
-            print(show_usage(config, options))
+            print(show_usage(config, options), flush=True)
         elif options.command == "key":
-            print(new_key(options.name))
+            print(new_key(options.name), flush=True)
         elif options.check:
             code = print_check(config, os.environ, public)
         else:
             serve(config, public)
-        sys.stdout.flush()
     except BrokenPipeError:  # whoever read has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ConfigError, OSError) as error:
@@ -6381,7 +6399,7 @@ def serve(config: Config, public: bool) -> None:
 def print_check(config: Config, environ: Map[str, str], public: bool) -> int:
     """Print the lines of --check; 2 where it would not start."""
     lines = list(check_lines(config, environ, public or bool(config.server.trusted_proxies)))
-    print("\n".join(f"{name:9} {text}" for name, text in lines))
+    print("\n".join(f"{name:9} {text}" for name, text in lines), flush=True)
     return 2 if lines[-1][0] == "missing" else 0
 
 
@@ -6399,6 +6417,10 @@ def check_lines(config: Config, environ: Map[str, str], public: bool) -> Iterato
         yield "template", f"{name}: {template.model}"
     origins = [*server.cors_origins, *(() if public else ("this machine's",))]
     yield "origins", ", ".join(origins) or "none"
+    for key, variable in ENVIRONMENT.items():
+        section = key.partition(".")[0]
+        if section in ("jwt", "session") and environ.get(variable) and not getattr(config, section):
+            yield "unused", f"{variable}: counts only with a [{section}] block"
     tokens = {"the app's JWTs": config.jwt, "sessions": config.session}
     known = [*config.clients, *(name for name, table in tokens.items() if table)]
     yield "clients", ", ".join(known) or "no check: each address is a client"

@@ -1593,6 +1593,28 @@ def test_the_most_exact_offer_of_a_model_counts() -> None:
     ]
 
 
+def test_a_model_may_be_called_as_a_provider_is() -> None:
+    table = {"adapter": "chat", "base_url": "http://127.0.0.1:1/v1"}
+    environ = {"ANTHROPIC_API_KEY": "k", "OPENAI_API_KEY": "k"}
+    more = {
+        "providers.local": table | {"models": ["local"], "default_model": "local"},
+        "providers.mistral": table | {"models": ["m-*"]},
+        "providers.ollama": table | {"models": ["mistral", "qwen*"]},
+        "providers.openrouter": table | {"models": ["*:free", "?*-instruct"]},
+        "budget.total_per_day": "unlimited",
+        "budget.client_per_day": "unlimited",
+    }
+    config = proxy.load_config(None, environ, **more)
+    catalog = proxy.create_app(config, environ, public=False).proxy.catalog
+    for name, provider in (("local", "local"), ("mistral", "ollama")):
+        assert catalog.resolve(name) == catalog.resolve(name, provider) == [(provider, name)]
+    for name in ("openai/gpt-oss-20b:free", "anthropic/foo:free", "openai/x-instruct"):
+        assert catalog.resolve(name, "openrouter") == [("openrouter", name)]
+    for endpoint in ("", "openai"):
+        with pytest.raises(proxy.ProxyError, match=r"'ollama/foo'$"):  # sent to nobody in vain
+            catalog.resolve("ollama/foo", endpoint)
+
+
 def test_a_model_of_elsewhere_is_sent_to_who_means_it() -> None:
     environ = {"ANTHROPIC_API_KEY": "k", "OPENAI_API_KEY": "k"}
     own = {"adapter": "chat", "base_url": "http://127.0.0.1:1/v1"}
@@ -1614,6 +1636,14 @@ def test_a_wrong_option_is_not_the_variables_fault() -> None:
         proxy.load_config(None, {"PORT": "8000"}, **{"server.port": 0})
 
 
+@pytest.mark.parametrize("kind", ["input", "output"])
+def test_a_price_above_is_not_for_nothing(tmp_path: Path, kind: str) -> None:
+    above = f"{{ tokens = 9, input = 2, output = 2, {kind} = 0 }}".replace(f"{kind} = 2, ", "")
+    text = f'[prices."m"]\ninput = 1\noutput = 2\nabove = {above}'
+    with pytest.raises(proxy.ConfigError, match=rf'prices\."m"\.above\.{kind}: set it, too'):
+        proxy.load_config(Path(write(tmp_path, text)), {})
+
+
 @pytest.mark.parametrize("missing", ["tokens", "input", "output"])
 def test_a_price_above_is_whole(tmp_path: Path, missing: str) -> None:
     """One of 0 tokens would be the price of every request, and no output would be for nothing."""
@@ -1628,8 +1658,13 @@ def test_a_price_above_is_whole(tmp_path: Path, missing: str) -> None:
     [*zip(("1", "TRUE", "yes", "On"), itertools.repeat(True)),
      *zip(("0", "false", "no", "off", ""), itertools.repeat(False))],
 )  # fmt: skip
-def test_the_switch_to_pause_is_spelled_as_people_do(said: str, paused: bool) -> None:
-    assert proxy.load_config(None, {"PROXY_PAUSED": said}).server.paused is paused
+def test_the_switch_to_pause_is_spelled_as_people_do(
+    tmp_path: Path, said: str, paused: bool
+) -> None:
+    environ = {"PROXY_PAUSED": said}
+    assert proxy.load_config(None, environ).server.paused is paused
+    file = Path(write(tmp_path, f"[server]\npaused = {'false' if paused else 'true'}"))
+    assert proxy.load_config(file, environ).server.paused is (paused or not said)
 
 
 def test_a_key_is_one_clients(tmp_path: Path) -> None:
@@ -1642,17 +1677,18 @@ def test_a_key_is_one_clients(tmp_path: Path) -> None:
     ):
         with pytest.raises(proxy.ConfigError, match=said):
             proxy.load_config(Path(write(tmp_path, file)), environ)
+    file, more = (
+        write(tmp_path, block.format("a")),
+        {"clients.a.group": "g", "clients.a.models": ["*"]},
+    )
+    assert proxy.load_config(Path(file), {}, **more).clients["a"].group == "g"
     config = proxy.load_config(None, {"ALLOWED_CLIENT_KEYS": "x,y,x", "PROXY_AUTH_TOKEN": "y"})
     assert [*config.clients] == ["env-1", "env-2"]
 
 
-def test_a_secret_that_nothing_asks_for_is_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("WARNING", "proxy")
-    proxy.LOG.propagate = True
-    proxy.load_config(Path(write(tmp_path, "")), {"JWT_SECRET": "x" * 40})
-    assert caplog.messages == ["JWT_SECRET counts only with a [jwt] block"]
+def test_a_secret_that_nothing_asks_for_is_said() -> None:
+    done = run_proxy("--check", environ={"JWT_SECRET": "x" * 40})
+    assert "unused    JWT_SECRET: counts only with a [jwt] block" in done.stdout
 
 
 def test_secrets_in_the_environment_ask_for_nothing_by_themselves(tmp_path: Path) -> None:
@@ -2330,7 +2366,7 @@ def test_a_result_loses_none_of_its_fields() -> None:
         ([], "[]"),
         ([{"type": "text", "text": "a"}, {"text": "b"}], "ab"),
     ):
-        assert proxy.read_result(result, "x") == wanted
+        assert proxy.read_result(result, "x", []) == wanted
 
 
 def test_an_effort_that_nobody_knows_is_refused() -> None:
@@ -3662,6 +3698,31 @@ def test_a_fallback_that_chat_cannot_serve_is_not_asked_over_chat(
     got = server.post("/v1/chat/completions", native("chat", model="a"))
     assert got.status_code == 200
     assert [r.json["model"] for r in upstream.requests] == ["gpt-4o", "gpt-4.1"]
+
+
+def test_what_is_dropped_is_named_once_and_not_without_end(
+    vendors: Server, upstream: Upstream
+) -> None:
+    odd = ({f"k{i}-{n}": 1 for n in range(50)} for i in range(200))
+    blocks = [{"type": "text", "text": "x"} | keys for keys in odd]
+    got = vendors.post("/api/anthropic", ask(blocks))
+    assert got.status_code == 200
+    assert 50 <= len(got.headers["x-dropped-params"].split(", ")) <= 110
+    call = {"id": "c", "type": "function", "extra_content": {"x": 1},
+            "function": {"name": "get_weather", "arguments": "{}"}}  # fmt: skip
+    source = {"type": "url", "url": "https://a.example/a.png", "odd": 1}
+    cached = {"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}
+    said = [
+        user([{"type": "image", "source": source}]),
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": [cached]},
+    ]
+    tool = {"definition": {"name": "get_weather", "deferred": None}, "deferred": 5}
+    upstream.play(official)
+    got = vendors.post("/api/anthropic", ask() | {"messages": said, "tools": [tool]})
+    assert got.status_code == 200, got.text
+    named = got.headers["x-dropped-params"].split(", ")
+    assert sorted(named) == ["cache_control", "deferred", "extra_content", "odd"]
 
 
 def test_an_answer_that_is_cut_at_a_stop_text_tells_its_estimate(
@@ -6178,7 +6239,7 @@ def test_what_is_too_long_to_be_a_token_is_asked_of_nobody(
     error = check_error(prove(login, address, "x" * 2049), 400, "invalid_request")["error"]
     assert error.startswith("turnstile: ") and "2048" in error
     assert challenges.http.requests == []
-    key = "k" * 8193
+    key = "k" * 65537
     assert proxy.read_token({"x-api-key": key[1:]}) == key[1:]
     assert proxy.read_token({"x-api-key": key}) == ""
     assert proxy.read_token({"authorization": f"Bearer {key}"}) == ""
@@ -16049,12 +16110,25 @@ def test_check_reads_the_place_of_redis_as_the_client_does() -> None:
     assert re.search(r"^missing +redis\.url: must look like", done.stdout, re.MULTILINE)
 
 
-def test_whoever_reads_only_the_beginning_gets_no_traceback() -> None:
+@pytest.mark.parametrize("reader", ["| true", ">&-"])
+@pytest.mark.parametrize("command", ["--check", "key bob"])
+def test_whoever_reads_only_the_beginning_gets_no_traceback(command: str, reader: str) -> None:
     done = subprocess.run(
-        ["sh", "-c", f"'{sys.executable}' '{PROXY}' --check | true"],
+        ["sh", "-c", f"'{sys.executable}' '{PROXY}' {command} {reader}"],
         env=clean_environment({}), capture_output=True, text=True, timeout=20, check=False,
     )  # fmt: skip
-    assert done.stderr == ""
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_server_needs_nowhere_to_print(tmp_path: Path) -> None:
+    port = free_port()
+    command = f"exec '{sys.executable}' '{PROXY}' --demo --port {port} >&-"
+    server = Server(["sh", "-c", command], tmp_path, port)
+    try:
+        assert server.terminate() == 0
+        assert not [line for line in server.lines if "Traceback" in line]
+    finally:
+        server.stop()
 
 
 def test_check_warns_of_a_public_bind_without_client_check() -> None:
@@ -16142,9 +16216,9 @@ REFUSED = [
     pytest.param(f"[clients.a]\nkey_sha256 = '{digest('')}'", {}, PUBLIC,
                  ["clients.a.key_sha256: ", "`proxy.py key NAME` makes one"], id="empty key"),
     pytest.param("[limits]\ndenied = ['x', '']", {}, (),
-                 ["limits.denied: ", "take it out of the list"], id="nothing is denied"),
+                 ["limits.denied: ", "take it out"], id="nothing is denied"),
     pytest.param(f"[clients.a]\nkey_sha256 = '{'0' * 64}'\nlimits = {{ denied = [' '] }}", {}, (),
-                 ["clients.a.limits.denied: ", "take it out of the list"], id="a blank is denied"),
+                 ["clients.a.limits.denied: ", "take it out"], id="a blank is denied"),
     pytest.param("[upstream]\nidle = '5'", {}, (), ["upstream.idle", '"25s"'], id="bad duration"),
     pytest.param("", {"OPENAI_BASE_URL": "openai"}, (), ["providers.openai.base_url",
                  "OPENAI_BASE_URL", "https://api.example.com/v1"], id="bad URL"),
