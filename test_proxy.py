@@ -13736,7 +13736,7 @@ def test_signals_close_to_each_other_end_the_server_as_one_does(
     serve: Serve, numbers: tuple[signal.Signals, ...]
 ) -> None:
     """As where uv passes on one that the whole group got."""
-    for _ in range(3):
+    for _ in range(2):
         server = serve()
         for number in numbers:
             with contextlib.suppress(ProcessLookupError):
