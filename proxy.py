@@ -1071,7 +1071,7 @@ def lock_prompt(prompt: str, given: Any) -> Any:
 
 def report(lost: list[str], dropped: list[str]) -> None:
     """Have the names of what is not passed on reported: not all of a million, nor what is a key."""
-    names = dict.fromkeys(redact(name, length=50) for name in lost[:50])
+    names = [redact(name, length=50) for name in [*dict.fromkeys(lost)][:50]]
     dropped += [name for name in names if name not in dropped[:100]][: max(0, 100 - len(dropped))]
 
 
@@ -4287,7 +4287,7 @@ class Catalog:
         which only happens to begin alike."""
         prefix, slash, _ = name.partition("/")
         alike = model == name and slash and prefix in self.providers and "/" not in pattern
-        return matches(model, [pattern]) and (not alike or pattern[:1] in ("*", "?", "["))
+        return matches(model, [pattern]) and (not alike or pattern.startswith("*"))
 
     def resolve_alias(self, name: str) -> list[Target]:
         alias = self.config.models.get(name)
@@ -4345,7 +4345,7 @@ class Catalog:
                     try:
                         self.resolve(name)
                     except ProxyError as error:
-                        yield f"{path}.models: {error.message}; an alias needs its [models.NAME]"
+                        yield f"{path}.models: {error.message}"
 
     def describe_room(self) -> str:
         """How many answers a day's budget can hold for at a time, where that is not enough."""
@@ -6194,6 +6194,8 @@ def stop_on_signals(proxy: Proxy) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, handle)
+    if proxy.parent and hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # our server heard it, too
     if hasattr(signal, "pthread_sigmask"):
         loop.call_later(0.2, signal.pthread_sigmask, signal.SIG_UNBLOCK, {signal.SIGTERM})
 
@@ -6210,11 +6212,11 @@ def __getattr__(name: str) -> Any:
     return app
 
 
-def load_app(config: Config, public: bool, ours: bool = False) -> App:
-    """What a Granian worker runs; at module level, so that a spawned process finds it. It is `ours`
-    where `serve` has started it."""
+def load_app(config: Config, public: bool, server: int = 0) -> App:
+    """What a Granian worker runs; at module level, so that a spawned process finds it. `server` is
+    the process that `serve` runs in, which may be the worker's own."""
     app = create_app(config, public=public, standalone=True)
-    app.proxy.parent = os.getppid() if ours else 0
+    app.proxy.parent = os.getppid() if server not in (0, os.getpid()) else 0
     set_up_logging(config.server.log_level, app.proxy.secrets)
     gc.freeze()  # what lasts need not be looked through again and again
     return app
@@ -6335,6 +6337,9 @@ class Interrupt:
 
     raised = False
 
+    def __init__(self, server: Any) -> None:
+        self.server = server
+
     def set(self) -> None:
         self.raised = True
 
@@ -6343,7 +6348,7 @@ class Interrupt:
         LOG.error("a worker has died, and another one takes its place")
 
     def wait(self) -> None:
-        while not self.raised:
+        while not (self.raised or self.server.interrupt_signal):
             time.sleep(0.1)
 
 
@@ -6371,7 +6376,7 @@ def serve(config: Config, public: bool) -> None:
         http1_settings=HTTP1Settings(header_read_timeout=620_000 if balanced else 10_000),
         log_enabled=False, respawn_failed_workers=True, workers_kill_timeout=int(server.drain) + 5,
     )  # fmt: skip
-    granian.main_loop_interrupt = Interrupt()
+    granian.main_loop_interrupt = Interrupt(granian)
     # a terminal was closed, if there is no nohup: Granian would go on, with new workers
     ignored = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     granian.signal_handler_reload = signal.SIG_IGN if ignored else granian.signal_handler_interrupt
@@ -6388,7 +6393,7 @@ def serve(config: Config, public: bool) -> None:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = stack.enter_context(shared)
             values: Any = importlib.import_module("prometheus_client.values")
             values.ValueClass = values.get_value_class()
-        load = functools.partial(load_app, config, public, ours=True)
+        load = functools.partial(load_app, config, public, os.getpid())
         try:
             granian.serve(target_loader=load, wrap_loader=False)
         except SystemExit:  # also for a worker that has heard of the end before its server
@@ -6459,9 +6464,10 @@ def ping_redis(url: str) -> str:
     """What is wrong with it now, if anything."""
     import redis
 
+    times: dict[str, Any] = {"socket_connect_timeout": 2, "socket_timeout": 2}
     try:
-        redis.Redis.from_url(url, retry=None, socket_connect_timeout=2, socket_timeout=2).ping()
-    except redis.RedisError as error:
+        redis.Redis.from_url(url, retry=None, protocol=2, **times).ping()
+    except Exception as error:  # of its own, or of what it makes of the URL
         return redact(str(error))
     return ""
 
