@@ -5691,7 +5691,7 @@ def demo_bytes(events: list[Json], whole: Json, stream: bool) -> list[bytes]:
     return [b"event: %b\n%b" % (event["type"].encode(), frame(event)) for event in events]
 
 
-def demo_messages(said: Said, usage: Usage, stream: bool) -> list[bytes]:
+def demo_messages(said: Said, usage: Usage, stream: bool, reason: str) -> list[bytes]:
     """An answer of Anthropic's, as events or in one piece."""
     counted = {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens}
     message: Json = {"id": "msg_demo", "type": "message", "role": "assistant", "model": "demo"}
@@ -5712,13 +5712,15 @@ def demo_messages(said: Said, usage: Usage, stream: bool) -> list[bytes]:
         events += [{"type": "content_block_delta", **at, "delta": each} for each in deltas]
         events.append({"type": "content_block_stop", **at})
         content.append(block)
-    end = {"stop_reason": "tool_use" if content[-1]["type"] == "tool_use" else "end_turn"}
+    end = {
+        "stop_reason": {"length": "max_tokens", "tool_calls": "tool_use"}.get(reason, "end_turn")
+    }
     events.append({"type": "message_delta", "delta": end, "usage": counted})
     events.append({"type": "message_stop"})
     return demo_bytes(events, message | end | {"content": content}, stream)
 
 
-def demo_responses(said: Said, usage: Usage, stream: bool) -> list[bytes]:
+def demo_responses(said: Said, usage: Usage, stream: bool, reason: str) -> list[bytes]:
     counted = {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens}
     counted |= {"total_tokens": sum(counted.values())}
     response: Json = {"id": "resp_demo", "object": "response", "created_at": 0, "model": "demo"}
@@ -5752,14 +5754,18 @@ def demo_responses(said: Said, usage: Usage, stream: bool) -> list[bytes]:
         events.append({"type": "output_item.added", **place, "item": added})
         events += [first, *deltas, last] if part else deltas
         events.append({"type": "output_item.done", **place, "item": output[-1]})
-    response |= {"status": "completed", "output": output, "usage": counted}
-    events.append({"type": "completed", "response": response})
+    status = "incomplete" if reason == "length" else "completed"
+    response |= {"status": status, "output": output, "usage": counted}
+    response |= (
+        {"incomplete_details": {"reason": "max_output_tokens"}} if reason == "length" else {}
+    )
+    events.append({"type": status, "response": response})
     for number, event in enumerate(events):
         event |= {"type": f"response.{event['type']}", "sequence_number": number}
     return demo_bytes(events, response, stream)
 
 
-def demo_chat(said: Said, usage: Usage, stream: bool) -> list[bytes]:
+def demo_chat(said: Said, usage: Usage, stream: bool, reason: str) -> list[bytes]:
     writer, data = ChatWriter("demo", stream, show_usage=True), list[bytes]()
     for kind, pieces in said:
         events: Batch = [Text(piece) for piece in pieces]
@@ -5767,7 +5773,7 @@ def demo_chat(said: Said, usage: Usage, stream: bool) -> list[bytes]:
             whole = ToolUse("call_0", kind, "".join(pieces))
             events = [*map(Thinking, pieces)] if kind == "thinking" else [whole]
         data += [writer.write([event], 0) for event in events]
-    data.append(writer.end("tool_calls" if writer.calls else "stop", {"usage": spell(usage)}))
+    data.append(writer.end(reason, {"usage": spell(usage)}))
     return data if stream else [b"".join(data)]
 
 
@@ -5788,6 +5794,7 @@ def demo_answer(request: httpx.Request) -> httpx.Response:
         return httpx.Response(status, json={"type": "error", "error": error})
     tool = (body.get("tools") or [{"name": "get_weather"}])[0]
     answer: Said = [("text", [f"{word} " for word in DEMO_TEXT.split()])]
+    reason, most = "stop", next((body[name] for name in MAX_TOKENS if body.get(name)), None)
     match prompt.split()[:1]:
         case ["/long"]:
             answer[0][1][:] *= 20
@@ -5796,8 +5803,11 @@ def demo_answer(request: httpx.Request) -> httpx.Response:
         case ["/tool"]:
             name = (tool.get("function") or tool).get("name", "get_weather")
             answer = [("text", ["Let me ", "see. "]), (name, ['{"city":', '"Paris"}'])]
+            reason = "tool_calls"
+    if most and most < sum(len(pieces) for _, pieces in answer):
+        answer, reason = [(answer[0][0], answer[0][1][:most])], "length"
     usage = Usage(25, sum(len(pieces) for _, pieces in answer))
-    data = DEMOS[dialect](answer, usage, bool(body.get("stream")))
+    data = DEMOS[dialect](answer, usage, bool(body.get("stream")), reason)
     return httpx.Response(200, content=demo_pace(data[: 12 if prompt.startswith("/cut") else None]))
 
 

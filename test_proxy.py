@@ -14832,6 +14832,21 @@ def test_demo_streams_to_official_sdks_what_they_get_in_one_piece(
     assert bool(chat.message.tool_calls) == bool(plain.message.tool_calls) == (prompt == "/tool")
 
 
+@pytest.mark.parametrize("provider", ["anthropic", "openai"])
+@pytest.mark.parametrize("prompt", ["Hi", "/think"])
+def test_demo_answers_no_longer_than_it_may(demo: Server, provider: str, prompt: str) -> None:
+    for stream in (True, False):
+        body = ask(prompt, model=MODELS[provider], max_tokens=20, stream=stream)
+        answered = demo.post(f"/api/{provider}", body)
+        end = check_frames(answered.text) if stream else check_whole(answered)
+        assert end.get("finishReason", end.get("finish_reason")) == "length"
+        assert 0 < end["usage"]["completion_tokens"] <= 20
+    answer = claude(demo.url).messages.create(model="claude-haiku-4-5", max_tokens=5, messages=HI)
+    assert (answer.stop_reason, answer.usage.output_tokens) == ("max_tokens", 5)
+    chat = gpt(demo.url).chat.completions.create(model="gpt-4o", max_tokens=5, messages=HI)
+    assert chat.choices[0].finish_reason == "length"
+
+
 def test_demo_knows_the_users_of_an_app(serve: Serve, issuer: Issuer) -> None:
     server = serve(jwt_block(issuer), arguments=("--demo",))
     headers = {"authorization": f"Bearer {issuer.token('ES256-1')}"}
