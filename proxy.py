@@ -5306,6 +5306,8 @@ class Proxy:
             except BaseException as failed:
                 await attempt.close()
                 failure = self.explain(failed, provider)
+                if call.request.native is None:
+                    failure.param = ""  # the caller may never have sent such a field
                 self.lose(call, failure)
                 self.keys.rest(provider, attempt.key, failure)
                 doubted += [(attempt.key, failure)] if failure.forbidden else []

@@ -3604,6 +3604,11 @@ def test_an_sdk_reads_which_parameter_was_at_fault(
     assert native_error(wrong)["param"] == "temperature"
     unknown = vendors.post("/v1/responses", native("responses", background=True))
     assert native_error(unknown)["param"] == "background"
+    error = {"message": "No", "code": "too_long", "param": "max_output_tokens"}
+    upstream.play(reply(400, {"error": error}))  # of what a chat was translated into
+    asked = native("chat", model="gpt-6-astra", tools=[CHAT_TOOL])
+    told = native_error(vendors.post("/v1/chat/completions", asked))
+    assert (told["code"], told["param"]) == ("too_long", None)
 
 
 @pytest.mark.parametrize("dialect", NATIVE)
