@@ -1071,8 +1071,9 @@ def lock_prompt(prompt: str, given: Any) -> Any:
 
 def report(lost: list[str], dropped: list[str]) -> None:
     """Have the names of what is not passed on reported: not all of a million, nor what is a key."""
-    names = [redact(name, length=50) for name in [*dict.fromkeys(lost)][:50]]
-    dropped += [name for name in names if name not in dropped[:100]][: max(0, 100 - len(dropped))]
+    if (room := 100 - len(dropped)) > 0:
+        new = dict.fromkeys(lost).keys() - {*dropped}
+        dropped += [redact(name, length=50) for name in sorted(new)[:room]]
 
 
 def unknown(given: Map[str, Any], known: set[str]) -> list[str]:
@@ -1512,6 +1513,7 @@ def read_template(given: Body, templates: Map[str, Template]) -> tuple[Request, 
 
     if not (prompt := fill(template.prompt)).strip():
         raise BadRequest("variables: leave nothing to ask")
+    # the last slot of the one is not beside the first of the other
     said = [fill(found[0]) for found in SLOTS.finditer(f"{template.prompt}\0{template.system}")]
     request = Request(
         model=template.model,
@@ -4271,18 +4273,18 @@ class Catalog:
             (len(pattern) + len(name) - len(model), (home, model))
             for home, model in order
             for pattern in offers.get(home, ())
-            if model and self.offers(pattern, model, name)
+            if model and self.is_meant(pattern, model, name)
         ]
         if found:
             return [max(found, key=lambda offer: offer[0])[1] if free else found[0][1]]
-        others = [(len(g), p) for p in offers for g in offers[p] if self.offers(g, name, name)]
+        others = [(len(g), p) for p in offers for g in offers[p] if self.is_meant(g, name, name)]
         other = f"; send it to /api/{max(others)[1]}" if others else ""
         offer = (
             f"{provider} offers {', '.join(offers[provider])}, not" if provider else "nobody offers"
         )
         raise ProxyError(403, "model_not_allowed", f"model: {offer} {redact(name)!r}{other}")
 
-    def offers(self, pattern: str, model: str, name: str) -> bool:
+    def is_meant(self, pattern: str, model: str, name: str) -> bool:
         """Is a model that was asked for by `name` what the pattern means? ollama/… is none of o*,
         which only happens to begin alike."""
         prefix, slash, _ = name.partition("/")
@@ -6356,7 +6358,7 @@ class Interrupt:
         self.raised = True
 
     def clear(self) -> None:
-        self.raised = False
+        self.raised = False  # Granian is about to start a worker in the place of one
         LOG.error("a worker has died, and another one takes its place")
 
     def wait(self) -> None:
@@ -6454,13 +6456,12 @@ def check_lines(config: Config, environ: Map[str, str], public: bool) -> Iterato
     yield "cache", "on" if config.cache.enabled else "off"
     try:
         if redis.url:
-            place = connect_redis(redis.url).connection_pool.connection_kwargs
-            host = (
-                place.get("path") or f"{place.get('host', 'localhost')}:{place.get('port', 6379)}"
-            )
+            there = connect_redis(redis.url).connection_pool.connection_kwargs
+            port = there.get("port", 6379)
+            host = there.get("path") or f"{there.get('host', 'localhost')}:{port}"
             away = f"limits {redis.limits_when_away} and budgets {redis.budget_when_away}"
             yield "redis", f"{host}; while it is away, {away}"
-            if wrong := ping_redis(redis.url):
+            if wrong := asyncio.run(ping_redis(redis.url)):
                 yield "warning", f"redis.url: cannot be reached now ({wrong})"
         proxy = create_app(config, environ, public=public).proxy
         check_ledger(config.ledger)
@@ -6472,15 +6473,15 @@ def check_lines(config: Config, environ: Map[str, str], public: bool) -> Iterato
         yield "missing", str(error)
 
 
-def ping_redis(url: str) -> str:
+async def ping_redis(url: str) -> str:
     """What is wrong with it now, if anything."""
-    import redis
-
-    times: dict[str, Any] = {"socket_connect_timeout": 2, "socket_timeout": 2}
+    redis = connect_redis(url)
     try:
-        redis.Redis.from_url(url, retry=None, protocol=2, **times).ping()
+        await redis.ping()
     except Exception as error:  # of its own, or of what it makes of the URL
         return redact(str(error))
+    finally:
+        await redis.aclose()
     return ""
 
 
