@@ -2726,7 +2726,8 @@ class Link:
 
     def __init__(self, config: Config) -> None:
         table, cache = config.redis, config.cache
-        self.redis, self.prefix = connect_redis(table.url), f"{{{table.namespace}}}:"
+        self.url, self.prefix = table.url, f"{{{table.namespace}}}:"
+        self.redis = connect_redis(table.url)
         numbers = f"{table.lease:g}, {table.rows}, {config.ledger.keep:.0f}"
         numbers += f", {cache.ttl:g}, {cache.size:d}"
         self.script = f"local LEASE, ROWS, KEEP, TTL, SIZE = {numbers}\n{SCRIPT}"
@@ -2772,12 +2773,18 @@ class Link:
             self.fall(redact(repr(error)))
 
     async def execute(self, batch: list[tuple[tuple[Any, ...], asyncio.Future[Any]]]) -> None:
-        from redis.exceptions import NoScriptError
+        from redis.exceptions import MovedError, NoScriptError
 
+        if not self.up:  # by now another server may have its name
+            await self.redis.aclose()
         pipeline = self.redis.pipeline(transaction=False)
         for args, _ in batch:
-            pipeline.evalsha(self.sha, 1, self.prefix, *args)
+            pipeline.execute_command("EVALSHA", self.sha, 1, self.prefix, *args)
         replies = await pipeline.execute(raise_on_error=False)
+        if any(isinstance(reply, MovedError) for reply in replies):  # this is one node of a Cluster
+            await self.redis.aclose()
+            self.redis = connect_redis(self.url, cluster=True)
+            return await self.execute(batch)
         for (args, answer), reply in zip(batch, replies, strict=True):
             if isinstance(reply, NoScriptError):  # it was restarted, or flushed
                 reply = await self.redis.eval(self.script, 1, self.prefix, *args)
@@ -2796,12 +2803,13 @@ class Link:
         self.up, self.queue, self.sender = False, [], None
 
 
-def connect_redis(url: str) -> Any:
+def connect_redis(url: str, cluster: bool = False) -> Any:
     """A client that asks once: whoever waits would rather know. Raises ConfigError."""
     redis = load_optional("redis.url", "redis", "redis.asyncio")
+    kind = redis.RedisCluster if cluster else redis.Redis
     times = {"socket_connect_timeout": 2, "socket_timeout": 5}
     try:
-        return redis.Redis.from_url(url, retry=None, protocol=2, **times)
+        return kind.from_url(url, retry=None, protocol=2, **times)
     except ValueError:  # which may show the password
         wanted = "must look like redis://:PASSWORD@HOST:6379/0, or rediss:// for TLS"
         raise ConfigError(f"redis.url: {wanted}; write a / in the password as %2F") from None
@@ -6494,14 +6502,16 @@ def check_ledger(table: LedgerTable) -> None:
         raise ConfigError(f"ledger.path: {path.parent} is no folder that can be written")
 
 
-async def fetch_rows(table: RedisTable, since: float) -> list[Entry]:
+async def fetch_rows(table: RedisTable, since: float, cluster: bool = False) -> list[Entry]:
     """The rows of all replicas."""
-    redis, rows, start = connect_redis(table.url), list[Entry](), str(int(since * 1000))
+    redis, rows, start = connect_redis(table.url, cluster), list[Entry](), str(int(since * 1000))
     try:
         while page := await redis.xrange(f"{{{table.namespace}}}:rows", start, count=1000):
             rows += [msgspec.json.decode(fields[b"row"], type=Entry) for _, fields in page]
             start = f"({page[-1][0].decode()}"
     except Exception as error:
+        if not cluster and type(error).__name__ == "MovedError":  # it is one node of a Cluster
+            return await fetch_rows(table, since, cluster=True)
         fix = "without it the file of this machine is read"
         raise ConfigError(f"redis.url: cannot be read ({redact(repr(error))}); {fix}") from None
     finally:

@@ -7889,6 +7889,55 @@ def test_a_cluster_of_one_node_serves(start_redis: StartRedis) -> None:
     run_async(play())
 
 
+@pytest.mark.parametrize("asked_at", [0, 1])
+def test_a_cluster_serves_whichever_of_its_nodes_is_asked(
+    start_redis: StartRedis, asked_at: int
+) -> None:
+    ports = [str(free_port()) for _ in range(2)]
+    nodes = [start_redis("--cluster-enabled", "yes", "--cluster-port", port) for port in ports]
+    for node, first, last in zip(nodes, (0, 8192), (8191, 16383), strict=True):
+        node.client.execute_command("CLUSTER", "ADDSLOTSRANGE", first, last)
+    nodes[0].client.execute_command("CLUSTER", "MEET", "127.0.0.1", nodes[1].port, ports[1])
+    for node in nodes:
+        info = functools.partial(node.client.execute_command, "CLUSTER", "INFO")
+        wait_for(lambda info=info: b"cluster_state:ok" in info())
+    url, namespace = nodes[asked_at].url, next(NAMESPACES)
+
+    async def play() -> None:
+        cache = proxy.CacheTable(enabled=True)
+        async with (
+            redis_store(url, namespace, cache=cache) as store,
+            redis_store(nodes[0].url, namespace) as other,
+        ):
+            row = msgspec.json.encode(proxy.Entry(time.time(), "1", cost="0.2"))
+            asked = wish("1", key="k", caps=[cap()], least=0.1, most=0.1, provider="p", places=1)
+            assert (await store.admit(asked)).placed
+            await store.settle(end_of(asked, 0.2, row=row))
+            assert await other.spent([cap()]) == [Decimal("0.2")]
+
+    run_async(play())
+    environ = {"REDIS_URL": url, "ANTHROPIC_API_KEY": "k"}
+    config = write(nodes[0].directory, f'[redis]\nnamespace = "{namespace}"')
+    done = run_proxy("--config", config, "usage", "--json", environ=environ)
+    assert [row["requests"] for row in json.loads(done.stdout)] == [1]
+
+
+def test_a_replica_that_takes_over_under_the_same_name_is_found(start_redis: StartRedis) -> None:
+    old, new = start_redis(), start_redis()
+
+    async def play() -> None:
+        relay = Relay()
+        async with redis_store(await relay.start(old.port)) as store:
+            relay.target = new.port
+            old.client.replicaof("127.0.0.1", new.port)  # and keeps its connections
+            await eventually(lambda: asyncio.sleep(0, store.link.up is False))
+            await eventually(lambda: asyncio.sleep(0, store.link.up))
+            assert not (await store.admit(wish("1"))).refused
+        relay.server.close()
+
+    run_async(play())
+
+
 # Servers that share one. A request for 100 tokens holds and costs 0.1 USD; see Budget.
 
 
