@@ -1573,13 +1573,13 @@ NATIVE_BLOCKS = {
     "custom_tool_call_output direct url_citation search open_page find_in_page url "
     "local_shell_call exec local_shell_call_output apply_patch_call create_file update_file "
     "delete_file apply_patch_call_output",
-    "chat": "text image_url refusal function custom file ephemeral url_citation",
+    "chat": "text image_url refusal function custom file ephemeral url_citation thinking",
 }
 # Betas that clients ask for unbidden, and that change neither the price nor what is kept.
 PLAIN_BETAS = {
     "structured-outputs-2025-11-13", "fine-grained-tool-streaming-2025-05-14", "pdfs-2024-09-25",
     "token-counting-2024-11-01", "mid-conversation-system-2026-04-07",
-    "advanced-tool-use-2025-11-20",
+    "advanced-tool-use-2025-11-20", "prompt-caching-2024-07-31",
 }  # fmt: skip
 # Values that mean no more than what is done without the field.
 PLAIN_VALUES = {
@@ -1597,7 +1597,9 @@ def parse_native(
 ) -> Request:
     """Check a body of `kind`, a key of NATIVE_FIELDS. Raises BadRequest naming the field."""
     unknown = raw.keys() - {*NATIVE_FIELDS[kind].split(), *allowed}
-    raw = {k: v for k, v in raw.items() if not (k in unknown and (v is None or v is False))}
+    off = {name for name in unknown if raw[name] is None or raw[name] is False}
+    report([name for name in off if raw[name] is False], dropped)
+    raw = {name: value for name, value in raw.items() if name not in off}
     for name in sorted(unknown & raw.keys()):
         if raw[name] not in PLAIN_VALUES.get(name, ()):
             wrong = f"{redact(name, length=50)}: is not passed on by this proxy; {ALLOW}"
@@ -3510,7 +3512,7 @@ class Adapter:
         if isinstance(output := told.get("output"), list):  # OpenAI lists its searches
             kinds = [item.get("type") for item in output if isinstance(item, dict)]
             usage.web_searches = kinds.count("web_search_call")
-        for key, tokens in itertools.chain(*map(dict.items, [self.counts, *details])):
+        for key, tokens in dict(itertools.chain(*map(dict.items, [*details, self.counts]))).items():
             name = FIGURES.get(key)
             if name and isinstance(tokens, int) and 0 <= tokens <= 10**9:  # else it is nonsense
                 setattr(usage, name, max(getattr(usage, name), tokens))
@@ -3520,6 +3522,11 @@ class Adapter:
             usage.output_tokens = max(usage.output_tokens, total - usage.input_tokens)
         if self.apart:
             usage.input_tokens += usage.cache_read_tokens + usage.cache_write_tokens
+
+    def ended(self) -> bool:
+        """Is all there but the terminal event, which not every compatible vendor sends?"""
+        whole = self.ending and self.usage.known and not self.sse.rest.strip()
+        return whole and self.compatible
 
     def finish(self) -> Iterator[Event]:
         """The complete calls, then the Finish. Arguments that are not JSON were cut off: that call
@@ -3899,6 +3906,7 @@ class Chat(OpenAI):
                 for call in delta.get("tool_calls") or ():
                     self.add_call(call, choice.get("index") or 0)
             case {"type": "[DONE]"}:
+                self.usage.known = self.usage.known or self.usage.output_tokens > 0
                 yield from self.finish()
 
     def add_call(self, delta: Any, choice: Any) -> None:
@@ -4790,6 +4798,8 @@ class Attempt:
         encoded = response.headers.get("content-encoding", "identity") != "identity"
         self.chunks = aiter(response.aiter_bytes() if encoded else self.stream)
         self.headers = self.told(response)
+        # without either, the end of the message looks like a connection that was cut
+        self.framed = not {"transfer-encoding", "content-length"}.isdisjoint(response.headers)
         if not self.request.stream:
             return self.adapter.read(b"".join([chunk async for chunk in self.chunks]))
         passed, batch = b"", list[Event]()
@@ -4816,8 +4826,10 @@ class Attempt:
         except StopAsyncIteration:
             if self.adapter.sse.rest.lstrip()[:1] == b"{":  # no stream, but maybe an error
                 self.adapter.read(self.adapter.sse.rest)
-            message = "the vendor ended the answer before it was complete"
-            raise UpstreamError(502, message) from None
+            if not (self.framed and self.adapter.ended()):
+                message = "the vendor ended the answer before it was complete"
+                raise UpstreamError(502, message) from None
+            batch = [*self.adapter.finish()]
         except asyncio.CancelledError:
             if not self.silent:
                 raise
@@ -4882,6 +4894,8 @@ async def read_refusal(response: httpx.Response) -> UpstreamError:
     match error:
         case {"code": 403, "metadata": {"reasons": _}}:  # OpenRouter's: the prompt was flagged
             status = 400
+    if status == 400 and re.match("incorrect api key|api key not valid", message, re.IGNORECASE):
+        status = 401  # xAI's and Gemini's
     return UpstreamError(status, message, error, wait=wait, advice=advice, sent=billed)
 
 

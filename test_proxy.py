@@ -1921,6 +1921,21 @@ def test_a_prompt_that_was_flagged_is_the_callers_mistake(
     assert check_error(trouble.post(), 400, "upstream_rejected")["error"] == "flagged"
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"code": "invalid-argument", "error": "Incorrect API key provided: xai-12345."},
+        [{"error": {"code": 400, "message": "API key not valid. Please pass a valid API key."}}],
+    ],
+    ids=["xAI", "Gemini"],
+)
+def test_a_400_about_our_key_is_not_the_callers_mistake(
+    trouble: Server, upstream: Upstream, body: Any
+) -> None:
+    upstream.play(reply(400, json.dumps(body).encode()))
+    assert "key" not in check_error(trouble.post(), 502, "upstream_auth")["error"].casefold()
+
+
 def test_a_status_line_in_latin_1_is_no_fault_of_ours(trouble: Server, upstream: Upstream) -> None:
     upstream.play(reply(200).replace(b" Status", b" D\xe9j\xe0"))
     check_error(trouble.post(), 502, "upstream_error")
@@ -3655,7 +3670,9 @@ def test_fields_that_ask_for_nothing_are_no_error(
 ) -> None:
     upstream.play(official)
     idle = {"previous_response_id": None, "conversation": None, "background": False}
-    assert ask_native(natives, "responses", key, **idle).status_code == 200
+    answered = ask_native(natives, "responses", key, **idle)
+    assert answered.status_code == 200
+    assert answered.headers["x-dropped-params"] == "background"  # no may mean more than nothing
     assert upstream.requests[0].json.keys().isdisjoint(idle)
     refused = ask_native(natives, "responses", key, background=True)
     assert "background" in native_error(refused)["message"]
@@ -10262,6 +10279,29 @@ def test_a_running_count_of_chat_is_not_final() -> None:
     assert not adapter.usage.known
 
 
+@pytest.mark.parametrize(
+    ("chunk", "counted"),
+    [
+        pytest.param(
+            {"choices": [{"delta": {}, "finish_reason": None}],
+             "usage": {"prompt_tokens": 57, "completion_tokens": 17}},
+            (57, 17), id="at an end without a reason, as OpenRouter's of Novita",
+        ),
+        pytest.param(
+            {"choices": [{"delta": {}, "finish_reason": "stop"}],
+             "usage": {"input_tokens": 4963, "output_tokens": 45,
+                       "context_details": {"input_tokens": 4964, "output_tokens": 46}}},
+            (4963, 45), id="what xAI tells of the context, too",
+        ),
+    ],
+)  # fmt: skip
+def test_the_last_count_of_chat_is_final(chunk: dict[str, Any], counted: tuple[int, int]) -> None:
+    adapter = proxy.Chat(proxy.Provider("chat", "http://localhost/v1"), "m")
+    adapter.feed(b"data: %b\n\ndata: [DONE]\n\n" % json.dumps(chunk).encode())
+    usage = adapter.usage
+    assert (usage.known, usage.input_tokens, usage.output_tokens) == (True, *counted)
+
+
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_a_huge_event_is_read(dialect: str) -> None:
     text = "x" * 4_000_000
@@ -13665,6 +13705,41 @@ def test_a_cut_at_any_byte_is_an_error_line_and_after_the_end_it_is_none(
         assert check_frames(response.text)["finishReason"] == "tool_calls", after
         assert text_of(response.text) == SAID
         assert time.monotonic() - started < 5
+
+
+NO_DONE = chat_events("Hello", tools=(("c1", "f", "{}"),))[:-1]  # which ends with its usage
+UNFRAMED = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "whole"),
+    [
+        pytest.param(stream(*NO_DONE), True, id="all but its end"),
+        pytest.param(stream(*NO_DONE[:-1]), False, id="no usage"),
+        pytest.param(stream(*NO_DONE[:-2], NO_DONE[-1]), False, id="no reason"),
+        pytest.param(stream(*NO_DONE, b"data: {"), False, id="half an event"),
+        pytest.param(stream(*NO_DONE, Upstream.CLOSE, end=False), False, id="cut"),
+        pytest.param([UNFRAMED, *NO_DONE, Upstream.CLOSE], False, id="who knows whether cut"),
+    ],
+)
+def test_a_compatible_vendor_need_not_say_done(
+    vendors: Server, upstream: Upstream, script: Any, whole: bool
+) -> None:
+    upstream.play(script)
+    body = ask(model="llama-4", tools=[WEATHER])
+    streamed, plain = (vendors.post("/api/local", body | {"stream": s}) for s in (True, False))
+    native_body = native("chat", model="local/llama-4", stream=True)
+    passed = vendors.post("/v1/chat/completions", native_body)
+    if whole:
+        last = check_frames(streamed.text)
+        assert (last["finishReason"], last["toolCalls"][0]["id"]) == ("tool_calls", "c1")
+        assert last["usage"]["completionTokens"] == 5
+        assert plain.json()["finish_reason"] == "tool_calls"
+        assert passed.content == b"".join(NO_DONE[:-1])  # nobody asked for its usage
+    else:
+        assert cut_line(streamed.text)["statusCode"] == 502
+        assert plain.status_code == 502
+        assert b'data: {"error":' in passed.content
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
