@@ -2003,6 +2003,7 @@ PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;
 CREATE TABLE IF NOT EXISTS entries ("{'", "'.join(COLUMNS)}", PRIMARY KEY (id)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS entries_time ON entries (time);
 CREATE INDEX IF NOT EXISTS entries_client ON entries (client, time);
+CREATE INDEX IF NOT EXISTS entries_open ON entries (id) WHERE outcome = 'open';
 CREATE TABLE IF NOT EXISTS put_off (id, message, row, PRIMARY KEY (id)) WITHOUT ROWID;
 """
 GROUPS = {
@@ -2148,8 +2149,9 @@ class Ledger:
                     self.database.executemany(statement, rows)
             self.healthy, self.away = True, False
         except Exception as error:  # the disk, or a row that SQLite cannot hold
+            if self.healthy:
+                LOG.error("the ledger cannot be written: %s", error)
             self.healthy, self.away = False, isinstance(error, sqlite3.OperationalError)
-            LOG.error("the ledger cannot be written: %s", error)
 
     def close(self) -> None:
         self.thread.shutdown()
@@ -2614,7 +2616,7 @@ function run.admit(text, row)
   call('EXPIRE', rate, math.ceil(full * 60) + 60)
   if ask.id ~= '' and not held.exceeded then
     write(40 * day, 'SADD', live, ask.id)
-    give(ask.id, 'client', ask.client, 'row', row, 'day', ask.day)
+    give(ask.id, 'client', ask.client, 'row', row, 'day', ask.day, 'lock', 'lock:' .. ask.key)
   end
   for _, name in ipairs(ask.rests) do
     local left = call('PTTL', 'rest:' .. name)
@@ -2636,7 +2638,8 @@ function run.settle(text, row)
     local full = math.ceil((1 - level / done.tpm) * 60) + 60 -- a debt is not forgotten
     if call('TTL', rate) < full then call('EXPIRE', rate, full) end
   end
-  local charged = call('HGET', open, 'charged')
+  local charged, lock = call('HGET', open, 'charged'), call('HGET', open, 'lock')
+  if lock and call('GET', lock) == done.id then call('DEL', lock) end
   close(done.id, done.usd, done.caps, told)
   call('DEL', open)
   if row ~= '' then
@@ -2722,7 +2725,7 @@ class Link:
     comes back in one round trip. While Redis is away nobody waits for it: `up` is True only once a
     sign of life has got through."""
 
-    patience, step = 6, 0.02  # steps that a few answers may take, and seconds of each
+    patience, step = 11, 0.02  # steps that an answer may take, and seconds of each
     up: bool | None = None  # False: the log says that it is away; None: nobody has asked yet
     sender: asyncio.Task[None] | None = None
 
@@ -2738,7 +2741,7 @@ class Link:
         self.batch = self.queue
 
     async def run(self, *args: Any) -> Any:
-        """What a step of the script returns. Raises StoreAway, after twice `patience` at most."""
+        """What a step of the script returns. Raises StoreAway, after `patience` at most."""
         if not self.up and args[0] != "beat":
             raise StoreAway
         answer = asyncio.get_running_loop().create_future()
@@ -2753,14 +2756,12 @@ class Link:
         return reply
 
     async def send(self) -> None:
-        steps = size = 0
+        steps = 0
         try:
             while self.queue:
                 self.batch, self.queue = self.queue, []
                 earlier, steps = steps, 0  # they may have waited as long for those before them
-                # a crowd takes even a quick Redis a while
-                crowd, size = max(size, len(self.batch)), len(self.batch)
-                most = min(2 * self.patience, self.patience + crowd // 50) if self.up else 100
+                most = self.patience if self.up else 100
                 work = asyncio.create_task(self.execute(self.batch))
                 try:  # a process that is too busy to read the answer counts fewer steps
                     while not (await asyncio.wait((work,), timeout=self.step))[0]:
@@ -5538,10 +5539,14 @@ class Proxy:
                 call.filling = asyncio.create_task(call.fill())
 
     async def keep_showing(self) -> None:
-        """Another worker may be asked for what is in flight here."""
-        while self.config.server.workers > 1:
-            with contextlib.suppress(OSError):
-                self.show_places()
+        """Another worker may be asked for what is in flight here. And where /ready says that the
+        disk is full, no request may come to try it again."""
+        while True:
+            if self.config.server.workers > 1:
+                with contextlib.suppress(OSError):
+                    self.show_places()
+            if self.ledger and not self.ledger.healthy:
+                await self.ledger.write()
             await asyncio.sleep(1)
 
     def show_places(self) -> None:
@@ -6398,7 +6403,8 @@ def serve(config: Config, public: bool) -> None:
     if config.ledger.path:
         ledger = Ledger(config.ledger, time.time, bool(config.redis.url))
         with contextlib.closing(ledger):
-            read_spending(ledger.database, time.time())
+            if not config.redis.url:  # else what others write waits for it
+                read_spending(ledger.database, time.time())
     server, places = config.server, max(1024, 2 * config.limits.concurrent_total)
     check_files(config.limits.concurrent_total)
     address = check_port(server.host, server.port)
@@ -6425,7 +6431,9 @@ def serve(config: Config, public: bool) -> None:
     gc.freeze()  # a worker's collector would touch, and so copy, all the memory that it shares
     with contextlib.ExitStack() as stack:
         if server.workers > 1:  # prometheus_client looks for this once, and has been imported
-            shared = tempfile.TemporaryDirectory(prefix="proxy-metrics-")
+            # not on a disk: where that is full, a file that is mapped kills who writes to it
+            memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+            shared = tempfile.TemporaryDirectory(prefix="proxy-metrics-", dir=memory)
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = stack.enter_context(shared)
             values: Any = importlib.import_module("prometheus_client.values")
             values.ValueClass = values.get_value_class()

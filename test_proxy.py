@@ -6948,6 +6948,27 @@ def test_check_says_that_a_ledger_has_no_folder(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_it_is_ready_again_when_its_disk_is_though_nobody_asks(tmp_path: Path) -> None:
+    path, environ = tmp_path / "ledger", {"ANTHROPIC_API_KEY": "k"}
+    config = proxy.load_config(None, environ, **{"ledger.path": str(path)})
+
+    async def play() -> None:
+        vendor = httpx.MockTransport(proxy.demo_answer)
+        app = proxy.create_app(config, environ, public=False, transport=vendor)
+        async with app.lifespan():
+            rows = app.proxy.ledger
+            rows.database.execute("PRAGMA busy_timeout = 10")
+            with contextlib.closing(sqlite3.connect(path)) as other:
+                other.execute("BEGIN IMMEDIATE")
+                assert (await ask_app(app, "/api/anthropic", ask())).startswith("200")
+                assert not rows.healthy
+            await eventually(lambda: asyncio.sleep(0, rows.healthy))
+            found = proxy.read_ledger(path, 0, "day")
+            assert [day.requests for day in found] == [1]
+
+    run_async(play())
+
+
 def test_rows_that_a_busy_disk_does_not_take_are_written_with_the_next(tmp_path: Path) -> None:
     path = tmp_path / "ledger"
 
@@ -7741,12 +7762,12 @@ class Relay:
         return f"redis://127.0.0.1:{self.server.sockets[0].getsockname()[1]}/0"
 
 
-def test_who_comes_after_a_crowd_has_its_patience(redis_url: str) -> None:
+def test_who_comes_after_a_crowd_has_what_is_left_of_its_patience(redis_url: str) -> None:
     async def play() -> None:
         relay = Relay()
         url = await relay.start(int(redis_url.rpartition(":")[2].partition("/")[0]))
         async with redis_store(url) as store:
-            store.link.patience = 20  # 0.4 s for a few, and 0.6 s for 500
+            store.link.patience = 30  # 0.6 s
             relay.opens = time.monotonic() + 0.45
             wishes = [wish(str(n), f"key:{n}") for n in range(500)]
             crowd = asyncio.gather(*map(store.admit, wishes))
@@ -7929,7 +7950,9 @@ def test_a_cluster_serves_whichever_of_its_nodes_is_asked(
             row = msgspec.json.encode(proxy.Entry(time.time(), "1", cost="0.2"))
             asked = wish("1", key="k", caps=[cap()], least=0.1, most=0.1, provider="p", places=1)
             assert (await store.admit(asked)).placed
+            assert await store.link.redis.exists(f"{store.link.prefix}lock:k")
             await store.settle(end_of(asked, 0.2, row=row))
+            assert not await store.link.redis.exists(f"{store.link.prefix}lock:k")
             assert await other.spent([cap()]) == [Decimal("0.2")]
 
     run_async(play())
@@ -8060,6 +8083,18 @@ def test_without_redis_a_replica_has_its_share_or_nothing(
     assert [r.status_code for r in replies[:served]] == [200] * served
     assert {r.json()["code"] for r in replies[served:]} == {code}
     assert len(upstream.requests) == served
+
+
+def test_a_replica_that_starts_leaves_the_ledger_of_the_others_alone(
+    redis_url: str, upstream: Upstream, tmp_path: Path
+) -> None:
+    """Its file may be large: whoever read all of it with a lock would keep the others waiting."""
+    start_server(tmp_path, upstream, environ={"REDIS_URL": redis_url}).stop()
+    with contextlib.closing(sqlite3.connect(tmp_path / "proxy.sqlite3")) as other:
+        other.execute("BEGIN IMMEDIATE")
+        server = start_server(tmp_path, upstream, environ={"REDIS_URL": redis_url})
+        assert wait_for(lambda: server.get("/ready").status_code == 200)
+        server.stop()
 
 
 @pytest.mark.parametrize("restarted", [False, True], ids=["", "and the proxy is restarted"])
@@ -18363,7 +18398,10 @@ def test_two_workers_end_what_they_serve_and_leave_with_0(
     held = [two_workers.connect() for _ in range(6)]
     for connection in held:
         read_until(connection, b"lo")
-    [metrics] = tmp_path.glob("proxy-metrics-*")
+    pid = two_workers.process.pid
+    worker, *_ = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    maps = Path(f"/proc/{worker}/maps").read_text()
+    metrics = Path(re.findall(r"(/\S+/proxy-metrics-[^/\s]+)/", maps)[0])
     assert list(metrics.iterdir())
     two_workers.process.send_signal(signal.SIGTERM)
     wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", two_workers.port)))
