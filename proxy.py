@@ -112,11 +112,11 @@ class Rate(Decimal):
 
 
 class BaseUrl(str):
-    """What the paths of an API are put behind."""
+    """The URL that API paths are appended to."""
 
 
 class Url(str):
-    """Of an endpoint, or "" for none."""
+    """An endpoint, or "" for none."""
 
 
 class Origin(str):
@@ -139,9 +139,9 @@ UNITS = {
 NUMBER = r"\d+(\.\d+)?(e[+-]?\d+)?"
 AMOUNT = r"(?=.*[1-9])(\d+(?:\.\d+)?) ?"
 URL = r"https?://(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[^?#\s]*)?"
-NO_KEY = hashlib.sha256(b"").hexdigest()  # whoever sends no key would have it
+NO_KEY = hashlib.sha256(b"").hexdigest()  # an empty key's digest
 
-# What a value of each kind is written like, and what is wrong with one that is not.
+# The pattern of each kind's values, and the error for text that does not match it.
 KINDS: dict[type, tuple[str, str]] = {
     Duration: (AMOUNT + "(ms|s|m|h|d)", '{!r} is not a duration like "25s" or "10m"'),
     Size: (AMOUNT + "(B|KiB|MiB|GiB)", '{!r} is not a size like "64KiB" or "8MiB"'),
@@ -183,9 +183,9 @@ class Server(Table, frozen=True):
 
 
 class Provider(Table, frozen=True):
-    """`allow` names fields, tools, blocks and betas of native bodies that are refused otherwise. At
-    most `max_concurrent` requests of all replicas are at the provider, and `queue_limit` more wait
-    for it in each process."""
+    """`allow` lists fields, tools, blocks and betas of native bodies that are otherwise refused. At
+    most `max_concurrent` requests of all replicas run at once, and each process queues
+    `queue_limit` more."""
 
     adapter: Annotated[str, Meta(pattern=r"^(messages|responses|chat)\Z")]
     base_url: BaseUrl
@@ -263,9 +263,9 @@ class Above(Table, frozen=True):
 
 
 class Price(Table, frozen=True):
-    """USD per million tokens. A cache price that is not set is the price of input. `above` holds
-    for the whole of a large request. One with `per_use` is of a tool that runs at the vendor, in
-    USD for each time."""
+    """USD per million tokens. A cache price that is not set is the price of input. `above` applies
+    to the whole of a large request. `per_use` prices a tool that runs at the vendor, in USD per
+    use."""
 
     input: Rate = Rate(0)
     output: Rate = Rate(0)
@@ -291,16 +291,16 @@ class CacheTable(Table, frozen=True):
 
 
 class RedisTable(Table, frozen=True):
-    """What all replicas share. While it is away, each process has its share of the rates for itself
-    (one of `replicas` times the workers), or serves nobody ("closed"); and the same of budgets."""
+    """State shared by all replicas. While Redis is down, each process enforces its share of the
+    rates, 1 / (replicas * workers), or refuses everything ("closed"); and likewise for budgets."""
 
     url: str = ""
     namespace: str = "proxy"
     replicas: Count = 1
     limits_when_away: WhenAway = "local"
     budget_when_away: WhenAway = "closed"
-    lease: Duration = Duration(30)  # of what a process has, from its last sign of life
-    rows: Count = 100_000  # of the ledger that Redis keeps
+    lease: Duration = Duration(30)  # of a process's requests, from its last heartbeat
+    rows: Count = 100_000  # ledger rows kept in Redis
 
 
 class KeyBudget(Table, frozen=True):
@@ -309,7 +309,7 @@ class KeyBudget(Table, frozen=True):
 
 
 class Key(Table, frozen=True):
-    """A static client key, known only by its SHA-256. `limits` are [limits] with what it says."""
+    """A static client key, known only by its SHA-256. `limits` overrides [limits]."""
 
     key_sha256: Digest
     group: str = ""
@@ -353,7 +353,7 @@ class Variable(Table, frozen=True):
 
 
 class Template(Table, frozen=True):
-    """A request whose owner is the server. `{name}` in `prompt` and `system` is a variable."""
+    """A request that the server's owner wrote. `{name}` in `prompt` and `system` is a variable."""
 
     model: str
     prompt: Phrase
@@ -389,7 +389,7 @@ BUILT_IN_PROVIDERS: dict[str, dict[str, Any]] = {
                "models": ["gpt-*", "o*", "chat-*", "text-embedding-*"]},
 }  # fmt: skip
 
-# Names that a PaaS or the proxies this one replaces made known; read_environment has the others.
+# Variables that a PaaS, or a proxy this one replaces, also uses; read_environment has the others.
 ENVIRONMENT = {
     "server.port": "PORT", "server.cors_origins": "CORS_ORIGIN", "server.log_level": "LOG_LEVEL",
     "server.admin_token": "ADMIN_TOKEN", "server.paused": "PROXY_PAUSED",
@@ -408,12 +408,12 @@ ENVIRONMENT = {
     "session.secret": "SESSION_SECRET", "session.turnstile_secret": "TURNSTILE_SECRET_KEY",
 }  # fmt: skip
 
-# How many X-Forwarded-For values a PaaS itself appends; its presence shows in the environment.
+# How many X-Forwarded-For values each PaaS appends, by the variable that reveals the PaaS.
 PLATFORMS = {"DYNO": 1, "RENDER": 1, "RAILWAY_ENVIRONMENT": 1, "FLY_APP_NAME": 2}
 
 
 def convert_text(kind: Any, value: Any) -> Any:
-    """A value of one of our kinds from what is written in the file or the environment."""
+    """Parse a value of one of our kinds, from the file or the environment."""
     if isinstance(value, kind):
         return value
     pattern, wrong = KINDS[kind]
@@ -429,7 +429,7 @@ def convert_text(kind: Any, value: Any) -> Any:
 
 
 def merge(below: Any, above: Any) -> Any:
-    """`above`, its tables completed by those of `below`."""
+    """`above` merged over `below`, table by table."""
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
     return below | {name: merge(below.get(name), value) for name, value in above.items()}
@@ -453,13 +453,13 @@ def load_config(
         LOG.warning("%s has none of our tables and is ignored", file)
         tables = {}
     tables = {name: convert(table, dict[str, Any], name) for name, table in tables.items()}
-    given = tables.get("providers", {})  # which go first
+    given = tables.get("providers", {})  # these go first
     tables["providers"] = merge(given, merge(BUILT_IN_PROVIDERS, given))
     alone = {"redis.url": "", "ledger.path": ""} if overrides.get("demo") else {}
     for key, value in (read_environment(environ) | alone | overrides).items():
         section, _, name = key.partition(".")
         if section in {"jwt", "session"} - tables.keys():
-            continue  # a secret by itself asks for nothing
+            continue  # a secret alone enables nothing
         client = name.partition(".")[0]
         if section == "clients" and key not in overrides and client in tables.get(section, {}):
             wanted = "ALLOWED_CLIENT_KEYS and PROXY_AUTH_TOKEN have one of that name; call it"
@@ -472,7 +472,7 @@ def load_config(
         clients = tables.get("clients", {}).items()
         tables["clients"] = {name: merge({"limits": limits}, key) for name, key in clients}
         for section, kind in get_type_hints(Config).items():
-            if get_origin(kind) is dict:  # one by one: so an error can tell which
+            if get_origin(kind) is dict:  # one by one, so that errors name the entry
                 each, entries = get_args(kind)[1], tables.get(section, {}).items()
                 tables[section] = {n: convert(e, each, f"{section}.{n}") for n, e in entries}
         config: Config = convert(tables, Config, "")
@@ -491,7 +491,7 @@ def convert(value: Any, kind: Any, path: str) -> Any:
     except msgspec.ValidationError as error:
         message, _, where = str(error).replace(">= 1", "above 0").partition(" - at `$")
         message = re.sub(r"Expected .*\^\((.*)\)\\\\Z'", r"must be one of \1", message)
-        where = re.sub(r"\[.*?\]|`", "", where)  # of an entry
+        where = re.sub(r"\[.*?\]|`", "", where)  # [...] for an entry
         key = f"{path}{where}".strip(".") or "top level"
         raise ConfigError(f"{key}: {message}; the README lists every setting") from None
 
@@ -516,7 +516,7 @@ def read_environment(environ: Map[str, str]) -> dict[str, Any]:
     except (ValueError, ZeroDivisionError):
         wanted = "each must be a whole number above 0"
         raise ConfigError(f"RATE_LIMIT_MAX, RATE_LIMIT_WINDOW_MS: {wanted}") from None
-    token = environ.get("PROXY_AUTH_TOKEN", "").strip()  # which may hold a comma
+    token = environ.get("PROXY_AUTH_TOKEN", "").strip()  # one key: it may hold a comma
     keys = [*filter(None, [token]), *split_list(environ.get("ALLOWED_CLIENT_KEYS", ""))]
     if not all(map(str.isascii, keys)):
         raise ConfigError("ALLOWED_CLIENT_KEYS, PROXY_AUTH_TOKEN: a key must be ASCII, to be sent")
@@ -534,7 +534,7 @@ SLOTS = re.compile(rf"(?:{SLOT.pattern}\s*)+")
 
 
 def check_values(config: Config) -> None:
-    """What concerns more than one value. Raises ConfigError with the key path and the fix."""
+    """Checks that no single type can do. Raises ConfigError with the key path and the fix."""
     for name in config.providers:
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
             raise ConfigError(f"providers.{name}: use lower-case letters, digits, - and _")
@@ -607,8 +607,8 @@ def check_values(config: Config) -> None:
 
 
 def may_overlap(pattern: str, others: Iterable[str]) -> bool:
-    """Is there a name that the pattern and another match? Going by what they begin with, where
-    they have wildcards; an exact name is meant as it is."""
+    """Could `pattern` match a name that one of the others does? Compares what precedes the first
+    wildcard; an exact name never overlaps."""
     begins, *rest = re.split(r"[*?\[]", pattern)
     heads = [re.split(r"[*?\[]", other)[0] for other in others]
     return bool(rest and begins) and any(
@@ -639,7 +639,7 @@ def sha256(text: str) -> str:
 
 
 def load_optional(key: str, package: str, *modules: str) -> Any:
-    """The first of the modules that a setting needs. Raises ConfigError."""
+    """Import what a setting needs; the first module. Raises ConfigError."""
     try:
         first, *_ = map(importlib.import_module, modules)
         return first
@@ -655,9 +655,9 @@ def is_loopback(host: str) -> bool:
 
 
 def vendor_keys(config: Config, environ: Map[str, str]) -> dict[str, dict[str, str]]:
-    """The keys of each provider that can be used, "" where it needs none, by what they are called
-    where others may read it. The two built-in providers may go without as long as one provider is
-    left. Raises ConfigError."""
+    """The keys of each usable provider, "" where it needs none, by names that are safe to publish.
+    A built-in provider without a key is left out, as long as one provider remains. Raises
+    ConfigError."""
     if config.demo:
         return {name: {name: ""} for name in config.providers}
     keys = {}
@@ -678,7 +678,7 @@ def vendor_keys(config: Config, environ: Map[str, str]) -> dict[str, dict[str, s
 
 
 def examine(config: Config, environ: Map[str, str], public: bool) -> list[str]:
-    """Refuse what is open to the world by mistake (ConfigError); return what to warn of."""
+    """Refuse a config that is open to the world by mistake (ConfigError); return warnings."""
     server, total = config.server, config.budget.total_per_day
     open_to_all = not (config.clients or config.jwt or config.session)
     fix = "set ALLOWED_CLIENT_KEYS, or add a [clients.NAME], [jwt] or [session] block"
@@ -765,7 +765,7 @@ class ErrorBody(Struct, rename="camel"):
 
 
 def error_body(error: ProxyError, request_id: str, dialect: str) -> bytes:
-    """The error as the caller's dialect has it, "" being the browser's."""
+    """The error in the caller's dialect; "" is the browser's."""
     detail: dict[str, Any] = {"type": error.type, "message": error.message}
     match dialect:
         case "":
@@ -786,7 +786,7 @@ UPSTREAM_CODES = {
     504: (504, "upstream_timeout"), 529: (529, "upstream_overloaded"),
 }  # fmt: skip
 
-# What vendors call an error inside a stream, where no status comes with it.
+# The status that a vendor's error type in a stream, which has none, stands for.
 UPSTREAM_TYPES = {
     **{name: status for status, name in ERROR_TYPES.items()}, "invalid_request_error": 400,
     "rate_limit_exceeded": 429, "insufficient_quota": 429,
@@ -809,10 +809,10 @@ def redact(message: str, known: Iterable[str] = (), length: int = 500) -> str:
 
 
 class UpstreamError(ProxyError):
-    """The vendor failed us. `status` here is the vendor's, as is the `error` that it told of;
-    `sent` says whether it may bill the attempt; `wait` is its retry-after in seconds; `forbidden`
-    that what was asked may be at fault, or our key; `moved` that another key of ours may be taken
-    at once; `told` that the caller's SDK was sent the vendor's own event of it."""
+    """The vendor failed. The arguments `status` and `error` are the vendor's; `sent` says whether
+    it may bill the attempt; `wait` is its retry-after in seconds; `forbidden`, that the request or
+    our key may be at fault; `moved`, that another of our keys may be tried at once; `told`, that
+    the caller was sent the vendor's own error event."""
 
     def __init__(
         self, status: int, message: str, error: Map[str, Any] = {}, *, code: str = "",
@@ -890,8 +890,8 @@ class Sampling(Struct):
 
 
 class Measure(Struct):
-    """How much is asked: characters of text and tools, bytes but for the data of images, images,
-    those of them that are to be seen in their original size, and documents."""
+    """The size of a request: characters of text and tools, bytes without image data, images, how
+    many of those are to be read at original size, and documents."""
 
     characters: int
     size: int
@@ -901,10 +901,10 @@ class Measure(Struct):
 
 
 class Request(Sampling, kw_only=True, omit_defaults=True):
-    """What is asked of a model, whoever serves it. `thinking` None leaves it to the model. A
-    `native` body is sent as it is, in its `dialect`: `path` says where, if not where the dialect is
-    at home. `hosted` names the tools that run at the vendor, with how often each may be used (0: as
-    often as the model likes). `stream` is about the vendor's answer."""
+    """A request, whichever vendor serves it. `thinking` None leaves it to the model. A `native`
+    body is sent as it is, in its `dialect`, to `path` where that is not the dialect's own. `hosted`
+    lists the tools that run at the vendor, and how often each may be used (0: no limit). `stream`
+    is about the vendor's answer, not ours."""
 
     model: str
     max_tokens: int
@@ -926,16 +926,16 @@ class Request(Sampling, kw_only=True, omit_defaults=True):
     measured: Measure | None = None
 
     def said(self) -> Any:
-        """What a model reads of it, as JSON."""
+        """The part that the model reads, as JSON."""
         said = {"system": self.system, "tools": self.tools, "messages": self.messages}
         return self.native or msgspec.to_builtins(said | {"schema": self.output_format or ""})
 
     def forget(self) -> None:
-        """What was said: once it is answered, a long stream need not keep it."""
+        """Free the prompt: once the answer begins, nothing needs it."""
         self.messages, self.tools, self.native, self.system = [], [], None, ""
 
     def measure(self) -> Measure:
-        """Once, for it takes a while: limits, budgets and each attempt ask for it."""
+        """Cached: it is slow, and limits, budgets and each attempt need it."""
         if self.measured is None:
             said = self.said()
             conversation = [*blocks(said.get("messages") or said.get("input"))]
@@ -950,8 +950,8 @@ class Request(Sampling, kw_only=True, omit_defaults=True):
 
 
 class Usage(Struct):
-    """Tokens of one answer. `input_tokens` includes the cached ones, `cache_write_tokens` those
-    for an hour. `known` is False until the vendor has said the final figures."""
+    """Tokens of one answer. `input_tokens` includes the cached ones, `cache_write_tokens` those for
+    1 h. `known` is False until the vendor has sent the final figures."""
 
     input_tokens: int = 0
     output_tokens: int = 0
@@ -981,7 +981,7 @@ class Failure(Struct, tag=True):
 
 
 class Raw(Struct, tag=True):
-    """What the vendor sent, for a caller that speaks its dialect. The events in it follow it."""
+    """What the vendor sent, for a caller that speaks its dialect. Its decoded events follow."""
 
     data: bytes
 
@@ -1001,7 +1001,7 @@ MAX_TOKENS = ("max_tokens", "max_new_tokens", "max_output_tokens", "max_completi
 
 
 class Body(Sampling):
-    """A body of any family: what the proxy itself needs of it."""
+    """The fields that the proxy reads in a body of any dialect."""
 
     model: ModelName | None = None
     messages: list[Any] | None = None
@@ -1027,8 +1027,8 @@ class Body(Sampling):
     response_format: dict[str, Any] | None = None
 
 
-# What a browser's body does not have, what one that names a template does, and the values that ask
-# for nothing of what no other dialect than Chat has.
+# Fields that a browser's body does not have, fields of a body that names a template, and fields
+# that only Chat has, with the value that asks for nothing.
 CHAT_FIELDS = {"n", "stream_options", "reasoning_effort", "parallel_tool_calls", "response_format"}
 TEMPLATE_FIELDS = {"template", "variables", "stream"}
 CHAT_ONLY = {"n": 1, "functions": [], "function_call": "none", "logprobs": False, "audio": None}
@@ -1038,8 +1038,8 @@ def parse_body(
     raw: dict[str, Any], limits: Limits, dropped: list[str], default_model: str = "",
     templates: Map[str, Template] = {}, chat: bool = False,
 ) -> Request:  # fmt: skip
-    """Read a browser's body, or one of Chat for a vendor that speaks another dialect. What is not
-    known is dropped and reported. Raises BadRequest naming the field."""
+    """Read a browser's body, or one of Chat for a vendor that speaks another dialect. Unknown
+    fields are dropped and reported. Raises BadRequest naming the field."""
     for name, idle in CHAT_ONLY.items():
         if chat and raw.get(name, idle) not in (idle, None):
             raise BadRequest(f"{name}: cannot be asked of this model")
@@ -1070,20 +1070,20 @@ def lock_prompt(prompt: str, given: Any) -> Any:
 
 
 def report(lost: list[str], dropped: list[str]) -> None:
-    """Have the names of what is not passed on reported: not all of a million, nor what is a key."""
+    """Add the names of fields not passed on, for the caller: at most 100, and no secrets."""
     if (room := 100 - len(dropped)) > 0:
         new = dict.fromkeys(lost).keys() - {*dropped}
         dropped += [redact(name, length=50) for name in sorted(new)[:room]]
 
 
 def unknown(given: Map[str, Any], known: set[str]) -> list[str]:
-    """The names under which something else is said."""
+    """The names outside `known` that have a value."""
     return [name for name, value in given.items() if value and name not in known]
 
 
 def decode_body(body: bytes, limits: Limits) -> dict[str, Any]:
-    """Two bytes of JSON can make a hundred bytes of objects. Before each value stands one of these;
-    in a text they are characters, which are counted anyway, and in an image there are none."""
+    """Bounds the number of values first: 2 bytes of JSON can become 100 bytes of objects. Each
+    value follows a comma or bracket; those within texts count as characters anyway."""
     most = limits.max_characters + 100 * limits.max_messages
     if sum(map(body.count, (b",", b"[", b"{"))) > most:
         raise BadRequest(f"body (JSON): at most about {most} values are allowed")
@@ -1093,14 +1093,14 @@ def decode_body(body: bytes, limits: Limits) -> dict[str, Any]:
 
 # Whatever is not JSON, or of another type, raises one of these.
 NO_JSON = (msgspec.DecodeError, ValueError, RecursionError)
-decode_json = msgspec.json.Decoder().decode  # built once: this is the way of every token
-# Where a text was cut in the middle of a character; what is whole comes first, and is kept.
+decode_json = msgspec.json.Decoder().decode  # built once: it runs for every token
+# Half of a surrogate pair, to be replaced; group 1 is a whole pair, which is kept.
 HALF = re.compile(rb"(\\\\|\\u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w)|\\u[dD][89a-fA-F]\w\w")
 
 
 def read_json(data: bytes) -> Any:
-    """What a vendor wrote. Infinity and NaN are no JSON, but there; half a character, which JSON
-    must not hold, becomes U+FFFD."""
+    """Decode a vendor's JSON leniently: Infinity and NaN are accepted, and half of a surrogate pair
+    becomes U+FFFD."""
     try:
         return decode_json(data)
     except NO_JSON:
@@ -1120,7 +1120,7 @@ def convert_body(body: Any, kind: Any) -> Any:
         raise BadRequest(f"{where or 'body (JSON)'}: {message}") from None
 
 
-# What a tool is called with, and what describes it, is nobody's conversation.
+# Arguments and schemas of tools: no part of the conversation.
 OPAQUE = {
     "input", "arguments", "parameters", "input_schema", "schema", "parsed", "parsed_arguments",
 }  # fmt: skip
@@ -1130,7 +1130,7 @@ ESCAPED, WRITTEN = re.compile(r"\\(u[\da-fA-F]{4}|.)"), {"n": "\n", "r": "\r", "
 
 
 def readable(text: str) -> str:
-    """What a model reads in JSON: quotes, line breaks and other characters as they are."""
+    """JSON text with its escapes decoded, as a model reads it."""
 
     def read(found: re.Match[str]) -> str:
         named = WRITTEN.get(found[1], found[1])
@@ -1140,11 +1140,10 @@ def readable(text: str) -> str:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every text in a JSON value, but not the data of files; what a tool is called with, or takes,
-    is one. Those of a list of blocks come in one piece, as a model reads them: a denied text may be
-    cut in two. A token given by its number is as long as most. (No recursion: a body may be deep.)
-    """
-    todo = [(value, False)]  # and whether it stands in a list, whose texts come together
+    """Every text in a JSON value, without file data; a tool's arguments or schema is one text.
+    Texts of a list of blocks are joined, as a denied text may be split between blocks. A token
+    given by its number counts as 4 characters. (No recursion: a body may be deep.)"""
+    todo = [(value, False)]  # and whether it is in a list, whose texts are joined
     while todo:
         value, listed = todo.pop()
         if isinstance(value, str):
@@ -1191,7 +1190,7 @@ def image_data(block: dict[str, Any]) -> str | None:
 
 
 def without_data(block: dict[str, Any]) -> dict[str, Any]:
-    """A block without the data of the file that it is."""
+    """A block without its file data."""
     match block:
         case {"type": "document", "source": {"type": "base64"}}:
             return block | {"source": ""}
@@ -1203,19 +1202,19 @@ def without_data(block: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_texts(said: Any, limits: Limits) -> None:
-    """Is what the caller says short enough, and does it hold nothing denied?"""
+    """Raises BadRequest for too much text, or for a denied one."""
     texts = [*strings(said)]
     if (count := sum(map(len, texts))) > limits.max_characters:
         allowed = f"at most {limits.max_characters} are allowed"
         raise BadRequest(f"messages: {count} characters, {allowed}")
     text = "\n".join(texts) if limits.denied else ""
-    text = f"{text}\n{readable(text)}".casefold()  # what tools are called with is JSON
+    text = f"{text}\n{readable(text)}".casefold()  # tool arguments are JSON
     if any(denied.casefold() in text for denied in limits.denied):
         raise BadRequest("messages: hold a text that is not allowed here")
 
 
 def check_lists(raw: Map[str, Any], limits: Limits) -> None:
-    """What holds for a body of every family, before it is looked at closely."""
+    """Cheap checks of a body of any dialect, before it is parsed."""
     if limits.templates_only:
         raise BadRequest("template: only templates may be asked for, at /api")
     if (raw.get("tools") or raw.get("functions")) and not limits.allow_tools:
@@ -1224,7 +1223,7 @@ def check_lists(raw: Map[str, Any], limits: Limits) -> None:
     for key in ("messages", "input"):
         if sum(isinstance(item, dict) for item in lists.get(key, ())) > limits.max_messages:
             raise BadRequest(f"{key}: at most {limits.max_messages} messages are allowed")
-    # a body of a million empty blocks would keep everybody else waiting
+    # a body of a million empty blocks would block the event loop
     items = [item for value in lists.values() for item in value if isinstance(item, dict)]
     inner = [value for item in items for value in item.values() if isinstance(value, list)]
     if sum(map(len, (*lists.values(), *inner))) > 10 * limits.max_messages:
@@ -1232,7 +1231,7 @@ def check_lists(raw: Map[str, Any], limits: Limits) -> None:
 
 
 def read_length(given: Body, limits: Limits, dropped: list[str]) -> int:
-    """The lowest max_tokens. Of several names the last one goes up, and the others are dropped."""
+    """The lowest of the values given and the limit. All names but the last are dropped."""
     lengths: dict[str, int] = {n: v for n, v in asdict(given).items() if n in MAX_TOKENS and v}
     last = next(reversed(lengths), "")
     dropped += [n for n, tokens in lengths.items() if tokens > limits.max_tokens or n != last]
@@ -1293,8 +1292,8 @@ ITEM_KEYS = {"type", "role", "content", "refusal", "tool_calls", "tool_call_id"}
 def read_items(
     items: list[Any], key: str, dropped: list[str], relabelled: bool | None = None
 ) -> list[Message]:
-    """What `developer` says is the assistant's own where the browser's SDK has `relabelled` it: in
-    a history, after the first user's message (False) or from the beginning (True)."""
+    """The browser's SDK may have `relabelled` the assistant's turns as `developer`: not at all
+    (None), after the first user message (False), or from the start (True)."""
     messages = []
     for i, item in enumerate(items):
         where = f"{key}[{i}]"
@@ -1353,7 +1352,7 @@ THOUGHTS = ("thinking", "redacted_thinking", "reasoning")
 
 
 def read_block(block: Any, where: str, dropped: list[str]) -> list[Part]:
-    """The part that a block, a call or the result of one is; none where it cannot be passed on."""
+    """Convert a content block, tool call or tool result; empty if it cannot be passed on."""
     block = block if isinstance(block, dict) else {"type": "text", "text": block}
     if isinstance(function := block.get("function"), dict):  # Chat wraps its calls
         report(unknown(block, BLOCK_KEYS | {"function", "index"}), dropped)
@@ -1420,7 +1419,7 @@ def read_image(given: Any, where: str) -> Image:
             return read_image(f"data:{kind};base64,{data}", where)
         case str(url) | {"url": str(url)}:
             if found := re.fullmatch(r"data:(image/[\w.+-]+);base64,([A-Za-z0-9+/=\s]+)", url):
-                kind = found[1].lower().replace("/jpg", "/jpeg")  # as all but some take it
+                kind = found[1].lower().replace("/jpg", "/jpeg")  # which every vendor accepts
                 return Image({"type": "base64", "media_type": kind, "data": found[2]})
             if re.match(r"https?://", url):
                 return Image({"type": "url", "url": url})
@@ -1460,7 +1459,7 @@ def read_tool_choice(given: Any, tools: list[Tool]) -> str | dict[str, str]:
 
 
 def calls(message: Message, results: list[ToolResult]) -> bool:
-    """Does it make one of the calls that these are the results of?"""
+    """Does it make a call that one of the results answers?"""
     ids = {result.id for result in results}
     return any(isinstance(part, ToolUse) and part.id in ids for part in message.content)
 
@@ -1493,12 +1492,12 @@ def join_messages(messages: list[Message]) -> tuple[str, list[Message]]:
 
 
 # ---- Templates ---------------------------------------------------------------------------------
-# Requests that the server's owner has written. A page names one and says what goes into its slots;
-# that is put in as plain text, once: what it holds is never looked at again.
+# Requests that the server's owner has written. A page names one and gives the values of its slots,
+# which are inserted as plain text, once: slots within a value are not filled.
 
 
 def read_template(given: Body, templates: Map[str, Template]) -> tuple[Request, list[str]]:
-    """The request, and what of it the page says. Slots beside each other say one thing."""
+    """The request, and the texts in it that the page chose. Adjacent slots make one text."""
     if (template := templates.get(given.template or "")) is None:
         known = ", ".join(templates) or "none"
         raise BadRequest(f"template: is not configured; there are: {known}")
@@ -1513,7 +1512,7 @@ def read_template(given: Body, templates: Map[str, Template]) -> tuple[Request, 
 
     if not (prompt := fill(template.prompt)).strip():
         raise BadRequest("variables: leave nothing to ask")
-    # the last slot of the one is not beside the first of the other
+    # \0 separates the last slot of the one from the first of the other
     said = [fill(found[0]) for found in SLOTS.finditer(f"{template.prompt}\0{template.system}")]
     request = Request(
         model=template.model,
@@ -1575,13 +1574,13 @@ NATIVE_BLOCKS = {
     "delete_file apply_patch_call_output",
     "chat": "text image_url refusal function custom file ephemeral url_citation thinking",
 }
-# Betas that clients ask for unbidden, and that change neither the price nor what is kept.
+# Betas that SDKs send by default, and that change neither the price nor what is stored.
 PLAIN_BETAS = {
     "structured-outputs-2025-11-13", "fine-grained-tool-streaming-2025-05-14", "pdfs-2024-09-25",
     "token-counting-2024-11-01", "mid-conversation-system-2026-04-07",
     "advanced-tool-use-2025-11-20", "prompt-caching-2024-07-31",
 }  # fmt: skip
-# Values that mean no more than what is done without the field.
+# Values that mean the same as leaving the field out.
 PLAIN_VALUES = {
     "service_tier": ("default", "standard_only"), "modalities": (["text"],),
     "prompt_cache_retention": ("in_memory",),
@@ -1604,7 +1603,7 @@ def parse_native(
         if raw[name] not in PLAIN_VALUES.get(name, ()):
             wrong = f"{redact(name, length=50)}: is not passed on by this proxy; {ALLOW}"
             error = BadRequest(wrong)
-            if name == "thread":  # an SDK's tool runner that is told so goes on without one
+            if name == "thread":  # on this error an SDK's tool runner goes on without one
                 error.details = {"error_code": "thread_unsupported_request", "unsupported": [name]}
             raise error
     check_lists(raw, limits)
@@ -1625,7 +1624,7 @@ def parse_native(
             if name not in allowed:
                 name = redact(name, length=50)
                 raise BadRequest(f"tools[{i}].type: {name!r} runs at the vendor; {ALLOW}")
-            # the vendor's own way of saying it: it ignores another's, and too little would be held
+            # only this dialect's field: the vendor ignores others, and the hold would be too low
             uses = raw.get("max_tool_calls") if kind == "responses" else tool.get("max_uses")
             hosted.append((name, max(0, uses) if isinstance(uses, int) else 0))
             if hosted[-1][1] > 1000:
@@ -1646,7 +1645,7 @@ def parse_native(
 
 
 def passed_headers(headers: Headers, dialect: str, allowed: Iterable[str]) -> dict[str, str]:
-    """What goes up to the vendor of the caller's headers. Raises BadRequest."""
+    """The caller's headers that go to the vendor. Raises BadRequest."""
     names = ("anthropic-version", "anthropic-beta") if dialect == "messages" else ()
     for beta in split_list(headers.get("anthropic-beta", "")):
         if beta not in PLAIN_BETAS and beta not in allowed:
@@ -1655,7 +1654,7 @@ def passed_headers(headers: Headers, dialect: str, allowed: Iterable[str]) -> di
 
 
 def is_kept(block: dict[str, Any]) -> bool:
-    """Does the vendor keep or fetch what it names, or is it sound, which has a price of its own?"""
+    """Does it refer to what the vendor stores or fetches, or hold audio (priced apart)?"""
     match {name: value for name, value in block.items() if value is not None}:
         case (
             {"file_id": _} | {"file_url": _} | {"type": "document", "source": {"type": "url"}}
@@ -1663,8 +1662,8 @@ def is_kept(block: dict[str, Any]) -> bool:
         ):  # fmt: skip
             return True
         case {"image_url": _} | {"input_audio": _} | {"video_url": _} if "type" not in block:
-            return True  # which some vendors take for what it looks like
-        case {"id": _}:  # where Responses is told neither type nor role, it looks the id up
+            return True  # some vendors infer the missing type
+        case {"id": _}:  # without type and role, Responses looks the id up
             return not any(block.get(key) for key in ("type", "role", "function"))
     return False
 
@@ -1673,7 +1672,7 @@ ROLES = (None, "user", "assistant", "system", "developer", "tool", "function")
 
 
 def check_conversation(raw: Map[str, Any], key: str, limits: Limits, known: set[str]) -> None:
-    """Is it made of what is known, and does the system say nothing where it must not?"""
+    """Raises BadRequest for unknown types or roles, or a system prompt not allowed."""
     system = bool(raw.get("system") or raw.get("instructions"))
     for i, item in enumerate(raw[key] if isinstance(raw[key], list) else ()):
         for block in blocks(item):
