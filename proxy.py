@@ -1726,9 +1726,9 @@ def read_headers(scope: Scope) -> Headers:
 
 
 class KeySet:
-    """The public keys of an issuer, by their ids. They are fetched when they are ten minutes old or
-    a token names another, but not twice in 30 s, whatever tokens name; while the issuer is away the
-    old ones serve on."""
+    """The public keys of an issuer, by their ids. Fetched again when ten minutes old, or when a
+    token names an unknown one, but at most every 30 s; while the issuer is down the old ones stay
+    in use."""
 
     fresh, pause, patience = 600.0, 30.0, 5.0  # seconds
 
@@ -1744,7 +1744,7 @@ class KeySet:
 
     async def find(self, key_id: str | None, http: httpx.AsyncClient) -> Any:
         if key_id not in self.keys or self.due(key_id):
-            async with self.lock:  # whoever started before us may bring it
+            async with self.lock:  # another task may have fetched it by then
                 if self.due(key_id):
                     self.tried = time.monotonic()
                     await self.fetch(http)
@@ -1773,7 +1773,7 @@ def read_token(headers: Headers) -> str:
 
 
 def from_origins(headers: Headers) -> tuple[str, ...]:
-    """The page's origin, as far as a browser tells it: not where a GET stays at home."""
+    """The origins that the page may have: browsers send none with a same-origin GET."""
     if "origin" in headers or headers.get("sec-fetch-site") != "same-origin":
         return (headers.get("origin", ""),)
     return tuple(f"{scheme}://{headers.get('host', '')}" for scheme in ("http", "https"))
@@ -1799,7 +1799,7 @@ class Clients:
         given = config.server.trusted_proxies
         self.proxies = given if given is not None else next(iter(added), 0)
         self.keys = [(key.key_sha256, self.of_key(n, key)) for n, key in config.clients.items()]
-        # derived, so that a token of ours is never one of the app's, whatever secret it has
+        # derived, so that no token of the app's passes for ours, even with the same secret
         secret = f"session {config.session.secret}" if config.session else ""
         self.session_key = hashlib.sha256(secret.encode()).digest()
         if config.jwt or config.session:
@@ -1845,7 +1845,7 @@ class Clients:
         return Client(id, **{"limits": self.config.limits} | caps | more)
 
     def kinds(self) -> list[Client]:
-        """One client of each kind that there may be."""
+        """A sample of each kind of client."""
         session = self.config.session
         more = {"session": "any", "per_session": session.budget} if session else {}
         kind = "ip:" if session or not self.closed else "key:"
@@ -1933,7 +1933,7 @@ def network(address: str) -> str:
 
 
 def read_claims(token: str, key: Any, algorithms: list[str], **expected: Any) -> dict[str, Any]:
-    """What a token says that is good now, and nothing for any other."""
+    """The claims of a valid token; none for any other."""
     import jwt
 
     options: Any = {"require": ["exp"], "verify_aud": bool(expected.get("audience"))}
@@ -1944,7 +1944,7 @@ def read_claims(token: str, key: Any, algorithms: list[str], **expected: Any) ->
 
 def read_claim(claims: dict[str, Any], name: str) -> str | None:
     """A claim by its name, or by a path such as app_metadata.team; "" where there is none, and None
-    where it cannot be a name: nobody gets out of a group by an odd one."""
+    where it is unusable: an odd value must not remove anyone from a group."""
     value: Any = claims if name else None
     for key in (name,) if name in claims else name.split("."):
         value = value.get(key) if isinstance(value, dict) else None
@@ -2045,8 +2045,8 @@ def read_ledger(path: Path, since: float, by: str, client: str = "") -> list[Tot
 
 
 def read_spending(database: sqlite3.Connection, now: float) -> dict[tuple[str, str], Decimal]:
-    """USD by scope and window, today's and this month's. What is still open was cut off with the
-    process, and may have cost all that was held for it."""
+    """USD by scope and window, today's and this month's. A row still open belongs to a process that
+    died, and counts as all that was held for it."""
     today = time.strftime("%Y-%m-%d", time.gmtime(now))
     query = """
         SELECT strftime('%Y-%m-%d', time, 'unixepoch') AS day, client, "group", session,
@@ -2071,8 +2071,8 @@ def read_spending(database: sqlite3.Connection, now: float) -> dict[tuple[str, s
 
 
 def lock_ledger(path: Path) -> sqlite3.Connection:
-    """What is spent is counted in one process's memory: two on one file would spend it twice. The
-    lock is held until what is returned is closed, or the process ends."""
+    """Spending is counted in one process's memory: two on one file would spend a budget twice. The
+    lock lasts until the returned connection is closed, or the process ends."""
     try:
         lock = sqlite3.connect(f"{path}.lock", timeout=0, check_same_thread=False)
         lock.execute("BEGIN EXCLUSIVE")
@@ -2095,14 +2095,14 @@ def open_ledger(path: Path | None) -> sqlite3.Connection:
 
 class Ledger:
     """Without a path the rows live only as long as the process. Where Redis counts what is spent,
-    several processes may write to one file, and it holds what Redis has not heard of yet."""
+    several processes may write to one file, and it keeps what Redis has not received."""
 
     def __init__(self, table: LedgerTable, clock: Callable[[], float], shared: bool) -> None:
         self.path = path = Path(__file__).parent / table.path if table.path else None
         self.keep, self.clock = table.keep, clock
         self.healthy, self.away = True, False
         self.rows: list[tuple[Any, ...]] = []
-        self.unwritten = self.rows  # what could not be, and is tried again with the next
+        self.unwritten = self.rows  # of a failed commit, retried with the next one
         self.thread, self.turn = ThreadPoolExecutor(1), asyncio.Lock()
         self.database = open_ledger(path)
         self.lock = lock_ledger(path) if path and not shared else io.BytesIO()
@@ -2115,7 +2115,7 @@ class Ledger:
         return asyncio.shield(self.group)
 
     async def write(self) -> None:
-        await asyncio.sleep(0)  # those that end together are one commit, as are those that wait
+        await asyncio.sleep(0)  # those that end in one tick share a commit, as do those that wait
         async with self.turn:
             self.unwritten, self.rows = self.unwritten + self.rows, []
             old = self.clock() - self.keep
@@ -2124,12 +2124,12 @@ class Ledger:
             self.unwritten = self.unwritten[-10_000:] if self.away else []
 
     async def put_off(self, id: str, message: bytes, row: bytes) -> None:
-        """Keep what Redis is to be told later."""
+        """Keep a settlement to deliver to Redis later."""
         insert = "INSERT OR REPLACE INTO put_off VALUES (?, ?, ?)"
         await self.run((insert, [(id, message, row)]))
 
     async def due(self) -> list[tuple[str, bytes, bytes]]:
-        """Some of what was put off."""
+        """Some of the settlements put off."""
         query = "SELECT * FROM put_off LIMIT 200"
         read = self.thread.submit(lambda: self.database.execute(query).fetchall())
         return await asyncio.wrap_future(read)
@@ -2160,10 +2160,10 @@ class Ledger:
 
 
 # ---- Stores ------------------------------------------------------------------------------------
-# What all workers and replicas must agree on: rates, places, money, answers. One Store has all of
-# it, so that a request asks once before it may cost something and tells once what it came to.
-# MemoryStore serves one process, RedisStore any number of them. After them: waiting in line for a
-# place, and who is told when money runs out.
+# State that all workers and replicas share: rates, concurrency places, money, cached answers. One
+# Store has it all, so that a request needs one call before it may cost something, and one when it
+# ends. MemoryStore serves one process, RedisStore any number of them. Then: the queue for a
+# provider's places, and the webhook that reports budgets running out.
 
 
 class Cap(Struct, frozen=True):
@@ -2179,7 +2179,7 @@ class Cap(Struct, frozen=True):
         return f"{self.limit:f} USD for {whose} in {self.window}"
 
     def resets(self) -> str | None:
-        """When it begins anew. A session's ends with the session."""
+        """When it resets; None for a session's, which does not."""
         if self.scope.startswith("session "):
             return None
         start = datetime.date.fromisoformat(f"{self.window}-01"[:10])
@@ -2190,7 +2190,7 @@ class Cap(Struct, frozen=True):
 def client_caps(client: Client, table: BudgetTable, now: float) -> list[Cap]:
     """Every cap that holds for what `client` spends at `now`, in seconds since 1970."""
     today, month = (time.strftime(form, time.gmtime(now)) for form in ("%Y-%m-%d", "%Y-%m"))
-    # a session over midnight has one budget, and so the day it began
+    # a session over midnight keeps the budget of the day it began
     began = time.strftime("%Y-%m-%d", time.gmtime(client.since or now))
     whose, group = f"client {client.id}", f"group {client.group}"
     caps = [
@@ -2213,12 +2213,12 @@ class BudgetExceeded(ProxyError):
 
 
 class Ask(Struct):
-    """What a request wants before it may begin: `requests` and `tokens` of the client's rates, one
-    of its places, between `least` and `most` USD of every cap, the answer that the cache may have
-    under `key`, and one of `places` at `provider`. It is asked `again` where another replica was
-    fetching the same answer: then the rates and the place of the client are taken already. Without
-    an `id` it wants nothing but the rates. `rests` names what may be resting, and `row` is the
-    request's should this process die."""
+    """What a request needs before it may begin: `requests` and `tokens` of the client's rates, one
+    of its places, between `least` and `most` USD of every cap, the cached answer under `key`, or
+    one of `places` at `provider`. `again` means that it has waited for another replica to fetch the
+    same answer: the rates and the client's place are taken already. Without an `id` it needs only
+    the rates. `rests` names the cooldowns to look up; `row` is its ledger row should this process
+    die."""
 
     id: str
     client: str
@@ -2237,10 +2237,10 @@ class Ask(Struct):
 
 
 class Admission(Struct):
-    """What was given: what is left of the client's rates, or the one that is used up (`refused`)
-    and for how many seconds; the USD held; the cached answer, or whether another replica is about
-    to have it (`pending`); whether it has a place at the provider; for how long what is rests.
-    Where a cap was `exceeded`, only the request is taken from the rates."""
+    """The reply to an Ask: what is left of the client's rates, or which one is used up (`refused`)
+    and the seconds to `wait`; the USD held; the cached answer, or whether another replica is
+    fetching it (`pending`); whether it has a place at the provider; the seconds left of each
+    cooldown. Where a cap was `exceeded`, no tokens are taken from the rates."""
 
     requests: float = 0.0
     tokens: float = 0.0
@@ -2255,8 +2255,8 @@ class Admission(Struct):
 
 
 class Settlement(Struct):
-    """What a request came to: its cost, and the tokens it did not use. `row` is the ledger's, for
-    all replicas to read, b"" where it has none."""
+    """How a request ended: its cost, and the tokens it did not use. `row` is its ledger row, for
+    all replicas to read, b"" for none."""
 
     id: str
     client: str
@@ -2272,31 +2272,31 @@ class Store(Protocol):
     pause: float  # seconds from one look for a free place to the next
 
     async def admit(self, ask: Ask) -> Admission:
-        """Give a request all that it asks for, or say what it lacks."""
+        """Give a request all that it asks for, or say what it lacks: see Admission."""
 
     async def hold(self, id: str, caps: list[Cap], least: Decimal, most: Decimal) -> Decimal:
-        """Set aside `most` USD, or what every cap has left of it, beside what `id` holds, and
-        return how much. Raises BudgetExceeded where that is below `least`."""
+        """Hold `most` USD, or less where a cap has less left, on top of what `id` already holds,
+        and return how much. Raises BudgetExceeded where that is below `least`."""
 
     async def settle(self, end: Settlement) -> None:
-        """Put the true cost in the place of what was held, and give the rest back, and the place
-        at a provider. Once: the second time does nothing."""
+        """Replace what was held by the true cost, and free the place at a provider. Idempotent: the
+        second time does nothing."""
 
     async def spent(self, caps: list[Cap]) -> list[Decimal]:
-        """USD that count against each of the caps, held ones included."""
+        """USD spent or held under each of the caps."""
 
     def put(self, key: str, answer: bytes) -> None:
-        """Keep a finished answer, for as long as the cache does."""
+        """Cache a finished answer."""
 
     async def enter(self, id: str, provider: str, places: int, waiting: bool) -> bool:
         """Take one of a provider's places for a request, if one is free and nobody else waits for
         it. A request has one place at a time."""
 
     async def leave(self, id: str, provider: str) -> None:
-        """Give it back before the end, if the request has it."""
+        """Free it before the request ends, if it has one."""
 
     def rest(self, name: str, seconds: float) -> None:
-        """Let all who ask know that a vendor, or a key of ours, is not to be used for a while."""
+        """Start the cooldown of a vendor, or of a key of ours, for all replicas."""
 
     async def once(self, token: str, seconds: float) -> bool:
         """Is it the first time that a token is shown? `seconds` 0 forgets it."""
@@ -2317,7 +2317,7 @@ class Bucket(Struct):
 
 
 class Spending(Struct):
-    """USD of one scope in one window; `told` says whether its end was told of."""
+    """USD of one scope in one window; `told` says whether reaching the cap was reported."""
 
     settled: Decimal = Decimal(0)
     held: Decimal = Decimal(0)
@@ -2325,14 +2325,13 @@ class Spending(Struct):
 
 
 class MemoryStore:
-    """For one process, or for one of `share` that cannot ask each other: it has so small a part of
-    all rates, places and caps. Its spending starts from `settled`, what the ledger remembers by
-    scope and window. `tell` hears of each cap once when 80 % of it are spent, and once when it is
-    at its end. Of clients it remembers those seen last; one it has forgotten has full buckets
-    again."""
+    """For one process, or for each of `share` that cannot reach Redis: then it enforces 1/`share`
+    of all rates, places and caps. Spending starts from `settled`, the ledger's sums by scope and
+    window. `tell` is called for each cap once at 80 % and once at 100 % spent. Only the most recent
+    clients have buckets; one that was evicted starts with full ones."""
 
     offset, pause = 0.0, 0.005
-    scopes = 50_000  # that a window remembers the spending of
+    scopes = 50_000  # per window, at most
 
     def __init__(
         self,
@@ -2376,7 +2375,7 @@ class MemoryStore:
         requests, tokens = self.rates(ask.client, ask.limits)
         kinds = ("requests", requests, ask.requests), ("tokens", tokens, ask.tokens)
         for kind, bucket, wanted in kinds:
-            if (lack := min(wanted, bucket.burst) - bucket.level) > 0:  # a share may hold less
+            if (lack := min(wanted, bucket.burst) - bucket.level) > 0:  # which a share may lower
                 wait = lack * 60 / bucket.rate
                 return Admission(requests.level, tokens.level, kind, wait)  # type: ignore[arg-type]
         requests.level -= ask.requests
@@ -2412,14 +2411,14 @@ class MemoryStore:
             window.setdefault(cap.scope, Spending()).held += granted
             if len(window) > self.scopes:
                 self.forget(window)
-            # requests that began in the one before may still come: older ones are forgotten
+            # requests that began in the previous window may still settle; older ones are dropped
             alike = sorted(name for name in self.windows if len(name) == len(cap.window))
             for past in alike[:-2]:
                 del self.windows[past]
         return granted
 
     def forget(self, window: dict[str, Spending]) -> None:
-        """Those who have spent least begin anew: what they spent stays spent for all."""
+        """Evict the scopes that spent least. What they spent still counts in `all`."""
         idle = [name for name in window if name != "all" and not window[name].held]
         for name in sorted(idle, key=lambda name: window[name].settled)[: self.scopes // 2]:
             del window[name]
@@ -2456,7 +2455,7 @@ class MemoryStore:
             del self.taken[id]
 
     def rest(self, name: str, seconds: float) -> None:
-        """Nobody else needs to know."""
+        """There is no other process to tell."""
 
     async def once(self, token: str, seconds: float) -> bool:
         first = not self.shown.pop(known := sha256(token), False)
@@ -2465,21 +2464,21 @@ class MemoryStore:
         return first
 
 
-# All that is done in Redis, each step at once and by Redis's clock. Every key begins with KEYS[1],
-# whose hash tag puts them in one slot of a Cluster, and expires. What a request has (places, what
-# it holds, the lock of an answer) it has while it is in `open`, where its score is the end of its
-# lease; its process renews that with every `beat`. Money is in billionths of a USD: whole numbers,
-# which stay exact (but minus nothing is -0, which Redis takes for none).
-# close: what a request cost comes in the place of what it held, or of what it was charged when it
-# seemed dead. Where nobody knows its cost, that is all it held, until its own end is heard of.
-# settle: what has no row cost nothing; only an admit that is still on its way must not come after.
-# put: the cache is bounded here, because what Redis would evict by itself could be money.
+# Everything that is done in Redis, each step atomic and by Redis's clock. Every key begins with
+# KEYS[1], whose hash tag puts them in one slot of a Cluster, and expires. What a request has
+# (places, its hold, the lock of an answer) it has while its id is in `open`, scored by the end of
+# its lease, which its process renews with every `beat`. Money is in billionths of a USD: integers,
+# which stay exact (but in Lua `-x` of 0 is -0, which Redis rejects: hence `0 - held`).
+# close: replaces the hold, or the charge made when the request seemed dead, by the true cost. An
+# unknown cost counts as all that was held, until the request itself is settled.
+# settle: what has no row cost nothing; then `ended` only outlives an admit still on its way.
+# put: the cache is bounded here, because what Redis evicts by itself could be money.
 SCRIPT = """
 local time = redis.call('TIME')
 local now, day, run = time[1] + time[2] / 1000000, 86400, {}
 local function num(value) return tonumber(value) or 0 end
 local function call(command, key, ...) return redis.call(command, KEYS[1] .. key, ...) end
-local function write(seconds, command, key, ...) -- nothing is kept for good
+local function write(seconds, command, key, ...) -- every key expires
   local result = call(command, key, ...)
   call('EXPIRE', key, math.ceil(seconds))
   return result
@@ -2561,7 +2560,7 @@ function run.enter(id, provider, places, waiting)
   if ended(id) then return 0 end
   if call('SCARD', places_of) < tonumber(places) and
      (waiting == '1' or call('EXISTS', wanted) == 0) then
-    free(id) -- where it is known only later that it has left another
+    free(id) -- its leave of another may come later
     write(40 * day, 'SADD', places_of, id)
     give(id, 'place', provider)
     return 1
@@ -2582,7 +2581,7 @@ function run.admit(text, row)
   local requests = math.min(ask.burst, (tonumber(level[1]) or ask.burst) + minutes * ask.rate)
   local tokens = math.min(ask.tpm, (tonumber(level[2]) or ask.tpm) + minutes * ask.tpm)
   given.requests, given.tokens = requests, tokens
-  if ended(ask.id) then given.refused = 'busy' -- it comes late
+  if ended(ask.id) then given.refused = 'busy' -- after its settle
   elseif not ask.again then
     local wanted = ask.id ~= '' -- else it takes no place
     if wanted and call('ZCARD', 'open') >= ask.total then given.refused = 'busy'
@@ -2630,11 +2629,11 @@ function run.settle(text, row)
   local seconds = row == '' and 60 or 3600
   if not call('SET', 'ended:' .. done.id, 1, 'NX', 'EX', seconds) then return '{}' end
   if call('HEXISTS', open, 'client') == 1 and done.unused ~= 0 then
-    if call('HSETNX', rate, 'tokens', done.tpm) == 1 then -- it was full, and so forgotten
+    if call('HSETNX', rate, 'tokens', done.tpm) == 1 then -- it was full, and so expired
       write(3600, 'HSET', rate, 'time', now)
     end
     local level = tonumber(call('HINCRBYFLOAT', rate, 'tokens', done.unused))
-    local full = math.ceil((1 - level / done.tpm) * 60) + 60 -- a debt is not forgotten
+    local full = math.ceil((1 - level / done.tpm) * 60) + 60 -- a debt must not expire
     if call('TTL', rate) < full then call('EXPIRE', rate, full) end
   end
   local charged, lock = call('HGET', open, 'charged'), call('HGET', open, 'lock')
@@ -2653,7 +2652,7 @@ end
 
 function run.beat(ids, lease)
   for _, id in ipairs(cjson.decode(ids)) do call('ZADD', 'open', 'XX', now + lease, id) end
-  if now - num(call('GET', 'alive')) > LEASE / 2 then -- it was Redis that nobody heard of
+  if now - num(call('GET', 'alive')) > LEASE / 2 then -- Redis was down, not the processes
     call('SET', 'spared', 1, 'PX', math.ceil(LEASE * 1000))
   end
   local told, most = {}, call('EXISTS', 'spared') == 1 and 0 or 500
@@ -2720,12 +2719,12 @@ class StoreAway(ProxyError):
 
 
 class Link:
-    """This process's way to Redis. What is asked for in the same moment goes in one pipeline and
-    comes back in one round trip. While Redis is away nobody waits for it: `up` is True only once a
-    sign of life has got through."""
+    """This process's connection to Redis. Calls made in the same tick share a pipeline, and so a
+    round trip. While Redis is down they fail at once: `up` is True only after a heartbeat has
+    succeeded."""
 
-    patience, step = 11, 0.02  # steps that an answer may take, and seconds of each
-    up: bool | None = None  # False: the log says that it is away; None: nobody has asked yet
+    patience, step = 11, 0.02  # an answer's timeout in steps, seconds of a step
+    up: bool | None = None  # False: it is down, and that is logged; None: not tried yet
     sender: asyncio.Task[None] | None = None
 
     def __init__(self, config: Config) -> None:
@@ -2759,7 +2758,7 @@ class Link:
         try:
             while self.queue:
                 self.batch, self.queue = self.queue, []
-                earlier, steps = steps, 0  # they may have waited as long for those before them
+                earlier, steps = steps, 0  # the batch may have waited that long for the one before
                 most = self.patience if self.up else 100
                 work = asyncio.create_task(self.execute(self.batch))
                 try:  # a process that is too busy to read the answer counts fewer steps
@@ -2777,7 +2776,7 @@ class Link:
     async def execute(self, batch: list[tuple[tuple[Any, ...], asyncio.Future[Any]]]) -> None:
         from redis.exceptions import MovedError, NoScriptError
 
-        if not self.up:  # by now another server may have its name
+        if not self.up:  # its name may now lead to another server
             await self.redis.aclose()
         pipeline = self.redis.pipeline(transaction=False)
         for args, _ in batch:
@@ -2794,7 +2793,7 @@ class Link:
                 answer.set_result(reply)
 
     def fall(self, reason: str) -> None:
-        """Nobody waits any longer, and nobody new until Redis is back."""
+        """Fail all pending calls, and new ones until Redis is back."""
         if self.up is not False:
             LOG.error("redis is away: %s", reason)
         for _, answer in self.batch + self.queue:
@@ -2806,7 +2805,7 @@ class Link:
 
 
 def connect_redis(url: str, cluster: bool = False) -> Any:
-    """A client that asks once: whoever waits would rather know. Raises ConfigError."""
+    """A client without retries: callers want to fail fast. Raises ConfigError."""
     redis = load_optional("redis.url", "redis", "redis.asyncio")
     kind = redis.RedisCluster if cluster else redis.Redis
     times = {"socket_connect_timeout": 2, "socket_timeout": 5}
@@ -2835,12 +2834,12 @@ def from_redis(cap: dict[str, Any]) -> Cap:
 
 
 class RedisStore:
-    """For any number of processes. While Redis is away, each has its share of the rates by itself
-    and, only where the config says so, of the budgets; what was settled meanwhile is put off into
-    the ledger, and told to Redis when it is back. Who was admitted alone stays alone."""
+    """For any number of processes. While Redis is down, each enforces its share of the rates and,
+    if so configured, of the budgets in memory; settlements are put off into the ledger, and
+    delivered when Redis is back. A request admitted in memory stays there."""
 
     offset, pause, evicts = 0.0, 0.05, False
-    largest = 2**20  # bytes of an answer: a larger one would keep all others waiting
+    largest = 2**20  # bytes of an answer: a larger one would delay all others
 
     def __init__(self, config: Config, tell: Callable[[Cap, int], None], ledger: Ledger) -> None:
         self.table, self.tell, self.ledger = config.redis, tell, ledger
@@ -2855,7 +2854,7 @@ class RedisStore:
         self.post(self.live())
 
     def post(self, work: Awaitable[Any]) -> None:
-        """Do it beside whatever is done now. What Redis misses of it, it does without."""
+        """Run it in the background. While Redis is down it is lost."""
 
         async def quietly() -> None:
             with contextlib.suppress(StoreAway):
@@ -2866,18 +2865,18 @@ class RedisStore:
         task.add_done_callback(self.tasks.discard)
 
     async def live(self) -> None:
-        """Show signs of life, and deliver what was put off, until cancelled."""
+        """Send heartbeats, and deliver what was put off, until cancelled."""
         while True:
             await asyncio.sleep(min(1, self.table.lease / 4) if self.link.up else 0.25)
             await self.beat(self.table.lease)
-            with contextlib.suppress(StoreAway, sqlite3.Error):  # a sign of life matters more
+            with contextlib.suppress(StoreAway, sqlite3.Error):  # heartbeats matter more
                 while self.link.up and (due := await self.ledger.due()):
                     await asyncio.gather(*(self.deliver(message, row) for _, message, row in due))
                     await self.ledger.delivered(id for id, _, _ in due)
                     await self.beat(self.table.lease)  # there may be many of them
 
     async def beat(self, lease: float) -> None:
-        """Have Redis wait so many seconds for the end of what runs here."""
+        """Renew the leases of all requests running here, in seconds."""
         link, ids = self.link, msgspec.json.encode(self.asked)
         try:
             seconds, micros, policy, told = await link.run("beat", ids, lease)
@@ -2900,7 +2899,7 @@ class RedisStore:
             self.tell(from_redis(cap), percent)
 
     async def close(self) -> None:
-        """Leave nothing for others to wait for."""
+        """End the leases, so that nobody waits for them."""
         if self.link.up:
             await self.beat(0)
         for task in self.tasks:
@@ -2915,7 +2914,7 @@ class RedisStore:
         return table.limits_when_away == "closed" or (capped and table.budget_when_away == "closed")
 
     def serving(self, capped: bool) -> bool:
-        """Is nobody refused for want of Redis? `capped` says whether there are budgets."""
+        """Can requests be admitted? `capped` says whether there are budgets."""
         return self.is_there(capped) or not self.is_needed(capped)
 
     async def admit(self, ask: Ask) -> Admission:
@@ -2941,7 +2940,7 @@ class RedisStore:
             return await self.local.admit(ask)
         given = msgspec.json.decode(said, type=Admission)
         given.answer = answer
-        if given.placed:  # it counts here, too, should Redis go away
+        if given.placed:  # also counted here, should Redis go down
             self.local.taken[ask.id] = ask.provider
         try:
             given.held = self.granted(held)
@@ -2978,11 +2977,11 @@ class RedisStore:
             "unused": 0 if alone else end.unused, "usd": billionths(end.usd),
             "caps": to_redis(end.caps), "day": self.today(),
         })  # fmt: skip
-        await asyncio.sleep(0)  # after the answer that was put just now, which others look for
+        await asyncio.sleep(0)  # so that the answer just put is sent first: others look for it
         try:
             await self.deliver(message, end.row)
         except StoreAway:
-            if asked or end.usd or end.row:  # a flood of what Redis never heard of fills no disk
+            if asked or end.usd or end.row:  # else a flood of rejected requests fills the disk
                 await self.ledger.put_off(end.id, message, end.row)
 
     async def deliver(self, message: bytes, row: bytes) -> None:
@@ -3028,8 +3027,8 @@ class RedisStore:
 
 
 class Line:
-    """Those who wait for a place at a provider. Clients take turns, so that one with a hundred
-    requests waits behind itself and not in front of the others."""
+    """The queue for places at a provider. Clients take turns, so that one with a hundred requests
+    delays itself and not the others."""
 
     calling: asyncio.Task[None] | None = None
     closed = False
@@ -3061,7 +3060,7 @@ class Line:
                 await turn
         except BaseException as error:
             self.drop(client, id)
-            await self.store.leave(id, self.name)  # its turn may have come in the very moment
+            await self.store.leave(id, self.name)  # it may have got the place in this very moment
             if not isinstance(error, TimeoutError):
                 raise
             message = f"no place at {self.name} came free in time; try again"
@@ -3078,7 +3077,7 @@ class Line:
             while self.turns:
                 client = next(iter(self.turns))
                 id, turn = next(iter(self.turns[client].items()))
-                if turn.done():  # it leaves
+                if turn.done():  # it has left
                     self.drop(client, id)
                 elif not await self.store.enter(id, self.name, self.places, True):
                     await asyncio.sleep(self.store.pause)
@@ -3092,7 +3091,7 @@ class Line:
             self.calling = None
 
     def close(self) -> None:
-        """Nobody waits where the server stops: all places may be taken for as long as it runs."""
+        """Fail all who wait: when the server stops, no place may come free in time."""
         self.closed = True
         for turn in itertools.chain(*(waiting.values() for waiting in self.turns.values())):
             if not turn.done():
@@ -3100,8 +3099,8 @@ class Line:
 
 
 class Webhook:
-    """Tells `budget.webhook` of the caps that come to their end, signed as standardwebhooks.com has
-    it. It keeps no request waiting: what it cannot deliver in a minute is only in the log."""
+    """Reports caps (nearly) used up to `budget.webhook`, signed as standardwebhooks.com has it. It
+    delays no request: what it cannot deliver in a minute is only in the log."""
 
     def __init__(self, url: str, secret: str) -> None:
         self.url, self.secret = url, secret.encode()
@@ -3141,11 +3140,10 @@ class Webhook:
 
 
 class Account(Struct):
-    """What one upstream call came to, over all its attempts. `produced` counts the bytes of text
-    the vendor sent, `bound` the most tokens its input can be billed as, `lost` the USD of
-    attempts that failed after they may have cost something; `hidden` is thinking nobody saw,
-    and `hour` a cache that is to last one. `batches` is the answer itself, where others may want it
-    too."""
+    """What one upstream call used, over all its attempts: `produced`, the bytes of text the vendor
+    sent; `bound`, the most tokens its input can be billed as; `lost`, the USD that failed attempts
+    may have cost; `hidden`, whether output may be billed that was not sent as text; `hour`, whether
+    it asks for a one-hour cache; `batches`, the answer itself, where others may want it too."""
 
     provider: str = ""
     model: str = ""
@@ -3185,7 +3183,7 @@ class Flight:
             self.wake()
 
     def leave(self) -> None:
-        """One reader less. The next one may be about to begin: it is looked at a moment later."""
+        """One reader less; without any, the call is cancelled a tick later: one may be joining."""
         self.readers -= 1
         asyncio.get_running_loop().call_soon(lambda: self.readers or self.task.cancel())
 
