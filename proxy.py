@@ -3242,11 +3242,11 @@ def event_data(event: bytes) -> bytes:
 # the answer. No I/O. A vendor that speaks a known dialect is a config block; a new dialect is one
 # class here and one line in ADAPTERS.
 
-# What models reject, so that a parameter is dropped and reported instead of a 400. The first line
-# with a pattern that matches counts. Anthropic's: `one` of temperature and top_p, or `unsampled`;
-# thinking by `budget` or `adaptive`; no `unforced` tools, no `unfilled` last turn; system text
-# `mid` conversation. OpenAI's: `only` in Responses, or tools `elsewhere` than in Chat. Of both:
-# reasons `always`, or unless told not to (`on`), or when told to (`off`), or not at all (`plain`).
+# What models accept, so that a parameter is dropped and reported instead of a 400. The first line
+# with a matching pattern counts. Anthropic: `one` of temperature and top_p, or neither
+# (`unsampled`); thinking by `budget` or `adaptive`; no forced tool (`unforced`) or prefill
+# (`unfilled`); system text `mid` conversation. OpenAI: `only` in Responses, or no tools in Chat
+# (`elsewhere`). Both: reasons `always`, by default (`on`), on request (`off`) or never (`plain`).
 CAPABILITIES = """
 one: claude-3*
 one budget: claude-*-4-[015]* claude-*-4-20*
@@ -3270,18 +3270,18 @@ always: gpt-5* o[1-9]* chat-latest
 plain: gpt-[34]*
 budget: *
 """
-# What the vendors call an end that is not a plain stop, except OpenAI's of tool calls.
+# Vendors' finish reasons other than a plain stop, and ours; OpenAI's for tool calls needs none.
 REASONS: dict[Any, str] = {
     "max_tokens": "length", "max_output_tokens": "length", "length": "length",
     "model_context_window_exceeded": "length", "refusal": "content_filter",
     "content_filter": "content_filter", "tool_use": "tool_calls",
     "model_length": "length", "sensitive": "content_filter",  # Mistral's and Z.ai's
 }  # fmt: skip
-# Ends that are none: DeepSeek's and Z.ai's, too.
+# Finish reasons that mean a failure, also DeepSeek's and Z.ai's.
 BROKEN = ("error", "network_error", "insufficient_system_resource")
 
 
-# Which of our figures each of the vendors' is, wherever it stands. Of several, the largest counts.
+# The vendors' names of our usage figures, at any depth. Of several, the largest counts.
 FIGURES = {
     "input_tokens": "input_tokens", "prompt_tokens": "input_tokens",
     "output_tokens": "output_tokens", "completion_tokens": "output_tokens",
@@ -3327,7 +3327,7 @@ def capability(model: str) -> frozenset[str]:
 
 
 def filled(**fields: Any) -> dict[str, Any]:
-    """JSON without the keys that have nothing to say."""
+    """The fields that are not empty."""
     return {key: value for key, value in fields.items() if value not in (None, "", [], {})}
 
 
@@ -3335,7 +3335,7 @@ def image_url(image: Image) -> str:
     return image.source.get("url") or "data:{media_type};base64,{data}".format(**image.source)
 
 
-# What both are in the chunk of a Chat stream that only the proxy asked for.
+# Both are in the usage chunk of a Chat stream, which may be there only for the proxy.
 SOME_USAGE, NO_CHOICES = re.compile(rb'"usage":\s*\{'), re.compile(rb'"choices":\s*\[\s*\]')
 
 
@@ -3346,7 +3346,7 @@ def function_call(call: ToolUse) -> dict[str, Any]:
 
 
 def said(content: Any, kind: type[Text | Thinking]) -> Iterator[Event]:
-    """Text of a kind; with Mistral it may be a list of what is thought and what is said."""
+    """Text of a kind; Mistral may mix thinking and text in one list."""
     for part in content if isinstance(content, list) else [content]:
         match part:
             case (str() as text) | {"text": str() as text} if text:
@@ -3357,36 +3357,36 @@ def said(content: Any, kind: type[Text | Thinking]) -> Iterator[Event]:
 
 @functools.cache
 def escaped(secret: bytes) -> re.Pattern[bytes]:
-    """Characters of ASCII as JSON may spell them."""
+    """A pattern for ASCII text as JSON may escape it."""
     spelled = (b"(?:\\\\?%b|\\\\u00%02x)" % (re.escape(bytes((c,))), c) for c in secret)
     return re.compile(b"".join(spelled), re.IGNORECASE)
 
 
 class Adapter:
     """One upstream call in one dialect. After encode(), `dropped` names the parameters the model
-    would have rejected, `cut` holds the stop texts the vendor does not know, and `passing` says
-    that the caller speaks the dialect and gets the vendor's bytes, `usage_hidden` without the count
-    that only we have asked for. While the answer comes, `heard` says whether it has begun, `usage`
-    what it counted, `unseen` how many bytes of it no event says, and `complete` whether the
-    vendor's terminal event has arrived."""
+    would have rejected, `cut` holds the stop texts that we must apply ourselves, and `passing` says
+    that the caller gets the vendor's bytes, `usage_hidden` without the usage chunk that only we
+    asked for. While the answer comes, `heard` says whether it has begun, `usage` what it used so
+    far, `unseen` how many of its bytes are in no event, and `complete` whether the terminal event
+    has arrived."""
 
     path: ClassVar[str]
     limit: ClassVar[str]  # what the dialect calls max_tokens
     unknown: ClassVar[tuple[str, ...]]  # parameters that the dialect does not have
-    idle: ClassVar[tuple[str, ...]] = ("none",)  # efforts that are none
-    apart: ClassVar = False  # does the vendor count cached input apart from the rest?
+    idle: ClassVar[tuple[str, ...]] = ("none",)  # efforts that mean no reasoning
+    apart: ClassVar = False  # does input_tokens leave out cached ones?
 
     def __init__(self, provider: Provider, model: str) -> None:
         self.base_url, self.model = provider.base_url.rstrip("/"), model
         self.account, self.allow = (provider.organization, provider.project), provider.allow
         self.can, self.own = capability(model), "api.openai.com" in self.base_url
-        # some of them ignore another name of max_tokens than theirs
+        # some of them ignore all names of max_tokens but one
         self.compatible = provider.adapter == "chat" and not self.own
         self.reasons = not self.can.isdisjoint(("always", "on", "off"))  # seen or not
         self.sse, self.usage, self.secret, self.unseen = SSE(), Usage(), b"", 0
         self.counts: dict[str, Any] = {}
         self.calls: dict[Any, ToolUse] = {}
-        self.call_keys: dict[Any, Any] = {}  # of Chat's calls, where their index is another one's
+        self.call_keys: dict[Any, Any] = {}  # of Chat's calls whose index is taken
         self.dropped: list[str] = []
         self.cut: list[str] = []
         self.reason = "stop"
@@ -3417,29 +3417,29 @@ class Adapter:
         return filled(model=self.model, **sampling | self.body(request), stream=True)
 
     def fit(self, native: dict[str, Any], request: Request) -> dict[str, Any]:
-        """What of a native body has to be something else, or is ours to say."""
+        """The fields of a native body to replace or add."""
         return {}
 
     def always(self, request: Request) -> bool:
-        """Is the model told not to reason, and cannot but do it?"""
+        """Is a model that always reasons asked not to?"""
         idle = request.effort in self.idle or (not request.effort and request.thinking is False)
         return idle and "always" in self.can
 
     def rejects(self, request: Request) -> Iterable[str]:
-        """The parameters that this model would not take beside the others."""
+        """The parameters that this model rejects, given the others."""
         raise NotImplementedError
 
     def body(self, request: Request) -> dict[str, Any]:
-        """What encode() sends beside that; what is empty is left out."""
+        """The other fields that encode() sends; empty ones are left out."""
         raise NotImplementedError
 
     def decode(self, event: dict[str, Any]) -> Iterable[Event]:
-        """The neutral events of one vendor event; unknown ones have none. (Every token comes this
-        way, and a pattern `str(text)` takes as long as all the rest of it: `str() as text`.)"""
+        """The neutral events of one vendor event; unknown ones have none. (It runs for every token,
+        and a pattern `str(text)` would double its time: so `str() as text`.)"""
         raise NotImplementedError
 
     def hide_key(self, data: bytes) -> bytes:
-        """What the vendor sent, but for our key: should it say that, nobody hears it."""
+        """The vendor's bytes, with our key removed should they repeat it."""
         if len(self.secret) < 16:  # a word that may be said, like "ollama"
             return data
         data = data.replace(self.secret, b"[removed]")
@@ -3447,9 +3447,9 @@ class Adapter:
         return escaped(self.secret).sub(b"[removed]", data) if spelled else data
 
     def feed(self, chunk: bytes) -> Batch:
-        """What the events that `chunk` completes say, up to the terminal one. For a caller that
-        speaks the dialect the events come first, as they came, but for what tells of a failure: of
-        that only what an SDK makes more of than an error."""
+        """Decode the events that `chunk` completes, up to the terminal one. For a caller that
+        speaks the dialect their bytes come first, except those of a failure, unless an SDK reads
+        more in it than an error (`told`)."""
         passed = b""
         batch: Batch = []
         for event in self.sse.feed(chunk):
@@ -3539,7 +3539,7 @@ class Adapter:
                 given = msgspec.convert(read_json(arguments.encode()), dict[str, Any])
                 if "NaN" in arguments or "Infinity" in arguments:  # no JSON for a browser
                     arguments = msgspec.json.encode(given).decode()
-                # which older servers do not say
+                # older servers send none
                 yield ToolUse(call.id or f"call_{secrets.token_hex(8)}", call.name, arguments)
             except NO_JSON:
                 reason = "length" if reason != "content_filter" else reason
@@ -3555,7 +3555,7 @@ class Adapter:
         return Failure(UpstreamError(next(filter(None, statuses), 502), message, error))
 
     def showable(self, error: Any, failure: UpstreamError) -> bool:
-        """May a caller read it as it came: is it not our account's trouble, nor holds a key?"""
+        """May the caller see it unchanged: is it not about our account, and without a key?"""
         text = str(error)
         plain = redact(text, [self.secret.decode()], len(text)) == text
         return plain and failure.code != "upstream_auth"
@@ -3576,7 +3576,7 @@ class Messages(Adapter):
     def fit(self, native: dict[str, Any], request: Request) -> dict[str, Any]:
         most = request.max_tokens
         match native:
-            # if not the caller's own mistake, or a beta that knows better
+            # only where we lowered max_tokens: else it is the caller's mistake, or a beta
             case {"thinking": {"budget_tokens": int(budget)} as thinking} if (
                 budget >= most and most != (asked := native.get("max_tokens")) and not request.path
             ):
@@ -3704,7 +3704,7 @@ class OpenAI(Adapter):
         return super().headers(key) | filled(**dict(zip(names, self.account, strict=True)))
 
     def thinks(self) -> bool:
-        """What others than OpenAI serve may."""
+        """Models of others than OpenAI may."""
         return self.reasons or not (self.own or "plain" in self.can)
 
     def effort(self, request: Request) -> str | None:
@@ -3739,7 +3739,7 @@ class Responses(OpenAI):
         plain = request.path or not self.reasons or "store" in native or not isinstance(asked, list)
         if plain or thoughts in asked:
             return {"store": False}
-        # who takes it for stored would send back thoughts that nobody knows
+        # an SDK that thinks it is stored would refer to reasoning that is not there
         return {"store": False, "include": [*asked, thoughts]}
 
     def body(self, request: Request) -> dict[str, Any]:
@@ -3751,7 +3751,7 @@ class Responses(OpenAI):
         form = request.output_format  # whose schema stands one level higher here
         system, messages = request.system, request.messages
         if system and form and "json_schema" not in form:
-            # which must be asked for in what is said, and not only in the instructions
+            # the word JSON must be in the input, and not only in the instructions
             system, messages = "", [Message("system", [Text(system)]), *messages]
         return {
             "max_output_tokens": tokens,
@@ -3912,7 +3912,7 @@ class Chat(OpenAI):
         if "custom" in delta:
             self.unseen += len(msgspec.json.encode(delta))
         function, id, own = delta.get("function") or {}, delta.get("id"), delta.get("index")
-        # not every vendor counts them, and some count all of them 0
+        # some vendors send no index, and some send 0 for all
         place = self.call_keys.get((choice, own), (choice, id if own is None else own))
         last = next(reversed(self.calls), place)
         key = last if own is None and id is None else place
@@ -4004,7 +4004,7 @@ class Writer:
         return msgspec.json.encode(said | {"finish_reason": finish, "choices": [choice]} | report)
 
     def error(self, error: ProxyError, request_id: str) -> bytes | None:
-        """The end of a failed reply already begun; None where only a missing end can say it."""
+        """The end of a failed reply already begun; None where only a cut-off can show it."""
         return None
 
 
@@ -4047,7 +4047,7 @@ class NativeWriter(Writer):
     def write(self, batch: Batch, ttfb: float) -> bytes:
         match batch:
             case [Raw(data), *_, Finish()]:
-                self.held = data  # the end waits for its row
+                self.held = data  # sent by end(), after its row
             case [Raw(data), *_]:
                 self.last = data if b"sequence_number" in data else self.last
                 return data
@@ -4218,7 +4218,7 @@ def cost_bound(price: Price, inputs: int) -> tuple[Decimal, Decimal]:
     return inputs * dearest / 1_000_000, max(tier.output for tier in tiers) / 1_000_000
 
 
-IMAGE_TOKENS = 7000  # more than any vendor counts for one image, but for
+IMAGE_TOKENS = 7000  # no vendor counts more for one image, save one:
 MINI_IMAGE_TOKENS = 50_000  # gpt-4o-mini: 2,833 and 5,667 for each of up to 8 tiles
 ORIGINAL_IMAGE_TOKENS = 20_000  # as much more: up to 10,000 patches, some of which count as 2.46
 TOOL_TOKENS = 1000  # what a vendor writes before the tools
@@ -4230,8 +4230,8 @@ def input_bound(request: Request, model: str = "") -> int:
     asked, native = request.measure(), request.native or {}
     size = asked.size + image * asked.images + ORIGINAL_IMAGE_TOKENS * asked.large
     size += TOOL_TOKENS if request.tools or native.get("tools") else 0
-    # a page of a document may be a few bytes, as may be what a search is for; but no model reads
-    # more than its context holds, after each use of a tool anew
+    # documents and search results may have far more tokens than the body has bytes; but no model
+    # reads more than its context, once per turn
     if not (asked.documents or request.hosted):
         return size
     turns = 1 + sum(uses for _, uses in request.hosted)
@@ -4257,7 +4257,7 @@ def unpriced(name: str, price: str = MODEL_PRICE) -> str:
 
 class Catalog:
     """What the `providers`, those that have a key, serve. Raises ConfigError for a template that
-    nobody does and, where there is a budget (`capped`), for a model without a price."""
+    none of them serves and, where there is a budget (`capped`), for a model without a price."""
 
     def __init__(self, config: Config, providers: Iterable[str], capped: bool) -> None:
         self.config = config
@@ -4299,8 +4299,8 @@ class Catalog:
         raise ProxyError(403, "model_not_allowed", f"model: {offer} {redact(name)!r}{other}")
 
     def is_meant(self, pattern: str, model: str, name: str) -> bool:
-        """Is a model that was asked for by `name` what the pattern means? ollama/… is none of o*,
-        which only happens to begin alike."""
+        """Does the pattern offer `model`, requested as `name`? o* does not offer ollama/…, whose
+        provider only happens to begin alike."""
         prefix, slash, _ = name.partition("/")
         alike = model == name and slash and prefix in self.providers and "/" not in pattern
         return matches(model, [pattern]) and (not alike or pattern.startswith("*"))
@@ -4379,8 +4379,8 @@ class Catalog:
     def bounds(
         self, request: Request, targets: list[Target], capped: bool
     ) -> list[tuple[Decimal, Decimal]]:
-        """For each target the most USD that can be due before it answers, and for each token of its
-        answer; none where no budget counts. Raises 400 for what has no price."""
+        """For each target the most USD that its input and tools can cost, and each token of its
+        answer; empty without a budget. Raises 400 for what has no price."""
         for (tool, uses), (provider, _) in itertools.product(request.hosted, targets):
             if capped and not uses:
                 wanted = "max_uses (or the request max_tool_calls) above 0: a budget holds for them"
@@ -4437,7 +4437,7 @@ class Metrics:
         if directory:
             for file in Path(directory).glob("gauge_live*.db"):
                 if not is_alive(int(file.stem.rpartition("_")[2])):
-                    file.unlink(missing_ok=True)  # it can take nothing back
+                    file.unlink(missing_ok=True)  # a dead worker's: stale for good
             registry = prometheus_client.CollectorRegistry()
             multiprocess = importlib.import_module("prometheus_client.multiprocess")
             multiprocess.MultiProcessCollector(registry, directory)
@@ -4450,7 +4450,7 @@ class Metrics:
         if directory:
             own = Path(directory, f"clients_{os.getpid()}")
             own.with_suffix(".new").write_bytes(msgspec.json.encode(known))
-            own.with_suffix(".new").replace(own)  # nobody reads half of it
+            own.with_suffix(".new").replace(own)  # atomically
             for file in own.parent.glob("clients_*[0-9]"):
                 if is_alive(int(file.name.rpartition("_")[2])):
                     known |= msgspec.json.decode(file.read_bytes(), type=set[str])
