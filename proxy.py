@@ -4513,15 +4513,15 @@ class LogFormat(logging.Formatter):
 
 
 # ---- Calls -------------------------------------------------------------------------------------
-# What is sent to a caller, and when.
+# A request's state, and what is sent to its caller when.
 
 
 class Call:
-    """One request from its arrival to its ledger row, and the caller's side of it: whether more of
-    its body may come (`sending`), or waits until we ask for it (`expects`), what was sent, and
-    since when nothing was (`wrote`), or whether a write is stuck (`writing`). Every reply has the
-    headers `added`. `send` is the server's own: a wrapped one would cost each token. `route` says
-    where it may reach a vendor: by a provider, or as a native body of some kind."""
+    """One request from its arrival to its ledger row, and the caller's connection: whether more of
+    its body may come (`sending`), or only after a 100 Continue (`expects`), when the last write
+    began (`wrote`), and whether it is still under way (`writing`). Every reply has the headers
+    `added`. `send` is the server's own: a wrapper would slow down each token. `route` is set where
+    it may reach a vendor: the provider, or the kind of a native body."""
 
     request: Request
     writer: Writer
@@ -4557,7 +4557,7 @@ class Call:
         self.caps: list[Cap] = []
         self.bounds: list[tuple[Decimal, Decimal]] = []  # of input, and of a token of output
         self.most = self.held = Decimal(0)  # what one attempt may cost, and what is set aside
-        self.asked, self.key = False, ""  # of the store, and in the cache
+        self.asked, self.key = False, ""  # whether the store knows it; its cache key
         self.place = ""  # the provider it has one at
         self.leads: Flight | None = None
         self.failure: ProxyError | None = None
@@ -4610,8 +4610,8 @@ class Call:
         return message
 
     async def discard(self) -> None:
-        """Before an error, take the rest of the body: who finds the connection broken while it
-        still sends may never read the error, and a balancer takes that for the server's."""
+        """Before an error, read the rest of the body: a client whose connection breaks while it
+        sends may never read the error, and a balancer would report a broken server."""
         if not (self.failure and self.sending):
             return
         left = self.started + self.client.limits.body_timeout - time.monotonic()
@@ -4684,21 +4684,21 @@ def spell(usage: Usage) -> dict[str, int]:
 
 
 # ---- Upstream ----------------------------------------------------------------------------------
-# The vendors' keys, and one attempt at one target: what it asks, what it hears, and what its
-# failures mean.
+# The vendors' keys, and one attempt at one target: the request, the answer, and what its failures
+# mean.
 
 
 class VendorKeys:
-    """The keys of each provider, by their names, which serve by turns; and what is to be left alone
-    for now: a provider that has said so, or a key that it does not take. `tell` has the other
-    replicas know, for so many seconds."""
+    """The keys of each provider, by name, used in turn; and the cooldowns (`rests`) of providers
+    that asked for one and of keys that they rejected. `tell` starts one at the other replicas, in
+    seconds."""
 
     def __init__(self, keys: dict[str, dict[str, str]], tell: Callable[[str, float], None]) -> None:
         self.keys, self.tell = keys, tell
         self.rests: dict[str, float] = {}  # until when
 
     def names(self, provider: str) -> list[str]:
-        """What may rest of it."""
+        """What may rest: the provider, or one of its keys."""
         return [provider, *self.keys[provider]]
 
     def hear(self, rests: Map[str, float]) -> None:
@@ -4711,7 +4711,7 @@ class VendorKeys:
         return max(0, max(keys, self.rests.get(provider, 0)) - time.monotonic())
 
     def refuse(self, provider: str, patience: float) -> ProxyError | None:
-        """What the caller is told where a provider rests until after `patience`."""
+        """The error where a provider rests until after `patience`, a time."""
         now, wait = time.monotonic(), self.resting(provider)
         if not wait or now + wait < patience:
             return None
@@ -4720,15 +4720,15 @@ class VendorKeys:
         return ProxyError(*UPSTREAM_CODES[status], message, after=wait)
 
     def choose(self, provider: str) -> str:
-        """The first of its keys that does not rest; it stands behind all the others then."""
+        """The first of its keys that does not rest, which is then moved behind the others."""
         keys, now = self.keys[provider], time.monotonic()
         name = min(keys, key=lambda name: max(now, self.rests.get(name, 0)))
         keys[name] = key = keys.pop(name)
         return key
 
     def rest(self, provider: str, key: str, error: UpstreamError) -> None:
-        """A vendor that says when to come again is left alone until then, by all replicas. A key
-        that it does not take rests while another serves."""
+        """Start the cooldown that a vendor asked for, at all replicas, or that of a key that it
+        rejected while another serves."""
         keys, seconds, now = self.keys[provider], error.wait, time.monotonic()
         name = next(name for name in keys if keys[name] == key)
         others = [other for other in keys if other != name and self.rests.get(other, 0) <= now]
@@ -4801,7 +4801,7 @@ class Attempt:
         if not self.request.stream:
             return self.adapter.read(b"".join([chunk async for chunk in self.chunks]))
         passed, batch = b"", list[Event]()
-        while not (batch or self.adapter.heard):  # comments and pings are passed on, but are none
+        while not (batch or self.adapter.heard):  # comments and pings are passed on, but begin none
             heard = await self.next()
             passed += b"".join(event.data for event in heard if isinstance(event, Raw))
             batch = [event for event in heard if not isinstance(event, Raw)]
@@ -4810,7 +4810,7 @@ class Attempt:
         return [Raw(passed), *batch] if passed else batch
 
     def told(self, response: httpx.Response) -> Headers:
-        """What a caller who speaks the vendor's dialect hears of its headers."""
+        """The vendor's headers for a caller that speaks its dialect."""
         names = ("request-id", "x-request-id", "openai-processing-ms")  # x-request-id is ours
         given = ((name.removeprefix("x-"), response.headers.get(name)) for name in names)
         known = {n: self.adapter.hide_key(v.encode()).decode() for n, v in given if v}
@@ -4842,14 +4842,14 @@ class Attempt:
         return self.cutter.cut(batch) if self.cutter else batch
 
     def count_calls(self) -> None:
-        """Add what the vendor has written and no event has said, or not yet."""
+        """Add the bytes of tool calls, and those in no event."""
         for tool in self.adapter.calls.values():
             self.account.produced += len((tool.name + tool.arguments).encode())
         self.account.produced += self.adapter.unseen
 
     def check(self, now: float) -> None:
         """Once the answer has begun, end the wait for a vendor that has been silent for too long. A
-        timeout around every read would do the same at a tenth of the cost of a token."""
+        timeout around every read would add a tenth to the cost of a token."""
         overdue = now >= min(self.waiting_since + self.times.idle, self.deadline)
         if overdue and self.waiting_since < now and not self.silent:
             self.silent = True
@@ -4888,7 +4888,7 @@ async def read_refusal(response: httpx.Response) -> UpstreamError:
     message = str(error.get("message") or f"the vendor answered {response.status_code}")
     wait, advice = read_retry_after(response.headers), response.headers.get("x-should-retry", "")
     status, billed = response.status_code, response.status_code < 400
-    status = 502 if status == 504 else status  # which says that a deadline of ours has passed
+    status = 502 if status == 504 else status  # 504 is for deadlines of our own
     match error:
         case {"code": 403, "metadata": {"reasons": _}}:  # OpenRouter's: the prompt was flagged
             status = 400
@@ -4909,7 +4909,7 @@ def read_retry_after(headers: Map[str, str]) -> float | None:
 
 
 def classify(error: BaseException) -> UpstreamError:
-    """The transport's exceptions mislead: what they were raised from tells what happened."""
+    """By its cause: the transport's own exception types mislead."""
     gone = "upstream_unreachable"
     match (isinstance(error, httpx.HTTPError) and error.__cause__) or error:
         case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError():
@@ -4924,7 +4924,7 @@ def classify(error: BaseException) -> UpstreamError:
 # ---- Proxy -------------------------------------------------------------------------------------
 # The story of a request: one funnel, in one order, for every endpoint that can reach a vendor.
 
-# The dialects that a provider with some adapter understands: OpenAI itself has both of its own.
+# The dialects that a provider understands, by its adapter: OpenAI has both of its own.
 SPEAKS = {"messages": ("messages",), "responses": ("responses", "chat"), "chat": ("chat",)}
 
 
@@ -4960,7 +4960,7 @@ class Proxy:
         self.store: Store = MemoryStore(time.monotonic, self.webhook.tell, config.cache)
         self.replicas: RedisStore | None = None
         self.lines: dict[str, Line] = {}
-        # a flight is over when nobody holds it
+        # weak: whoever leads or reads a flight keeps it alive
         self.flights: weakref.WeakValueDictionary[str, Flight] = weakref.WeakValueDictionary()
         self.leading: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self.live: set[Call] = set()
@@ -5146,7 +5146,7 @@ class Proxy:
         call.most = call.cost_of(request.max_tokens) if call.bounds else call.most
 
     async def work(self, call: Call, targets: list[Target]) -> None:
-        """Fetch and deliver the answer. That the caller leaves shows only to a second task."""
+        """Fetch and deliver the answer, while a second task watches for a disconnect."""
         gone = asyncio.create_task(departure(call))
         call.wrote = time.monotonic()
         try:
@@ -5169,7 +5169,7 @@ class Proxy:
         scope = "" if self.config.cache.shared else call.client.id
         version = [call.passed.get(f"anthropic-{name}") for name in ("version", "beta")]
         call.key = key = sha256(repr((scope, targets, call.request, version, call.chosen)))
-        async with self.leading.setdefault(key, asyncio.Lock()):  # only one of them holds money
+        async with self.leading.setdefault(key, asyncio.Lock()):  # so that only one holds money
             flight = self.flights.get(key)
             if flight and flight.readers and not flight.task.done():
                 flight.readers += 1  # the others may leave while the store is asked
@@ -5197,8 +5197,8 @@ class Proxy:
     async def admit(
         self, call: Call, targets: list[Target] | None = None, again: bool = False
     ) -> Admission:
-        """Take what a request needs before it may go to `targets`, or only what any request counts
-        for. Raises 402, 429 or 503."""
+        """Take what a request needs before it may go to `targets`; without them, only its rates.
+        Raises 402, 429 or 503."""
         client, limits = call.client, call.client.limits
         ask = Ask(call.entry.id, client.id, limits, 1, call.estimate, again=again)
         if targets:
@@ -5217,7 +5217,7 @@ class Proxy:
         if not again:
             call.show_rates(given)
         if given.refused or given.exceeded:
-            call.estimate = call.estimate if again else 0  # of what was taken the first time
+            call.estimate = call.estimate if again else 0  # taken the first time
             raise given.exceeded or refusal(given, limits)
         call.place = ask.provider if given.placed else ""
         if ask.caps and given.answer is None and not given.pending:
@@ -5225,12 +5225,12 @@ class Proxy:
         return given
 
     async def keep(self, call: Call, held: Decimal) -> None:
-        """The row of a request that is still open says what it holds, should the process die."""
+        """Write what a request holds into its row, still open, should the process die."""
         call.held += held
         call.entry.cost, call.entry.outcome = f"{call.held:f}", "open"
         if self.ledger and call.held and not self.replicas:
             await self.ledger.record(call.entry)
-        if call.held < call.most:  # a length that the caller did not ask for is lowered to it
+        if call.held < call.most:  # lower a max_tokens that the caller did not choose
             request = call.request
             left = ((call.held - fixed, each * request.n) for fixed, each in call.bounds if each)
             affordable = (int(usd / each) for usd, each in left)
@@ -5269,7 +5269,7 @@ class Proxy:
     async def connect(self, call: Call, targets: list[Target]) -> tuple[Attempt, Batch]:
         """An attempt whose answer has begun, and its first batch, after retries and fallbacks."""
         times, now = self.config.upstream, time.monotonic
-        # an answer that is not streamed begins with its end
+        # an answer in one piece begins when it is complete
         begun = min(times.first_byte, times.total)
         deadline = call.started + (begun if call.request.stream else times.total)
         error: ProxyError | None = None
@@ -5308,7 +5308,7 @@ class Proxy:
         self, call: Call, target: Target, error: ProxyError | None, limit: float, patience: float
     ) -> tuple[Attempt, Batch]:
         """Try one of the targets until its answer begins, after `error` at the one before. Raises
-        what the last attempt failed of."""
+        the error of the last attempt."""
         account, now, (provider, model) = call.account, time.monotonic, target
         failure: UpstreamError | None = None
         doubted: list[tuple[str, UpstreamError]] = []
@@ -5334,7 +5334,7 @@ class Proxy:
                 self.keys.rest(provider, attempt.key, failure)
                 doubted += [(attempt.key, failure)] if failure.forbidden else []
             else:
-                for other, forbidden in doubted:  # this key may: so it was not what was asked
+                for other, forbidden in doubted:  # this key works: so those keys were at fault
                     forbidden.forbidden = False
                     self.keys.rest(provider, other, forbidden)
                 account.headers = attempt.headers
@@ -5351,8 +5351,8 @@ class Proxy:
                 raise failure
 
     async def prepare_again(self, call: Call, provider: str, model: str, error: ProxyError) -> None:
-        """What failed may be billed, and what is tried next may be too: hold money for both. Raises
-        the error where there is not enough."""
+        """Hold money for the failed attempts, which may be billed, and for the next one. Raises
+        `error` where there is not enough."""
         more = call.account.lost + call.most - call.held
         if call.caps and more > 0:
             try:
@@ -5366,7 +5366,7 @@ class Proxy:
         LOG.info("retry %s", fields)
 
     def enter(self, call: Call, attempt: Attempt, provider: str, model: str) -> None:
-        """Account for an attempt as billed, until it is known better; also if the caller leaves."""
+        """Count an attempt as billed until known otherwise, even if the caller leaves."""
         account = call.account
         account.attempts += 1
         account.provider, account.model = provider, model
@@ -5378,13 +5378,13 @@ class Proxy:
         said = [native.get(name) for name in ("thinking", "reasoning", "reasoning_effort")]
         told = request.thinking is False and "on" in attempt.adapter.can  # else it is not sent
         off = told or any(each in UNTHINKING for each in said)
-        own = capability(model.rpartition("/")[2])  # resellers put the maker in front
+        own = capability(model.rpartition("/")[2])  # resellers prefix the maker
         thinks = "always" in own or (not off and ("on" in own or asked or any(said)))
         account.hidden = bool(thinks) or not request.stream
         account.billed = True
 
     def explain(self, failed: BaseException, provider: str) -> UpstreamError:
-        """What the caller is told of it; whatever is not the vendor's failure is raised again."""
+        """The error to show the caller; anything but a vendor's failure is raised again."""
         if isinstance(failed, httpx.HTTPError | aiohttp.ClientError | OSError | UnicodeError):
             failed = classify(failed)
         if not isinstance(failed, UpstreamError):
@@ -5396,7 +5396,7 @@ class Proxy:
         return failed
 
     def lose(self, call: Call, error: UpstreamError) -> None:
-        """Add what an attempt that never answered may be billed, all the same."""
+        """Add what a failed attempt may be billed all the same."""
         account, request = call.account, call.request
         account.billed = False
         price = self.catalog.prices.of(account.provider, account.model)
@@ -5409,7 +5409,7 @@ class Proxy:
 
     async def settle(self, call: Call) -> None:
         """Account for a request, once, and then end its reply."""
-        if call.leads and not call.finish:  # it pays, also when it leaves while others stay
+        if call.leads and not call.finish:  # it pays, even if it leaves before the others
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait((call.leads.task,))
         if call.settled:
@@ -5442,8 +5442,8 @@ class Proxy:
             LOG.exception("a request could not be accounted for")
 
     def charge(self, call: Call) -> None:
-        """The row's usage and cost: by the vendor's figures, or else by the most it can be: the
-        input at its bytes, the output at those delivered, or all of it where some is hidden."""
+        """The row's usage and cost: the vendor's figures, or else an upper bound: the bytes of the
+        input, and those of the output received, or max_tokens where some is hidden."""
         entry, failure = call.entry, call.failure
         account, usage = call.account, call.account.usage
         if entry.cache in ("hit", "coalesced") or not account.attempts:
@@ -5465,7 +5465,7 @@ class Proxy:
         entry.attempts = account.attempts
         price = self.catalog.prices.of(account.provider, account.model)
         usd = cost(usage, price)
-        if usd is not None and entry.estimated:  # all of it may be written to a cache
+        if usd is not None and entry.estimated:  # all input may be cache writes
             tokens = usage.input_tokens
             read = Usage(tokens, usage.output_tokens)
             written = replace(read, cache_write_tokens=tokens)
@@ -5499,7 +5499,7 @@ class Proxy:
             await written
 
     def worth_a_row(self, entry: Entry) -> bool:
-        """What asked nothing of a vendor costs nothing: a flood of it must not fill the disk."""
+        """Rejected requests have a rate limit: a flood must not fill the disk."""
         if entry.model and entry.outcome != "rejected":
             return True
         worth = self.rejected_rows.refill(time.monotonic()) >= 1
@@ -5507,7 +5507,7 @@ class Proxy:
         return worth
 
     async def keep_checking(self) -> None:
-        """Look after all that runs, until cancelled: a timer for each would cost each of them."""
+        """Check all calls and attempts, until cancelled: cheaper than a timer for each."""
         times, ping = self.config.upstream, self.config.server.ping
         while True:
             await asyncio.sleep(max(0.01, min(0.5, ping / 8, times.idle / 8, times.total / 8)))
@@ -5516,7 +5516,7 @@ class Proxy:
                 self.check(call, now)
             for attempt in self.reading:
                 attempt.check(now)
-            if self.parent and os.getppid() != self.parent:  # it was killed, and can end nobody
+            if self.parent and os.getppid() != self.parent:  # it was killed, and cannot stop us
                 self.parent = 0
                 os.kill(os.getpid(), signal.SIGTERM)
 
@@ -5526,9 +5526,9 @@ class Proxy:
         if call.writing and silence >= self.config.upstream.idle:
             call.stop(None)
         elif not call.writing and silence >= ping:
-            # an answer in one piece waits longer before it gives up its status: for its first event
-            # or the end of all attempts, if no router has less patience; and what waits in line, or
-            # for a vendor that rests, may still have any
+            # filler fixes the status at 200, so an answer in one piece waits longer: for its first
+            # event or the end of all attempts, within the 30 s that routers allow; and without
+            # limit while it is queued, or its vendor rests
             first = 0 if call.entry.ttfb else min(28, self.config.upstream.first_byte + 1)
             late = call.account.attempts and not call.writer.early
             if call.begun or (late and silence >= max(ping + 5, first)):
@@ -5536,8 +5536,8 @@ class Proxy:
                 call.filling = asyncio.create_task(call.fill())
 
     async def keep_showing(self) -> None:
-        """Another worker may be asked for what is in flight here. And where /ready says that the
-        disk is full, no request may come to try it again."""
+        """Publish the gauges, for another worker may be asked for them. And write to a ledger whose
+        disk was full: where a balancer goes by /ready, no request comes to try it."""
         while True:
             if self.config.server.workers > 1:
                 with contextlib.suppress(OSError):
@@ -5552,7 +5552,7 @@ class Proxy:
             self.metrics.waiting.labels(name).set(line.waiting())
 
     def drain(self) -> None:
-        """Begin nothing more, and let what runs finish."""
+        """Accept no more requests, and let those that run finish."""
         self.draining = True
         for line in self.lines.values():
             line.close()
@@ -5562,8 +5562,8 @@ class Proxy:
             call.stop(Stopping())
 
     async def take(self, call: Call) -> Admission:
-        """Find out who is calling, and count what asks nothing of a vendor as one of its requests.
-        Raises 401, 403 or 429."""
+        """Identify the caller, and count a request that needs no vendor against its rates. Raises
+        401, 403 or 429."""
         headers = call.headers
         if "origin" not in headers and headers.get("sec-fetch-site") == "cross-site":
             message = "a page of another site must ask with CORS, as fetch() does"
@@ -5660,7 +5660,7 @@ async def read_body(call: Call, proxy: Proxy) -> bytes:
             while more and max(size, len(body)) <= limits.max_body:
                 message = await call.receive()
                 if message["type"] == "http.disconnect":
-                    raise asyncio.CancelledError  # as where it leaves later
+                    raise asyncio.CancelledError  # as if it left later
                 body += (chunk := message.get("body", b""))
                 proxy.unread += len(chunk)
                 more = call.sending
@@ -5708,7 +5708,7 @@ and nothing was spent. Everything else is real, from the request your page sent 
 are reading. """
 DEMO_THOUGHT = "The person wants to see thinking. I think a little, then I answer. "
 
-# What is said: "text", "thinking" or the name of a tool, and the pieces of it.
+# Parts of an answer: "text", "thinking" or the name of a tool, and its pieces.
 Said = list[tuple[str, list[str]]]
 Json = dict[str, Any]
 
@@ -5954,8 +5954,8 @@ EXPOSED = (
 
 
 class App(litestar.Litestar):
-    """Litestar behind the edge: ids, origins and CORS hold for every request, those that no route
-    matches included."""
+    """Litestar behind the edge: ids, origin checks and CORS apply to every request, even where no
+    route matches."""
 
     proxy: Proxy
 
@@ -5970,11 +5970,11 @@ class App(litestar.Litestar):
             call.failure = ProxyError(403, "origin_not_allowed", message)
             return await self.proxy.settle(call)
         await self.find_route(call, scope, receive)
-        if call.route:  # out here, because a long stream need not keep what Litestar had
+        if call.route:  # out here, so that a long stream does not keep Litestar's objects
             await self.proxy.serve(call, *call.route)
 
     async def find_route(self, call: Call, scope: Any, receive: Any) -> None:
-        """Have Litestar answer, but for what may reach a vendor."""
+        """Have Litestar answer, or set `call.route` for what may reach a vendor."""
 
         async def send(message: Any) -> None:
             if message["type"] == "http.response.start":
@@ -5989,7 +5989,7 @@ class App(litestar.Litestar):
             await super().__call__(scope | {"state": {"call": call}}, receive, send)
 
     def open_call(self, scope: Any, receive: Any, send: Any) -> tuple[Call, bool]:
-        """The request as we see it, and whether its origin may call."""
+        """Our record of the request, and whether its origin may call."""
         headers, clients = read_headers(scope), self.proxy.clients
         given = headers.get("x-request-id", "").partition(",")[0].strip()
         given = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else ""
@@ -6004,7 +6004,7 @@ class App(litestar.Litestar):
         call = Call(entry, clients.client(""), scope, headers, receive, send)
         call.added = added
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if "/v1/" in path:  # the shape of errors, whoever finds them
+        if "/v1/" in path:  # the shape of all errors
             anthropic = "/v1/messages" in path or "anthropic-version" in headers
             call.dialect = "messages" if anthropic else "chat"
         return call, allowed
@@ -6048,7 +6048,7 @@ NATIVE_PATHS = {
 
 
 async def no_answer(scope: Scope, receive: Receive, send: Send) -> None:
-    """App.__call__ has the request served once Litestar is done with it."""
+    """Sends nothing: App.__call__ serves the request after Litestar."""
 
 
 def create_app(
@@ -6200,14 +6200,14 @@ def describe(providers: Iterable[str]) -> dict[str, Any]:
 
 
 def stop_on_signals(proxy: Proxy) -> None:
-    """On SIGTERM the server lets what runs finish, without an end to its patience. So after `drain`
-    what still runs is ended with its error line, and 3 s later the process leaves, whatever a
-    half-sent request or a reader that does not read would hold it with.
+    """On SIGTERM Granian lets running requests finish, without a time limit. So after `drain` those
+    left are ended with an error, and 3 s later the process exits, even if a half-sent request or a
+    stalled reader would keep it.
 
     A second signal can block a Granian worker for good, and Ctrl-C or a platform sends two: one to
     each process, and one from Granian's main process to its worker. So only the first SIGTERM gets
     through, and no SIGINT: the main process turns that into a SIGTERM. One that comes before the
-    loop runs for good would be lost: `serve` blocks it until then."""
+    event loop runs would be lost: `serve` blocks it until then."""
     loop, drain = asyncio.get_running_loop(), proxy.config.server.drain
     if threading.current_thread() is not threading.main_thread():
         return
@@ -6251,12 +6251,12 @@ def __getattr__(name: str) -> Any:
 
 
 def load_app(config: Config, public: bool, server: int = 0) -> App:
-    """What a Granian worker runs; at module level, so that a spawned process finds it. `server` is
-    the process that `serve` runs in, which may be the worker's own."""
+    """Runs in a Granian worker; at module level, so that a spawned process can import it. `server`
+    is the process that `serve` runs in, which may be the worker's own."""
     app = create_app(config, public=public, standalone=True)
     app.proxy.parent = os.getppid() if server not in (0, os.getpid()) else 0
     set_up_logging(config.server.log_level, app.proxy.secrets)
-    gc.freeze()  # what lasts need not be looked through again and again
+    gc.freeze()  # what lasts need not be scanned by each collection
     return app
 
 
@@ -6319,7 +6319,7 @@ def main(arguments: list[str] | None = None) -> int:
             code = print_check(config, os.environ, public)
         else:
             serve(config, public)
-    except BrokenPipeError:  # whoever read has seen enough
+    except BrokenPipeError:  # the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ConfigError, OSError) as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
@@ -6369,9 +6369,9 @@ def check_files(streams: int) -> None:
 
 
 class Interrupt:
-    """What Granian's main thread waits for, instead of an Event: that has a lock, for which the
-    handler of a second signal would wait for ever in the thread that holds it; and of two signals
-    both may come to another thread, which leaves one that waits for a lock asleep."""
+    """Replaces the Event that Granian's main thread waits for. An Event has a lock: the handler of
+    a second signal would deadlock in the thread that holds it; and signals that reach another
+    thread do not wake a main thread that waits for a lock."""
 
     raised = False
 
@@ -6382,7 +6382,7 @@ class Interrupt:
         self.raised = True
 
     def clear(self) -> None:
-        self.raised = False  # Granian is about to start a worker in the place of one
+        self.raised = False  # Granian is about to replace a dead worker
         LOG.error("a worker has died, and another one takes its place")
 
     def wait(self) -> None:
@@ -6395,7 +6395,7 @@ def serve(config: Config, public: bool) -> None:
     from granian.constants import HTTPModes, Interfaces
     from granian.http import HTTP1Settings
 
-    # whatever is wrong is said here: a worker is not heard
+    # fail here: what a worker says is not shown
     balanced = create_app(config, public=public).proxy.clients.proxies
     if config.ledger.path:
         ledger = Ledger(config.ledger, time.time, bool(config.redis.url))
@@ -6410,17 +6410,17 @@ def serve(config: Config, public: bool) -> None:
         "proxy", address=address, port=server.port, interface=Interfaces.ASGI, websockets=False,
         http=HTTPModes.http1, workers=server.workers,
         backlog=places, backpressure=places,  # of connections; beyond it the next client hangs
-        # so whoever says nothing for 10 s, in a head or between two requests, loses its place; not
-        # so a balancer, which takes a connection that it finds closed for a failure
+        # so a client that is silent for 10 s, in a head or between two requests, is disconnected;
+        # not so a balancer, which takes a closed connection for a failure
         http1_settings=HTTP1Settings(header_read_timeout=620_000 if balanced else 10_000),
         log_enabled=False, respawn_failed_workers=True, workers_kill_timeout=int(server.drain) + 5,
     )  # fmt: skip
     granian.main_loop_interrupt = Interrupt(granian)
-    # a terminal was closed, if there is no nohup: Granian would go on, with new workers
+    # SIGHUP: the terminal was closed (without nohup); Granian would reload its workers
     ignored = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     granian.signal_handler_reload = signal.SIG_IGN if ignored else granian.signal_handler_interrupt
     if hasattr(os, "register_at_fork"):
-        # until a worker can act on a SIGTERM it waits: the handler it inherits would swallow it
+        # SIGTERM stays pending until a worker can act on it: the inherited handler would drop it
         mask = functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGTERM})
         unmask = functools.partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, {signal.SIGTERM})
         os.register_at_fork(before=mask, after_in_parent=unmask)
@@ -6437,7 +6437,7 @@ def serve(config: Config, public: bool) -> None:
         load = functools.partial(load_app, config, public, os.getpid())
         try:
             granian.serve(target_loader=load, wrap_loader=False)
-        except SystemExit:  # also for a worker that has heard of the end before its server
+        except SystemExit:  # also where a worker gets the signal before its server
             if not granian.interrupt_signal:
                 raise
 
@@ -6501,7 +6501,7 @@ def check_lines(config: Config, environ: Map[str, str], public: bool) -> Iterato
 
 
 async def ping_redis(url: str) -> str:
-    """What is wrong with it now, if anything."""
+    """The error, or "" if it answers."""
     redis = connect_redis(url)
     try:
         await redis.ping()
@@ -6513,7 +6513,7 @@ async def ping_redis(url: str) -> str:
 
 
 def check_ledger(table: LedgerTable) -> None:
-    """Raises ConfigError where it cannot be written; makes none where there is none."""
+    """Raises ConfigError where it cannot be written; creates no file."""
     path = Path(__file__).parent / table.path
     if table.path and path.exists():
         open_ledger(path).close()
@@ -6529,7 +6529,7 @@ async def fetch_rows(table: RedisTable, since: float, cluster: bool = False) -> 
             rows += [msgspec.json.decode(fields[b"row"], type=Entry) for _, fields in page]
             start = f"({page[-1][0].decode()}"
     except Exception as error:
-        if not cluster and type(error).__name__ == "MovedError":  # it is one node of a Cluster
+        if not cluster and type(error).__name__ == "MovedError":  # one node of a Cluster
             return await fetch_rows(table, since, cluster=True)
         fix = "without it the file of this machine is read"
         raise ConfigError(f"redis.url: cannot be read ({redact(repr(error))}); {fix}") from None
