@@ -677,7 +677,7 @@ def vendor_keys(config: Config, environ: Map[str, str]) -> dict[str, dict[str, s
     return keys
 
 
-def examine(config: Config, environ: Map[str, str], public: bool) -> list[str]:
+def check_exposure(config: Config, environ: Map[str, str], public: bool) -> list[str]:
     """Refuse a config that is open to the world by mistake (ConfigError); return warnings."""
     server, total = config.server, config.budget.total_per_day
     open_to_all = not (config.clients or config.jwt or config.session)
@@ -4658,7 +4658,7 @@ class Call:
             usd = None if entry.cost is None else float(entry.cost)
             report = {"requestId": number, "model": account.model or entry.model, "costUsd": usd}
             estimate = Usage(entry.input_tokens, entry.output_tokens)
-            usage = spell(estimate if entry.estimated else account.usage)
+            usage = usage_fields(estimate if entry.estimated else account.usage)
             data = self.writer.end(self.finish, report | {"usage": usage})
             more = {"x-cost-usd": entry.cost or ""}
         else:
@@ -4674,7 +4674,7 @@ def raw_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
     return [(k.lower().encode(), v.encode("latin-1", "replace")) for k, v in headers.items() if v]
 
 
-def spell(usage: Usage) -> dict[str, int]:
+def usage_fields(usage: Usage) -> dict[str, int]:
     """Usage in both of the spellings that clients read."""
     counts = {"prompt": usage.input_tokens, "completion": usage.output_tokens}
     counts["total"] = sum(counts.values())
@@ -4947,7 +4947,7 @@ class Proxy:
             redis = connect_redis(config.redis.url).connection_pool.connection_kwargs
         keys = vendor_keys(config, environ)
         self.keys = VendorKeys(keys, lambda name, seconds: self.store.rest(name, seconds))
-        self.warnings = examine(config, environ, public)
+        self.warnings = check_exposure(config, environ, public)
         secret = itertools.chain(*(by_name.values() for by_name in keys.values()))
         self.secrets = (*secret, config.server.admin_token)
         self.secrets += (*signing_secrets(config), redis.get("password") or "")
@@ -5147,7 +5147,7 @@ class Proxy:
 
     async def work(self, call: Call, targets: list[Target]) -> None:
         """Fetch and deliver the answer, while a second task watches for a disconnect."""
-        gone = asyncio.create_task(departure(call))
+        gone = asyncio.create_task(watch_disconnect(call))
         call.wrote = time.monotonic()
         try:
             async with aclosing(await self.source(call, targets)) as batches:
@@ -5676,7 +5676,7 @@ async def read_body(call: Call, proxy: Proxy) -> bytes:
     return bytes(body)
 
 
-async def departure(call: Call) -> None:
+async def watch_disconnect(call: Call) -> None:
     while (await call.receive())["type"] != "http.disconnect":
         pass
     call.stop(None)
@@ -5801,7 +5801,7 @@ def demo_chat(said: Said, usage: Usage, stream: bool, reason: str) -> list[bytes
             whole = ToolUse("call_0", kind, "".join(pieces))
             events = [*map(Thinking, pieces)] if kind == "thinking" else [whole]
         data += [writer.write([event], 0) for event in events]
-    data.append(writer.end(reason, {"usage": spell(usage)}))
+    data.append(writer.end(reason, {"usage": usage_fields(usage)}))
     return data if stream else [b"".join(data)]
 
 
