@@ -1076,7 +1076,7 @@ def report(lost: list[str], dropped: list[str]) -> None:
         dropped += [redact(name, length=50) for name in sorted(new)[:room]]
 
 
-def unknown(given: Map[str, Any], known: set[str]) -> list[str]:
+def extra(given: Map[str, Any], known: set[str]) -> list[str]:
     """The names outside `known` that have a value."""
     return [name for name, value in given.items() if value and name not in known]
 
@@ -1299,7 +1299,7 @@ def read_items(
         where = f"{key}[{i}]"
         if isinstance(item, dict) and isinstance(item.get("role"), str):
             item = item | {"role": clean(item["role"])}
-            lost = unknown(item, ITEM_KEYS)
+            lost = extra(item, ITEM_KEYS)
             for name in {"function_call", "audio"}.intersection(lost):
                 raise BadRequest(f"{where}.{name}: cannot be said to this model")
             report(lost, dropped)
@@ -1355,7 +1355,7 @@ def read_block(block: Any, where: str, dropped: list[str]) -> list[Part]:
     """Convert a content block, tool call or tool result; empty if it cannot be passed on."""
     block = block if isinstance(block, dict) else {"type": "text", "text": block}
     if isinstance(function := block.get("function"), dict):  # Chat wraps its calls
-        report(unknown(block, BLOCK_KEYS | {"function", "index"}), dropped)
+        report(extra(block, BLOCK_KEYS | {"function", "index"}), dropped)
         block = {"type": "function_call", "id": block.get("id")} | function
     ids = ("call_id", "tool_call_id", "tool_use_id", "id")
     call = next((block[key] for key in ids if key in block), None)
@@ -1364,7 +1364,7 @@ def read_block(block: Any, where: str, dropped: list[str]) -> list[Part]:
     if kind in THOUGHTS:  # opaque to every vendor but the one that wrote it
         report([kind.removeprefix("redacted_")], dropped)
         return []
-    report(unknown(block, BLOCK_KEYS), dropped)
+    report(extra(block, BLOCK_KEYS), dropped)
     match kind, block:
         case "text" | "input_text" | "output_text", {"text": str(text)}:
             return [Text(text)]
@@ -1374,7 +1374,7 @@ def read_block(block: Any, where: str, dropped: list[str]) -> list[Part]:
             detail = given if isinstance(given, dict) and "detail" in given else block
             report(["detail"] if detail.get("detail", "auto") != "auto" else [], dropped)
             if isinstance(given, dict):
-                report(unknown(given, {"type", "media_type", "data", "url", "detail"}), dropped)
+                report(extra(given, {"type", "media_type", "data", "url", "detail"}), dropped)
             return [read_image(given, where)]
         case "function_call" | "tool_use", {"name": str(name)} if call is not None:
             given = block.get("arguments", block.get("input"))
@@ -1406,7 +1406,7 @@ def read_result(given: Any, where: str, dropped: list[str]) -> str:
     if any(image_data(block) is not None for block in blocks(given)):
         raise BadRequest(f"{where}: the result of a tool can hold no image here")
     if given and isinstance(given, list) and all(is_text(block) for block in given):
-        report([name for block in given for name in unknown(block, {"type", "text"})], dropped)
+        report([name for block in given for name in extra(block, {"type", "text"})], dropped)
         return "".join(str(block["text"]) for block in given)
     if given is None or isinstance(given, str):
         return given or ""
@@ -1437,7 +1437,7 @@ def read_tool(tool: Any, where: str, dropped: list[str]) -> Tool:
             if (kind := tool.get("type", "function")) not in ("function", "custom"):
                 kind = redact(str(kind), length=50)
                 raise BadRequest(f"{where}.type: {kind!r} runs at the vendor and is not allowed")
-            report(unknown(tool, TOOL_KEYS) + unknown(inner, TOOL_KEYS), dropped)
+            report(extra(tool, TOOL_KEYS) + extra(inner, TOOL_KEYS), dropped)
             schema = inner.get("parameters") or inner.get("input_schema") or {}
             name = inner.get("name")
             if isinstance(name, str) and (name := clean(name)) and isinstance(schema, dict):
