@@ -1047,7 +1047,7 @@ def parse_body(
     known = known | CHAT_ONLY.keys() if chat else known - CHAT_FIELDS
     if by_template := not chat and raw.get("template") is not None:
         known = TEMPLATE_FIELDS
-    report(sorted(raw.keys() - known), dropped)
+    drop(sorted(raw.keys() - known), dropped)
     given = convert_body({name: raw[name] for name in raw if name in known}, Body)
     if by_template:
         request, said = read_template(given, templates)
@@ -1069,7 +1069,7 @@ def lock_prompt(prompt: str, given: Any) -> Any:
     return "\n\n".join(filter(None, (prompt, given)))
 
 
-def report(lost: list[str], dropped: list[str]) -> None:
+def drop(lost: list[str], dropped: list[str]) -> None:
     """Add the names of fields not passed on, for the caller: at most 100, and no secrets."""
     if (room := 100 - len(dropped)) > 0:
         new = dict.fromkeys(lost).keys() - {*dropped}
@@ -1302,7 +1302,7 @@ def read_items(
             lost = extra(item, ITEM_KEYS)
             for name in {"function_call", "audio"}.intersection(lost):
                 raise BadRequest(f"{where}.{name}: cannot be said to this model")
-            report(lost, dropped)
+            drop(lost, dropped)
         match item:
             case {"type": "function_call" | "reasoning"}:
                 messages.append(Message("assistant", read_block(item, where, dropped)))
@@ -1355,16 +1355,16 @@ def read_block(block: Any, where: str, dropped: list[str]) -> list[Part]:
     """Convert a content block, tool call or tool result; empty if it cannot be passed on."""
     block = block if isinstance(block, dict) else {"type": "text", "text": block}
     if isinstance(function := block.get("function"), dict):  # Chat wraps its calls
-        report(extra(block, BLOCK_KEYS | {"function", "index"}), dropped)
+        drop(extra(block, BLOCK_KEYS | {"function", "index"}), dropped)
         block = {"type": "function_call", "id": block.get("id")} | function
     ids = ("call_id", "tool_call_id", "tool_use_id", "id")
     call = next((block[key] for key in ids if key in block), None)
     call = own_id(call) if isinstance(call, str) else None
     kind = block.get("type", block.get("role"))
     if kind in THOUGHTS:  # opaque to every vendor but the one that wrote it
-        report([kind.removeprefix("redacted_")], dropped)
+        drop([kind.removeprefix("redacted_")], dropped)
         return []
-    report(extra(block, BLOCK_KEYS), dropped)
+    drop(extra(block, BLOCK_KEYS), dropped)
     match kind, block:
         case "text" | "input_text" | "output_text", {"text": str(text)}:
             return [Text(text)]
@@ -1372,9 +1372,9 @@ def read_block(block: Any, where: str, dropped: list[str]) -> list[Part]:
             return [Text(text)]
         case ("image", {"source": given}) | (_, {"image_url": given}):
             detail = given if isinstance(given, dict) and "detail" in given else block
-            report(["detail"] if detail.get("detail", "auto") != "auto" else [], dropped)
+            drop(["detail"] if detail.get("detail", "auto") != "auto" else [], dropped)
             if isinstance(given, dict):
-                report(extra(given, {"type", "media_type", "data", "url", "detail"}), dropped)
+                drop(extra(given, {"type", "media_type", "data", "url", "detail"}), dropped)
             return [read_image(given, where)]
         case "function_call" | "tool_use", {"name": str(name)} if call is not None:
             given = block.get("arguments", block.get("input"))
@@ -1406,7 +1406,7 @@ def read_result(given: Any, where: str, dropped: list[str]) -> str:
     if any(image_data(block) is not None for block in blocks(given)):
         raise BadRequest(f"{where}: the result of a tool can hold no image here")
     if given and isinstance(given, list) and all(is_text(block) for block in given):
-        report([name for block in given for name in extra(block, {"type", "text"})], dropped)
+        drop([name for block in given for name in extra(block, {"type", "text"})], dropped)
         return "".join(str(block["text"]) for block in given)
     if given is None or isinstance(given, str):
         return given or ""
@@ -1437,7 +1437,7 @@ def read_tool(tool: Any, where: str, dropped: list[str]) -> Tool:
             if (kind := tool.get("type", "function")) not in ("function", "custom"):
                 kind = redact(str(kind), length=50)
                 raise BadRequest(f"{where}.type: {kind!r} runs at the vendor and is not allowed")
-            report(extra(tool, TOOL_KEYS) + extra(inner, TOOL_KEYS), dropped)
+            drop(extra(tool, TOOL_KEYS) + extra(inner, TOOL_KEYS), dropped)
             schema = inner.get("parameters") or inner.get("input_schema") or {}
             name = inner.get("name")
             if isinstance(name, str) and (name := clean(name)) and isinstance(schema, dict):
