@@ -925,10 +925,10 @@ class Request(Sampling, kw_only=True, omit_defaults=True):
     thinking: bool | None = None
     measured: Measure | None = None
 
-    def said(self) -> Any:
+    def prompt(self) -> Any:
         """The part that the model reads, as JSON."""
-        said = {"system": self.system, "tools": self.tools, "messages": self.messages}
-        return self.native or msgspec.to_builtins(said | {"schema": self.output_format or ""})
+        prompt = {"system": self.system, "tools": self.tools, "messages": self.messages}
+        return self.native or msgspec.to_builtins(prompt | {"schema": self.output_format or ""})
 
     def forget(self) -> None:
         """Free the prompt: once the answer begins, nothing needs it."""
@@ -937,14 +937,14 @@ class Request(Sampling, kw_only=True, omit_defaults=True):
     def measure(self) -> Measure:
         """Cached: it is slow, and limits, budgets and each attempt need it."""
         if self.measured is None:
-            said = self.said()
-            conversation = [*blocks(said.get("messages") or said.get("input"))]
+            prompt = self.prompt()
+            conversation = [*blocks(prompt.get("messages") or prompt.get("input"))]
             images = [data for data in map(image_data, conversation) if data is not None]
             size = len(msgspec.json.encode(self)) - sum(map(len, images))
             large = sum(block.get("detail") == "original" for block in conversation)
             files = ("document", "input_file", "file")
             documents = sum(block.get("type") in files for block in conversation)
-            characters = sum(map(len, strings(said)))
+            characters = sum(map(len, strings(prompt)))
             self.measured = Measure(characters, size, len(images), large, documents)
         return self.measured
 
@@ -1050,14 +1050,14 @@ def parse_body(
     drop(sorted(raw.keys() - known), dropped)
     given = convert_body({name: raw[name] for name in raw if name in known}, Body)
     if by_template:
-        request, said = read_template(given, templates)
+        request, texts = read_template(given, templates)
         dropped += ["max_tokens"] if request.max_tokens > limits.max_tokens else []
         request.max_tokens = min(request.max_tokens, limits.max_tokens)
     else:
         check_lists(raw, limits)
         request = read_request(given, limits, default_model, dropped)
-        said = request.said()
-    check_texts(said, limits)
+        texts = request.prompt()
+    check_texts(texts, limits)
     request.system = lock_prompt(limits.system_prompt, request.system)
     return request
 
@@ -1201,9 +1201,9 @@ def without_data(block: dict[str, Any]) -> dict[str, Any]:
     return block | {"source": "", "image_url": ""} if image_data(block) else block
 
 
-def check_texts(said: Any, limits: Limits) -> None:
+def check_texts(value: Any, limits: Limits) -> None:
     """Raises BadRequest for too much text, or for a denied one."""
-    texts = [*strings(said)]
+    texts = [*strings(value)]
     if (count := sum(map(len, texts))) > limits.max_characters:
         allowed = f"at most {limits.max_characters} are allowed"
         raise BadRequest(f"messages: {count} characters, {allowed}")
@@ -1381,8 +1381,8 @@ def read_block(block: Any, where: str, dropped: list[str]) -> list[Part]:
             return [ToolUse(call, clean(name), read_arguments(given, where))]
         case "function_call_output" | "tool_result" | "tool", _ if call is not None:
             given = block.get("result", block.get("output", block.get("content")))
-            said = read_result(given, where, dropped)
-            return [ToolResult(call, said, bool(block.get("is_error")))]
+            text = read_result(given, where, dropped)
+            return [ToolResult(call, text, bool(block.get("is_error")))]
     raise BadRequest(f"{where}: must be a complete text, image, tool call or tool result")
 
 
@@ -1513,7 +1513,7 @@ def read_template(given: Body, templates: Map[str, Template]) -> tuple[Request, 
     if not (prompt := fill(template.prompt)).strip():
         raise BadRequest("variables: leave nothing to ask")
     # \0 separates the last slot of the one from the first of the other
-    said = [fill(found[0]) for found in SLOTS.finditer(f"{template.prompt}\0{template.system}")]
+    texts = [fill(found[0]) for found in SLOTS.finditer(f"{template.prompt}\0{template.system}")]
     request = Request(
         model=template.model,
         max_tokens=template.max_tokens,
@@ -1521,7 +1521,7 @@ def read_template(given: Body, templates: Map[str, Template]) -> tuple[Request, 
         messages=[Message("user", [Text(prompt)])],
         tools=template_tools(template),
     )
-    return request, said
+    return request, texts
 
 
 def template_tools(template: Template) -> list[Tool]:
@@ -2932,13 +2932,13 @@ class RedisStore:
             if not self.is_there(capped):
                 raise StoreAway
             self.asked |= {ask.id} - {""}
-            said, held, answer = await self.link.run("admit", msgspec.json.encode(wanted), ask.row)
+            data, held, answer = await self.link.run("admit", msgspec.json.encode(wanted), ask.row)
         except StoreAway:
             if self.is_needed(capped):
                 raise
             self.alone |= {ask.id} - {""}
             return await self.local.admit(ask)
-        given = msgspec.json.decode(said, type=Admission)
+        given = msgspec.json.decode(data, type=Admission)
         given.answer = answer
         if given.placed:  # also counted here, should Redis go down
             self.local.taken[ask.id] = ask.provider
@@ -2948,8 +2948,8 @@ class RedisStore:
             given.exceeded = exceeded
         return given
 
-    def granted(self, said: bytes) -> Decimal:
-        hold = msgspec.json.decode(said)
+    def granted(self, reply: bytes) -> Decimal:
+        hold = msgspec.json.decode(reply)
         usd = Decimal(hold["usd"]).scaleb(-9)
         if "exceeded" in hold:
             cap = from_redis(hold["exceeded"])
@@ -3345,14 +3345,14 @@ def function_call(call: ToolUse) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": function}
 
 
-def said(content: Any, kind: type[Text | Thinking]) -> Iterator[Event]:
+def spans(content: Any, kind: type[Text | Thinking]) -> Iterator[Event]:
     """Text of a kind; Mistral may mix thinking and text in one list."""
     for part in content if isinstance(content, list) else [content]:
         match part:
             case (str() as text) | {"text": str() as text} if text:
                 yield kind(text)
             case {"thinking": thoughts}:
-                yield from said(thoughts, Thinking)
+                yield from spans(thoughts, Thinking)
 
 
 @functools.cache
@@ -3895,8 +3895,8 @@ class Chat(OpenAI):
                 self.ending = self.ending or bool(end)
                 if not self.ending:  # a running count, not the final one
                     self.usage.known = False
-                yield from said(delta.get("reasoning_content") or delta.get("reasoning"), Thinking)
-                yield from said(delta.get("content") or delta.get("refusal"), Text)
+                yield from spans(delta.get("reasoning_content") or delta.get("reasoning"), Thinking)
+                yield from spans(delta.get("content") or delta.get("refusal"), Text)
                 self.reason = REASONS.get("refusal" if delta.get("refusal") else end, self.reason)
                 if others or "function_call" in delta:
                     unseen = [others, delta.get("function_call")]
@@ -3999,9 +3999,9 @@ class Writer:
 
     def end(self, finish: str, report: dict[str, Any]) -> bytes:
         content = "".join(self.texts) or ("" if self.calls else " ")  # the SDK rejects an empty one
-        said = {"content": content} | filled(tool_calls=self.calls)
-        choice = {"index": 0, "message": {"role": "assistant"} | said, "finish_reason": finish}
-        return msgspec.json.encode(said | {"finish_reason": finish, "choices": [choice]} | report)
+        body = {"content": content} | filled(tool_calls=self.calls)
+        choice = {"index": 0, "message": {"role": "assistant"} | body, "finish_reason": finish}
+        return msgspec.json.encode(body | {"finish_reason": finish, "choices": [choice]} | report)
 
     def error(self, error: ProxyError, request_id: str) -> bytes | None:
         """The end of a failed reply already begun; None where only a cut-off can show it."""
@@ -4110,9 +4110,9 @@ class ChatWriter(NativeWriter):
             return self.chunk({}, finish) + counted + DONE
         names = ("content", "reasoning_content")
         text, thoughts = ("".join(delta.get(n, "") for delta in self.deltas) for n in names)
-        said = self.role | {"content": text or None}
-        said |= filled(tool_calls=self.calls, reasoning_content=thoughts)
-        choice = {"index": 0, "message": said, "finish_reason": finish, "logprobs": None}
+        message = self.role | {"content": text or None}
+        message |= filled(tool_calls=self.calls, reasoning_content=thoughts)
+        choice = {"index": 0, "message": message, "finish_reason": finish, "logprobs": None}
         return msgspec.json.encode(self.base | {"choices": [choice], "usage": usage})
 
 
@@ -5375,11 +5375,11 @@ class Proxy:
         # thinking that is not shown, or only its summary, is billed all the same
         request, native = call.request, call.request.native or {}
         asked = request.thinking and "enable_thinking" not in account.dropped
-        said = [native.get(name) for name in ("thinking", "reasoning", "reasoning_effort")]
+        asks = [native.get(name) for name in ("thinking", "reasoning", "reasoning_effort")]
         told = request.thinking is False and "on" in attempt.adapter.can  # else it is not sent
-        off = told or any(each in UNTHINKING for each in said)
+        off = told or any(each in UNTHINKING for each in asks)
         own = capability(model.rpartition("/")[2])  # resellers prefix the maker
-        thinks = "always" in own or (not off and ("on" in own or asked or any(said)))
+        thinks = "always" in own or (not off and ("on" in own or asked or any(asks)))
         account.hidden = bool(thinks) or not request.stream
         account.billed = True
 
@@ -5620,8 +5620,8 @@ class Proxy:
         form = {"secret": table.turnstile_secret, "response": token, "remoteip": address}
         try:
             reply = await self.http.post(table.siteverify_url, data=form)
-            said = reply.raise_for_status().json()
-            good, codes = said.get("success") is True, str(said.get("error-codes"))
+            verdict = reply.raise_for_status().json()
+            good, codes = verdict.get("success") is True, str(verdict.get("error-codes"))
             if "secret" in codes or "internal-error" in codes:  # no fault of the token
                 raise ValueError(codes)
         except (httpx.HTTPError, aiohttp.ClientError, OSError, ValueError, AttributeError) as error:
@@ -5709,7 +5709,7 @@ are reading. """
 DEMO_THOUGHT = "The person wants to see thinking. I think a little, then I answer. "
 
 # Parts of an answer: "text", "thinking" or the name of a tool, and its pieces.
-Said = list[tuple[str, list[str]]]
+Pieces = list[tuple[str, list[str]]]
 Json = dict[str, Any]
 
 
@@ -5719,14 +5719,14 @@ def demo_bytes(events: list[Json], whole: Json, stream: bool) -> list[bytes]:
     return [b"event: %b\n%b" % (event["type"].encode(), frame(event)) for event in events]
 
 
-def demo_messages(said: Said, usage: Usage, stream: bool, reason: str) -> list[bytes]:
+def demo_messages(answer: Pieces, usage: Usage, stream: bool, reason: str) -> list[bytes]:
     """An answer of Anthropic's, as events or in one piece."""
     counted = {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens}
     message: Json = {"id": "msg_demo", "type": "message", "role": "assistant", "model": "demo"}
     message |= {"content": [], "stop_reason": None, "stop_sequence": None, "usage": counted}
     events: list[Json] = [{"type": "message_start", "message": message}]
     content: list[Json] = []
-    for index, (kind, pieces) in enumerate(said):
+    for index, (kind, pieces) in enumerate(answer):
         delta, name, whole = f"{kind}_delta", kind, "".join(pieces)
         start: Json = {"type": kind, kind: ""} | ({"signature": ""} if kind == "thinking" else {})
         block: Json = start | {kind: whole}
@@ -5748,14 +5748,14 @@ def demo_messages(said: Said, usage: Usage, stream: bool, reason: str) -> list[b
     return demo_bytes(events, message | end | {"content": content}, stream)
 
 
-def demo_responses(said: Said, usage: Usage, stream: bool, reason: str) -> list[bytes]:
+def demo_responses(answer: Pieces, usage: Usage, stream: bool, reason: str) -> list[bytes]:
     counted = {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens}
     counted |= {"total_tokens": sum(counted.values())}
     response: Json = {"id": "resp_demo", "object": "response", "created_at": 0, "model": "demo"}
     response |= {"parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "output": []}
     events: list[Json] = [{"type": "created", "response": response | {"status": "in_progress"}}]
     output: list[Json] = []
-    for index, (kind, pieces) in enumerate(said):
+    for index, (kind, pieces) in enumerate(answer):
         item: Json = {"id": f"item_{index}", "status": "completed"}
         match kind:
             case "text":
@@ -5793,9 +5793,9 @@ def demo_responses(said: Said, usage: Usage, stream: bool, reason: str) -> list[
     return demo_bytes(events, response, stream)
 
 
-def demo_chat(said: Said, usage: Usage, stream: bool, reason: str) -> list[bytes]:
+def demo_chat(answer: Pieces, usage: Usage, stream: bool, reason: str) -> list[bytes]:
     writer, data = ChatWriter("demo", stream, show_usage=True), list[bytes]()
-    for kind, pieces in said:
+    for kind, pieces in answer:
         events: Batch = [Text(piece) for piece in pieces]
         if kind != "text":
             whole = ToolUse("call_0", kind, "".join(pieces))
@@ -5810,8 +5810,8 @@ DEMOS = {"messages": demo_messages, "responses": demo_responses, "chat": demo_ch
 
 def demo_answer(request: httpx.Request) -> httpx.Response:
     body, path = msgspec.json.decode(request.content), request.url.path
-    said = body.get("messages") or body.get("input")
-    last = said[-1] if isinstance(said, list) else said
+    turns = body.get("messages") or body.get("input")
+    last = turns[-1] if isinstance(turns, list) else turns
     last = last if isinstance(last, dict) else {"content": last}
     *_, prompt = "", *strings(last.get("content", last.get("output")))
     dialect = next((name for name, a in ADAPTERS.items() if path.endswith(a.path)), "")
@@ -5821,7 +5821,7 @@ def demo_answer(request: httpx.Request) -> httpx.Response:
         error = {"type": kind, "message": words}
         return httpx.Response(status, json={"type": "error", "error": error})
     tool = (body.get("tools") or [{"name": "get_weather"}])[0]
-    answer: Said = [("text", [f"{word} " for word in DEMO_TEXT.split()])]
+    answer: Pieces = [("text", [f"{word} " for word in DEMO_TEXT.split()])]
     reason, most = "stop", next((body[name] for name in MAX_TOKENS if body.get(name)), None)
     match prompt.split()[:1]:
         case ["/long"]:
