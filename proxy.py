@@ -811,7 +811,7 @@ def redact(message: str, known: Iterable[str] = (), length: int = 500) -> str:
 class UpstreamError(ProxyError):
     """The vendor failed. The arguments `status` and `error` are the vendor's; `sent` says whether
     it may bill the attempt; `wait` is its retry-after in seconds; `forbidden`, that the request or
-    our key may be at fault; `moved`, that another of our keys may be tried at once; `told`, that
+    our key may be at fault; `moved`, that another of our keys may be tried at once; `relayed`, that
     the caller was sent the vendor's own error event."""
 
     def __init__(
@@ -819,7 +819,7 @@ class UpstreamError(ProxyError):
         wait: float | None = None, advice: str = "", sent: bool = True,
     ) -> None:  # fmt: skip
         shown, known_code = UPSTREAM_CODES.get(status, (502, "upstream_error"))
-        self.sent, self.wait, self.moved, self.told = sent, wait, False, False
+        self.sent, self.wait, self.moved, self.relayed = sent, wait, False, False
         self.forbidden = status == 403
         told = (str(error.get(name) or "") for name in ("code", "param"))
         plain = (text if re.fullmatch(r"[A-Za-z][\w.[\]-]{0,99}", text) else "" for text in told)
@@ -2317,11 +2317,11 @@ class Bucket(Struct):
 
 
 class Spending(Struct):
-    """USD of one scope in one window; `told` says whether reaching the cap was reported."""
+    """USD of one scope in one window; `reported` says whether reaching the cap was."""
 
     settled: Decimal = Decimal(0)
     held: Decimal = Decimal(0)
-    told: bool = False
+    reported: bool = False
 
 
 class MemoryStore:
@@ -2401,8 +2401,8 @@ class MemoryStore:
             tightest = caps[left.index(min(left))]
             spending = self.of(tightest)
             nearly = 0 < tightest.limit * Decimal("0.8") <= spending.settled
-            if nearly and not spending.told:  # what is left is too little for what is asked
-                spending.told = True
+            if nearly and not spending.reported:  # what is left is too little for what is asked
+                spending.reported = True
                 self.tell(tightest, 100)
             raise BudgetExceeded(tightest, granted)
         self.holds[id] = caps, granted + self.holds.get(id, (caps, Decimal(0)))[1]
@@ -2431,8 +2431,8 @@ class MemoryStore:
             before, spending.settled = spending.settled, spending.settled + end.usd
             spending.held -= held
             for percent in (80, 100):
-                if before < cap.limit * percent / 100 <= spending.settled and not spending.told:
-                    spending.told = percent == 100
+                if before < cap.limit * percent / 100 <= spending.settled and not spending.reported:
+                    spending.reported = percent == 100
                     self.tell(cap, percent)
             if not (spending.settled or spending.held):  # what costs nothing is not remembered
                 self.windows.get(cap.window, {}).pop(cap.scope, None)
@@ -3449,7 +3449,7 @@ class Adapter:
     def feed(self, chunk: bytes) -> Batch:
         """Decode the events that `chunk` completes, up to the terminal one. For a caller that
         speaks the dialect their bytes come first, except those of a failure, unless an SDK reads
-        more in it than an error (`told`)."""
+        more in it than an error (`relayed`)."""
         passed = b""
         batch: Batch = []
         for event in self.sse.feed(chunk):
@@ -3466,7 +3466,7 @@ class Adapter:
             except (AttributeError, LookupError, TypeError):
                 pass  # of a shape nobody expects: skipped
             if self.passing:
-                failed = batch and isinstance(batch[-1], Failure) and not batch[-1].error.told
+                failed = batch and isinstance(batch[-1], Failure) and not batch[-1].error.relayed
                 hidden = self.usage_hidden and SOME_USAGE.search(event) and NO_CHOICES.search(event)
                 passed += b"" if failed or hidden else event
         return [Raw(passed), *batch] if passed else batch
@@ -3815,7 +3815,7 @@ class Responses(OpenAI):
                 self.count(told)  # nested, as recorded, or flat, as the SDK has it
                 failure = self.fail(error := told.get("error") or event | {"type": None})
                 passed = self.passing and kind == "failed"  # an SDK wants the response
-                failure.error.told = passed and self.showable(error, failure.error)
+                failure.error.relayed = passed and self.showable(error, failure.error)
                 yield failure
 
 
@@ -4059,7 +4059,7 @@ class NativeWriter(Writer):
     def error(self, error: ProxyError, request_id: str) -> bytes | None:
         if not self.early:
             return None
-        if isinstance(error, UpstreamError) and error.told:
+        if isinstance(error, UpstreamError) and error.relayed:
             return b""
         event = b"event: error\n" if self.dialect != "chat" else b""
         body = error_body(error, request_id, self.dialect)
@@ -4791,11 +4791,11 @@ class Attempt:
         self.stream = response.stream  # not the response: it would keep the request's body, too
         if response.status_code != 200:
             refused = await read_refusal(response)
-            refused.headers |= self.told(response)
+            refused.headers |= self.vendor_headers(response)
             raise refused
         encoded = response.headers.get("content-encoding", "identity") != "identity"
         self.chunks = aiter(response.aiter_bytes() if encoded else self.stream)
-        self.headers = self.told(response)
+        self.headers = self.vendor_headers(response)
         # without either, the end of the message looks like a connection that was cut
         self.framed = not {"transfer-encoding", "content-length"}.isdisjoint(response.headers)
         if not self.request.stream:
@@ -4809,7 +4809,7 @@ class Attempt:
             raise batch[0].error
         return [Raw(passed), *batch] if passed else batch
 
-    def told(self, response: httpx.Response) -> Headers:
+    def vendor_headers(self, response: httpx.Response) -> Headers:
         """The vendor's headers for a caller that speaks its dialect."""
         names = ("request-id", "x-request-id", "openai-processing-ms")  # x-request-id is ours
         given = ((name.removeprefix("x-"), response.headers.get(name)) for name in names)
