@@ -3366,7 +3366,7 @@ class Adapter:
     """One upstream call in one dialect. After encode(), `dropped` names the parameters the model
     would have rejected, `cut` holds the stop texts that we must apply ourselves, and `passing` says
     that the caller gets the vendor's bytes, `usage_hidden` without the usage chunk that only we
-    asked for. While the answer comes, `heard` says whether it has begun, `usage` what it used so
+    asked for. While the answer comes, `begun` says whether it has begun, `usage` what it used so
     far, `unseen` how many of its bytes are in no event, and `complete` whether the terminal event
     has arrived."""
 
@@ -3378,7 +3378,7 @@ class Adapter:
 
     def __init__(self, provider: Provider, model: str) -> None:
         self.base_url, self.model = provider.base_url.rstrip("/"), model
-        self.account, self.allow = (provider.organization, provider.project), provider.allow
+        self.openai_ids, self.allow = (provider.organization, provider.project), provider.allow
         self.can, self.own = capability(model), "api.openai.com" in self.base_url
         # some of them ignore all names of max_tokens but one
         self.compatible = provider.adapter == "chat" and not self.own
@@ -3390,7 +3390,7 @@ class Adapter:
         self.dropped: list[str] = []
         self.cut: list[str] = []
         self.reason = "stop"
-        self.complete = self.heard = self.ending = self.passing = self.usage_hidden = False
+        self.complete = self.begun = self.ending = self.passing = self.usage_hidden = False
 
     def url(self, path: str = "") -> str:
         return self.base_url + (path or self.path)
@@ -3459,7 +3459,7 @@ class Adapter:
             try:
                 if data := event_data(event):
                     told = {"type": "[DONE]"} if data == b"[DONE]" else read_json(data)
-                    self.heard = self.heard or told.get("type") != "ping"
+                    self.begun = self.begun or told.get("type") != "ping"
                     batch += self.decode(told)
             except NO_JSON:
                 batch.append(self.fail("the vendor's stream holds something that is not JSON"))
@@ -3701,7 +3701,7 @@ class OpenAI(Adapter):
 
     def headers(self, key: str) -> dict[str, str]:
         names = ("openai-organization", "openai-project")
-        return super().headers(key) | filled(**dict(zip(names, self.account, strict=True)))
+        return super().headers(key) | filled(**dict(zip(names, self.openai_ids, strict=True)))
 
     def thinks(self) -> bool:
         """Models of others than OpenAI may."""
@@ -4701,7 +4701,7 @@ class VendorKeys:
         """What may rest: the provider, or one of its keys."""
         return [provider, *self.keys[provider]]
 
-    def hear(self, rests: Map[str, float]) -> None:
+    def merge(self, rests: Map[str, float]) -> None:
         now = time.monotonic()
         self.rests |= {name: now + seconds for name, seconds in rests.items()}
 
@@ -4801,7 +4801,7 @@ class Attempt:
         if not self.request.stream:
             return self.adapter.read(b"".join([chunk async for chunk in self.chunks]))
         passed, batch = b"", list[Event]()
-        while not (batch or self.adapter.heard):  # comments and pings are passed on, but begin none
+        while not (batch or self.adapter.begun):  # comments and pings are passed on, but begin none
             heard = await self.next()
             passed += b"".join(event.data for event in heard if isinstance(event, Raw))
             batch = [event for event in heard if not isinstance(event, Raw)]
@@ -5213,7 +5213,7 @@ class Proxy:
                 ask.row = msgspec.json.encode(died)
         call.asked = True
         given = await self.store.admit(ask)
-        self.keys.hear(given.rests)
+        self.keys.merge(given.rests)
         if not again:
             call.show_rates(given)
         if given.refused or given.exceeded:
