@@ -4710,10 +4710,10 @@ class VendorKeys:
         keys = min(self.rests.get(name, 0) for name in self.keys[provider])
         return max(0, max(keys, self.rests.get(provider, 0)) - time.monotonic())
 
-    def refuse(self, provider: str, patience: float) -> ProxyError | None:
-        """The error where a provider rests until after `patience`, a time."""
+    def refuse(self, provider: str, deadline: float) -> ProxyError | None:
+        """The error where a provider rests until after `deadline`."""
         now, wait = time.monotonic(), self.resting(provider)
-        if not wait or now + wait < patience:
+        if not wait or now + wait < deadline:
             return None
         status = 529 if self.rests.get(provider, 0) > now else 429
         message = f"{provider} is left alone for {math.ceil(wait)} s more"
