@@ -5221,10 +5221,10 @@ class Proxy:
             raise given.exceeded or refusal(given, limits)
         call.place = ask.provider if given.placed else ""
         if ask.caps and given.answer is None and not given.pending:
-            await self.keep(call, given.held)
+            await self.note_hold(call, given.held)
         return given
 
-    async def keep(self, call: Call, held: Decimal) -> None:
+    async def note_hold(self, call: Call, held: Decimal) -> None:
         """Write what a request holds into its row, still open, should the process die."""
         call.held += held
         call.entry.cost, call.entry.outcome = f"{call.held:f}", "open"
@@ -5280,7 +5280,7 @@ class Proxy:
             patience = soon if left == 1 else 0  # with a vendor that rests
             try:
                 await self.take_place(call, target[0], soon, patience)
-                return await self.ask(call, target, error, limit, patience)
+                return await self.try_target(call, target, error, limit, patience)
             except UpstreamError as failed:
                 error = failed
                 if failed.status in (400, 413, 422):  # the request itself: no other does better
@@ -5304,7 +5304,7 @@ class Proxy:
             await line.enter(call.entry.id, call.client.id, seconds)
             call.place = provider
 
-    async def ask(
+    async def try_target(
         self, call: Call, target: Target, error: ProxyError | None, limit: float, patience: float
     ) -> tuple[Attempt, Batch]:
         """Try one of the targets until its answer begins, after `error` at the one before. Raises
@@ -5320,8 +5320,8 @@ class Proxy:
             key = self.keys.choose(provider)
             attempt = Attempt(self.transport, self.config, target, key, call)
             if error := failure or error:
-                await self.prepare_again(call, provider, model, error)
-            self.enter(call, attempt, provider, model)
+                await self.hold_again(call, provider, model, error)
+            self.count_attempt(call, attempt, provider, model)
             try:
                 async with asyncio.timeout(limit - now()):
                     batch = await attempt.open()
@@ -5330,7 +5330,7 @@ class Proxy:
                 failure = self.explain(failed, provider)
                 if call.request.native is None:
                     failure.param = ""  # the caller may never have sent such a field
-                self.lose(call, failure)
+                self.add_lost(call, failure)
                 self.keys.rest(provider, attempt.key, failure)
                 doubted += [(attempt.key, failure)] if failure.forbidden else []
             else:
@@ -5350,7 +5350,7 @@ class Proxy:
             if useless or now() + wait >= limit:
                 raise failure
 
-    async def prepare_again(self, call: Call, provider: str, model: str, error: ProxyError) -> None:
+    async def hold_again(self, call: Call, provider: str, model: str, error: ProxyError) -> None:
         """Hold money for the failed attempts, which may be billed, and for the next one. Raises
         `error` where there is not enough."""
         more = call.account.lost + call.most - call.held
@@ -5359,13 +5359,13 @@ class Proxy:
                 held = await self.store.hold(call.entry.id, call.caps, more, more)
             except (BudgetExceeded, StoreAway):
                 raise error from None
-            await self.keep(call, held)
+            await self.note_hold(call, held)
         self.metrics.retries.labels(provider, error.code).inc()
         # not the vendor's message, which may repeat what it was asked
         fields = {"id": call.entry.id, "provider": provider, "model": model, "after": error.code}
         LOG.info("retry %s", fields)
 
-    def enter(self, call: Call, attempt: Attempt, provider: str, model: str) -> None:
+    def count_attempt(self, call: Call, attempt: Attempt, provider: str, model: str) -> None:
         """Count an attempt as billed until known otherwise, even if the caller leaves."""
         account = call.account
         account.attempts += 1
@@ -5395,7 +5395,7 @@ class Proxy:
             self.metrics.timeouts.labels(provider).inc()
         return failed
 
-    def lose(self, call: Call, error: UpstreamError) -> None:
+    def add_lost(self, call: Call, error: UpstreamError) -> None:
         """Add what a failed attempt may be billed all the same."""
         account, request = call.account, call.request
         account.billed = False
@@ -5561,7 +5561,7 @@ class Proxy:
         for call in self.live:
             call.stop(Stopping())
 
-    async def take(self, call: Call) -> Admission:
+    async def identify(self, call: Call) -> Admission:
         """Identify the caller, and count a request that needs no vendor against its rates. Raises
         401, 403 or 429."""
         headers = call.headers
@@ -6077,7 +6077,7 @@ def create_app(
     @litestar.get(["/v1/models", "/v1/models/{name:path}"])
     async def models(scope: Scope, name: FromPath[str] = "") -> dict[str, Any]:
         call = scope["state"]["call"]
-        await proxy.take(call)
+        await proxy.identify(call)
         listed, name = proxy.catalog.list_for(call.client), name.removeprefix("/")
         found = [model for model in listed["data"] if model["id"] == name]
         if name and not found:
@@ -6112,7 +6112,7 @@ def create_app(
     @litestar.get("/usage")
     async def usage(scope: Scope) -> dict[str, Any]:
         call = scope["state"]["call"]
-        taken = await proxy.take(call)
+        taken = await proxy.identify(call)
         client, limits = call.client, call.client.limits
         spent = await proxy.used_today(client.id)
         caps = [c for c in client_caps(client, config.budget, proxy.now()) if c.scope != "all"]
