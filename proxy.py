@@ -4519,7 +4519,7 @@ class LogFormat(logging.Formatter):
 class Call:
     """One request from its arrival to its ledger row, and the caller's connection: whether more of
     its body may come (`sending`), or only after a 100 Continue (`expects`), when the last write
-    began (`wrote`), and whether it is still under way (`writing`). Every reply has the headers
+    began (`last_write`), and whether it is still under way (`writing`). Every reply has the headers
     `added`. `send` is the server's own: a wrapper would slow down each token. `route` is set where
     it may reach a vendor: the provider, or the kind of a native body."""
 
@@ -4529,11 +4529,11 @@ class Call:
 
     # a thousand streams have one each, and a dict of so many names is 1.5 KiB
     __slots__ = (
-        "account", "added", "asked", "begun", "bounds", "caps", "chosen", "client", "dialect",
-        "dropped", "entry", "estimate", "expects", "failure", "filling", "finish", "headers",
-        "held", "http1", "key", "leads", "most", "passed", "peer", "place", "rates", "request",
-        "route", "send", "sending", "settled", "source", "started", "stopped", "task", "writer",
-        "writing", "wrote",
+        "account", "added", "asked", "begun", "bounds", "caps", "client", "dialect", "dropped",
+        "entry", "estimate", "expects", "failure", "filling", "finish", "flight", "forwarded",
+        "headers", "held", "http1", "key", "last_write", "length_chosen", "most", "peer", "place",
+        "rates", "request", "route", "send", "sending", "settled", "source", "started", "stopped",
+        "task", "writer", "writing",
     )  # fmt: skip
 
     def __init__(
@@ -4547,19 +4547,19 @@ class Call:
         self.http1 = scope.get("http_version", "").startswith("1")
         self.added: Headers = {}
         self.route: tuple[str, str] | None = None
-        self.started, self.wrote = time.monotonic(), math.inf
-        self.begun = self.writing = self.stopped = self.settled = self.chosen = False
+        self.started, self.last_write = time.monotonic(), math.inf
+        self.begun = self.writing = self.stopped = self.settled = self.length_chosen = False
         self.client, self.account = client, Account()
         self.dropped: list[str] = []
         self.rates: dict[str, str] = {}
         self.estimate, self.finish, self.dialect = 0, "", ""
-        self.passed: dict[str, str] = {}
+        self.forwarded: dict[str, str] = {}
         self.caps: list[Cap] = []
         self.bounds: list[tuple[Decimal, Decimal]] = []  # of input, and of a token of output
         self.most = self.held = Decimal(0)  # what one attempt may cost, and what is set aside
         self.asked, self.key = False, ""  # whether the store knows it; its cache key
         self.place = ""  # the provider it has one at
-        self.leads: Flight | None = None
+        self.flight: Flight | None = None
         self.failure: ProxyError | None = None
         self.task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
 
@@ -4627,7 +4627,7 @@ class Call:
             self.added["connection"] = "close"
 
     async def write(self, data: bytes, last: bool = False) -> None:
-        self.wrote, self.writing = time.monotonic(), True
+        self.last_write, self.writing = time.monotonic(), True
         await self.send({"type": "http.response.body", "body": data, "more_body": not last})
         self.writing = False
 
@@ -4771,7 +4771,7 @@ class Attempt:
         self.task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
         settings, self.request = config.providers[provider], call.request
         adapter = ADAPTERS[self.request.dialect or settings.adapter](settings, model)
-        self.adapter, self.more = adapter, call.passed
+        self.adapter, self.more = adapter, call.forwarded
         self.headers: Headers = {}
         adapter.secret = self.key.encode()
         self.body = msgspec.json.encode(adapter.encode(self.request))
@@ -5077,7 +5077,7 @@ class Proxy:
         raw = decode_body(body, call.client.limits)
         read = self.read_native if kind else self.read_plain
         targets = read(call, kind or provider, raw)
-        call.chosen = not raw.get("template") and any(raw.get(name) for name in MAX_TOKENS)
+        call.length_chosen = not raw.get("template") and any(raw.get(name) for name in MAX_TOKENS)
         self.check_request(call, targets)
         return targets
 
@@ -5111,7 +5111,7 @@ class Proxy:
             allowed = set.intersection(*({*self.config.providers[name].allow} for name, _ in own))
             request = parse_native(raw, kind, limits, allowed, call.dropped)
             request.dialect = dialect
-            call.passed = passed_headers(call.headers, dialect, allowed)
+            call.forwarded = passed_headers(call.headers, dialect, allowed)
             call.writer = NativeWriter(dialect, request.stream)
         elif kind == "chat":
             request = parse_body(raw, limits, call.dropped, chat=True)
@@ -5148,7 +5148,7 @@ class Proxy:
     async def work(self, call: Call, targets: list[Target]) -> None:
         """Fetch and deliver the answer, while a second task watches for a disconnect."""
         gone = asyncio.create_task(watch_disconnect(call))
-        call.wrote = time.monotonic()
+        call.last_write = time.monotonic()
         try:
             async with aclosing(await self.source(call, targets)) as batches:
                 call.headers = {}  # a long stream need not keep them
@@ -5157,7 +5157,7 @@ class Proxy:
                     if call.finish:  # the caller need not wait for the vendor's connection
                         return await self.settle(call)
         finally:
-            call.wrote = math.inf
+            call.last_write = math.inf
             gone.cancel()
 
     async def source(self, call: Call, targets: list[Target]) -> AsyncGenerator[Batch, None]:
@@ -5167,8 +5167,8 @@ class Proxy:
             await self.admit(call, targets)
             return self.upstream(call, targets)
         scope = "" if self.config.cache.shared else call.client.id
-        version = [call.passed.get(f"anthropic-{name}") for name in ("version", "beta")]
-        call.key = key = sha256(repr((scope, targets, call.request, version, call.chosen)))
+        version = [call.forwarded.get(f"anthropic-{name}") for name in ("version", "beta")]
+        call.key = key = sha256(repr((scope, targets, call.request, version, call.length_chosen)))
         async with self.leading.setdefault(key, asyncio.Lock()):  # so that only one holds money
             flight = self.flights.get(key)
             if flight and flight.readers and not flight.task.done():
@@ -5191,7 +5191,7 @@ class Proxy:
                 return replay(account.batches)
             call.entry.cache = "miss"
             flight = Flight(self.upstream(call, targets, key), call.account)
-            call.leads = self.flights[key] = flight
+            call.flight = self.flights[key] = flight
         return flight.read()
 
     async def admit(
@@ -5204,7 +5204,7 @@ class Proxy:
         if targets:
             ask.caps, ask.most, ask.key = call.caps, call.most, call.key
             short = min(256, call.request.max_tokens)
-            ask.least = call.most if call.chosen or not call.caps else call.cost_of(short)
+            ask.least = call.most if call.length_chosen or not call.caps else call.cost_of(short)
             ask.provider, line = targets[0][0], self.lines.get(targets[0][0])
             ask.places = line.places if line and not line.turns else 0
             if self.replicas:
@@ -5409,9 +5409,9 @@ class Proxy:
 
     async def settle(self, call: Call) -> None:
         """Account for a request, once, and then end its reply."""
-        if call.leads and not call.finish:  # it pays, even if it leaves before the others
+        if call.flight and not call.finish:  # it pays, even if it leaves before the others
             with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait((call.leads.task,))
+                await asyncio.wait((call.flight.task,))
         if call.settled:
             return
         call.settled = True
@@ -5522,7 +5522,7 @@ class Proxy:
 
     def check(self, call: Call, now: float) -> None:
         """Keep a silent reply alive, and end one that the caller takes nothing more of."""
-        silence, ping = now - call.wrote, self.config.server.ping
+        silence, ping = now - call.last_write, self.config.server.ping
         if call.writing and silence >= self.config.upstream.idle:
             call.stop(None)
         elif not call.writing and silence >= ping:
@@ -5532,7 +5532,7 @@ class Proxy:
             first = 0 if call.entry.ttfb else min(28, self.config.upstream.first_byte + 1)
             late = call.account.attempts and not call.writer.early
             if call.begun or (late and silence >= max(ping + 5, first)):
-                call.wrote = now
+                call.last_write = now
                 call.filling = asyncio.create_task(call.fill())
 
     async def keep_showing(self) -> None:
