@@ -5270,17 +5270,17 @@ class Proxy:
         """An attempt whose answer has begun, and its first batch, after retries and fallbacks."""
         times, now = self.config.upstream, time.monotonic
         # an answer in one piece begins when it is complete
-        begun = min(times.first_byte, times.total)
-        deadline = call.started + (begun if call.request.stream else times.total)
+        first_byte = min(times.first_byte, times.total)
+        deadline = call.started + (first_byte if call.request.stream else times.total)
         error: ProxyError | None = None
         for left, target in zip(range(len(targets), 0, -1), targets, strict=True):
             # while other targets are left, this one gets its share of the time
             limit = now() + (deadline - now()) / left
-            soon = min(limit, call.started + begun)
-            patience = soon if left == 1 else 0  # with a vendor that rests
+            soon = min(limit, call.started + first_byte)
+            rest_end = soon if left == 1 else 0  # with a vendor that rests
             try:
-                await self.take_place(call, target[0], soon, patience)
-                return await self.try_target(call, target, error, limit, patience)
+                await self.take_place(call, target[0], soon, rest_end)
+                return await self.try_target(call, target, error, limit, rest_end)
             except UpstreamError as failed:
                 error = failed
                 if failed.status in (400, 413, 422):  # the request itself: no other does better
@@ -5289,10 +5289,10 @@ class Proxy:
                 error = error or failed
         raise error or UpstreamError(504, "the vendor did not answer in time")
 
-    async def take_place(self, call: Call, provider: str, limit: float, patience: float) -> None:
+    async def take_place(self, call: Call, provider: str, limit: float, rest_end: float) -> None:
         """Wait in line for one of the provider's places, where they are counted, until `limit`.
-        Raises 503; or 429 or 529, where it would rest until after `patience`."""
-        if resting := self.keys.refuse(provider, patience):
+        Raises 503; or 429 or 529, where it would rest until after `rest_end`."""
+        if resting := self.keys.refuse(provider, rest_end):
             raise resting
         if provider == call.place:
             return
@@ -5305,7 +5305,7 @@ class Proxy:
             call.place = provider
 
     async def try_target(
-        self, call: Call, target: Target, error: ProxyError | None, limit: float, patience: float
+        self, call: Call, target: Target, error: ProxyError | None, limit: float, rest_end: float
     ) -> tuple[Attempt, Batch]:
         """Try one of the targets until its answer begins, after `error` at the one before. Raises
         the error of the last attempt."""
@@ -5314,7 +5314,7 @@ class Proxy:
         doubted: list[tuple[str, UpstreamError]] = []
         retry, wait, other_keys = 0, 0.0, len(self.keys.keys[provider]) - 1
         while True:
-            if resting := self.keys.refuse(provider, patience):
+            if resting := self.keys.refuse(provider, rest_end):
                 raise failure or resting
             await asyncio.sleep(max(wait, self.keys.resting(provider)))
             key = self.keys.choose(provider)
