@@ -1644,7 +1644,7 @@ def parse_native(
     )  # fmt: skip
 
 
-def passed_headers(headers: Headers, dialect: str, allowed: Iterable[str]) -> dict[str, str]:
+def forwarded_headers(headers: Headers, dialect: str, allowed: Iterable[str]) -> dict[str, str]:
     """The caller's headers that go to the vendor. Raises BadRequest."""
     names = ("anthropic-version", "anthropic-beta") if dialect == "messages" else ()
     for beta in split_list(headers.get("anthropic-beta", "")):
@@ -5111,7 +5111,7 @@ class Proxy:
             allowed = set.intersection(*({*self.config.providers[name].allow} for name, _ in own))
             request = parse_native(raw, kind, limits, allowed, call.dropped)
             request.dialect = dialect
-            call.forwarded = passed_headers(call.headers, dialect, allowed)
+            call.forwarded = forwarded_headers(call.headers, dialect, allowed)
             call.writer = NativeWriter(dialect, request.stream)
         elif kind == "chat":
             request = parse_body(raw, limits, call.dropped, chat=True)
