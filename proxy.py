@@ -428,11 +428,11 @@ def convert_text(kind: Any, value: Any) -> Any:
         raise ValueError(wrong.format(value)) from None
 
 
-def merge(below: Any, above: Any) -> Any:
-    """`above` merged over `below`, table by table."""
-    if not (isinstance(below, dict) and isinstance(above, dict)):
-        return above
-    return below | {name: merge(below.get(name), value) for name, value in above.items()}
+def merge(base: Any, override: Any) -> Any:
+    """`override` merged into `base`, table by table."""
+    if not (isinstance(base, dict) and isinstance(override, dict)):
+        return override
+    return base | {name: merge(base.get(name), value) for name, value in override.items()}
 
 
 def load_config(
