@@ -3392,7 +3392,7 @@ class Adapter:
         self.reason = "stop"
         self.complete = self.begun = self.ending = self.passing = self.usage_hidden = False
 
-    def url(self, path: str = "") -> str:
+    def url(self, path: str) -> str:
         return self.base_url + (path or self.path)
 
     def headers(self, key: str) -> dict[str, str]:
@@ -3567,7 +3567,7 @@ class Messages(Adapter):
     path, unknown, apart, limit = "/messages", ("seed",), True, "max_tokens"
     idle = ("none", "minimal")
 
-    def url(self, path: str = "") -> str:
+    def url(self, path: str) -> str:
         return f"{self.base_url.removesuffix('/v1')}/v1{path or self.path}"
 
     def headers(self, key: str) -> dict[str, str]:
@@ -4592,14 +4592,14 @@ class Call:
         known = self.dialect == "messages"
         return {"request-id": self.added["x-request-id"]} if known else {}
 
-    async def begin(self, more: Map[str, str]) -> None:
+    async def begin(self, more: Headers) -> None:
         self.begun = True
         media_type = "application/json" if self.failure else self.writer.media_type
         headers = {"content-type": media_type, "x-dropped-params": self.all_dropped()}
         headers |= {"cache-control": "no-store", "x-accel-buffering": "no"} | self.rates
         headers |= self.account.headers
         self.rates = {}  # a long stream need not keep them
-        raw = raw_headers(headers | {"x-cache": self.entry.cache} | dict(more) | self.added)
+        raw = raw_headers(headers | {"x-cache": self.entry.cache} | more | self.added)
         status = self.entry.status or 200
         await self.send({"type": "http.response.start", "status": status, "headers": raw})
 
