@@ -5463,7 +5463,8 @@ class Proxy:
             setattr(entry, name, getattr(usage, name))
         entry.provider, entry.model = account.provider, account.model
         entry.attempts = account.attempts
-        price = self.catalog.prices.of(account.provider, account.model)
+        prices, provider = self.catalog.prices, account.provider
+        price = prices.of(provider, account.model)
         usd = cost(usage, price)
         if usd is not None and entry.estimated:  # all input may be cache writes
             tokens = usage.input_tokens
@@ -5472,11 +5473,7 @@ class Proxy:
             written.cache_write_1h_tokens = tokens if account.hour else 0
             usd = max(cost(kind, price) or Decimal(0) for kind in (read, written))
         searches = None if entry.estimated else usage.web_searches
-        fee = (
-            self.catalog.prices.fee(account.provider, call.request, searches)
-            if account.billed
-            else 0
-        )
+        fee = prices.fee(provider, call.request, searches) if account.billed else 0
         entry.cost = None if usd is None else f"{(usd + fee + account.lost).normalize():f}"
 
     def log(self, call: Call) -> None:
