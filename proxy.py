@@ -139,6 +139,7 @@ UNITS = {
 NUMBER = r"\d+(\.\d+)?(e[+-]?\d+)?"
 AMOUNT = r"(?=.*[1-9])(\d+(?:\.\d+)?) ?"
 URL = r"https?://(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[^?#\s]*)?"
+WILDCARD = re.compile(r"[*?\[]")  # of a pattern, as fnmatch has them
 NO_KEY = hashlib.sha256(b"").hexdigest()  # an empty key's digest
 
 # The pattern of each kind's values, and the error for text that does not match it.
@@ -609,8 +610,8 @@ def check_values(config: Config) -> None:
 def may_overlap(pattern: str, others: Iterable[str]) -> bool:
     """Could `pattern` match a name that one of the others does? Compares what precedes the first
     wildcard; an exact name never overlaps."""
-    begins, *rest = re.split(r"[*?\[]", pattern)
-    heads = [re.split(r"[*?\[]", other)[0] for other in others]
+    begins, *rest = WILDCARD.split(pattern)
+    heads = [WILDCARD.split(other)[0] for other in others]
     return bool(rest and begins) and any(
         head.startswith(begins) or begins.startswith(head) for head in heads
     )
@@ -4314,7 +4315,7 @@ class Catalog:
     def list_for(self, client: Client) -> dict[str, Any]:
         """What the caller may use, in the shape that both families of SDKs read."""
         offered = itertools.chain(*((*p.models, p.default_model) for p in self.providers.values()))
-        exact = [name for name in offered if name and not re.search(r"[*?\[]", name)]
+        exact = [name for name in offered if name and not WILDCARD.search(name)]
         listed = []
         for name in dict.fromkeys((*self.config.models, *built_in_prices(), *exact)):
             try:
@@ -4357,7 +4358,7 @@ class Catalog:
         tables |= {f"clients.{name}": key for name, key in self.config.clients.items()}
         for path, table in tables.items():
             for name in table.models if table else ():
-                if not (self.resolve_alias(name) or re.search(r"[*?\[]", name)):
+                if not (self.resolve_alias(name) or WILDCARD.search(name)):
                     try:
                         self.resolve(name)
                     except ProxyError as error:
