@@ -3218,17 +3218,17 @@ class SSE:
     LIMIT = 32 * 2**20  # of one event: more than any vendor sends, and an end to garbage
     # a CR that ends what has come may be half of a CRLF
     END = re.compile(rb"\r\r|\n(?:\r?\n|\r(?=[^\n]))")
-    rest = b""
+    buffer = b""
 
     def feed(self, chunk: bytes) -> list[bytes]:
         """The events that `chunk` completes, as they came."""
-        if not self.rest and 0 <= chunk.find(b"\n\n") == len(chunk) - 2 and CR not in chunk:
+        if not self.buffer and 0 <= chunk.find(b"\n\n") == len(chunk) - 2 and CR not in chunk:
             return [chunk]  # most often it is one event, and this is quicker
-        seen, self.rest = max(0, len(self.rest) - 2), self.rest + chunk
-        ends = [0, *(end.end() for end in self.END.finditer(self.rest, seen))]
-        events = [self.rest[start:end] for start, end in itertools.pairwise(ends)]
-        self.rest = self.rest[ends[-1] :]
-        if len(self.rest) > self.LIMIT:
+        seen, self.buffer = max(0, len(self.buffer) - 2), self.buffer + chunk
+        ends = [0, *(end.end() for end in self.END.finditer(self.buffer, seen))]
+        events = [self.buffer[start:end] for start, end in itertools.pairwise(ends)]
+        self.buffer = self.buffer[ends[-1] :]
+        if len(self.buffer) > self.LIMIT:
             raise UpstreamError(502, "an event of the vendor's stream is too large")
         return events
 
@@ -3524,7 +3524,7 @@ class Adapter:
 
     def ended(self) -> bool:
         """Is all there but the terminal event, which not every compatible vendor sends?"""
-        whole = self.ending and self.usage.known and not self.sse.rest.strip()
+        whole = self.ending and self.usage.known and not self.sse.buffer.strip()
         return whole and self.compatible
 
     def finish(self) -> Iterator[Event]:
@@ -4823,8 +4823,8 @@ class Attempt:
         try:
             batch = self.adapter.feed(await anext(self.chunks))
         except StopAsyncIteration:
-            if self.adapter.sse.rest.lstrip()[:1] == b"{":  # no stream, but maybe an error
-                self.adapter.read(self.adapter.sse.rest)
+            if self.adapter.sse.buffer.lstrip()[:1] == b"{":  # no stream, but maybe an error
+                self.adapter.read(self.adapter.sse.buffer)
             if not (self.framed and self.adapter.ended()):
                 message = "the vendor ended the answer before it was complete"
                 raise UpstreamError(502, message) from None
