@@ -3373,16 +3373,16 @@ class Adapter:
 
     path: ClassVar[str]
     limit: ClassVar[str]  # what the dialect calls max_tokens
-    unknown: ClassVar[tuple[str, ...]]  # parameters that the dialect does not have
+    unsupported: ClassVar[tuple[str, ...]]  # parameters that the dialect does not have
     idle: ClassVar[tuple[str, ...]] = ("none",)  # efforts that mean no reasoning
-    apart: ClassVar = False  # does input_tokens leave out cached ones?
+    excludes_cached: ClassVar = False  # does input_tokens leave out cached ones?
 
     def __init__(self, provider: Provider, model: str) -> None:
         self.base_url, self.model = provider.base_url.rstrip("/"), model
         self.openai_ids, self.allow = (provider.organization, provider.project), provider.allow
-        self.can, self.own = capability(model), "api.openai.com" in self.base_url
+        self.can, self.is_openai = capability(model), "api.openai.com" in self.base_url
         # some of them ignore all names of max_tokens but one
-        self.compatible = provider.adapter == "chat" and not self.own
+        self.compatible = provider.adapter == "chat" and not self.is_openai
         self.reasons = not self.can.isdisjoint(("always", "on", "off"))  # seen or not
         self.sse, self.usage, self.secret, self.unseen = SSE(), Usage(), b"", 0
         self.counts: dict[str, Any] = {}
@@ -3409,7 +3409,7 @@ class Adapter:
                 name = given[-1] if given and not self.compatible else self.limit
                 native[name] = request.max_tokens
             return native
-        names = [*self.unknown, *self.rejects(request)]
+        names = [*self.unsupported, *self.rejects(request)]
         names = [name for name in names if getattr(request, name) is not None]
         thinking = "reasoning_effort" if request.effort else "enable_thinking"
         self.dropped += [thinking if name == "thinking" else name for name in names]
@@ -3519,7 +3519,7 @@ class Adapter:
         total = self.counts.get("total_tokens")  # with thinking, where that is counted apart
         if usage.known and isinstance(total, int) and total <= 10**9:
             usage.output_tokens = max(usage.output_tokens, total - usage.input_tokens)
-        if self.apart:
+        if self.excludes_cached:
             usage.input_tokens += usage.cache_read_tokens + usage.cache_write_tokens
 
     def ended(self) -> bool:
@@ -3565,7 +3565,7 @@ class Adapter:
 class Messages(Adapter):
     """Anthropic Messages. Source: docs.anthropic.com/en/api/messages, version 2023-06-01."""
 
-    path, unknown, apart, limit = "/messages", ("seed",), True, "max_tokens"
+    path, unsupported, excludes_cached, limit = "/messages", ("seed",), True, "max_tokens"
     idle = ("none", "minimal")
 
     def url(self, path: str) -> str:
@@ -3706,7 +3706,7 @@ class OpenAI(Adapter):
 
     def thinks(self) -> bool:
         """Models of others than OpenAI may."""
-        return self.reasons or not (self.own or "plain" in self.can)
+        return self.reasons or not (self.is_openai or "plain" in self.can)
 
     def effort(self, request: Request) -> str | None:
         """The reasoning effort for enable_thinking; None leaves it to the model."""
@@ -3731,7 +3731,7 @@ class OpenAI(Adapter):
 class Responses(OpenAI):
     """OpenAI Responses. Source: platform.openai.com/docs/api-reference/responses-streaming."""
 
-    path, unknown, limit = "/responses", ("seed", "top_k"), "max_output_tokens"
+    path, unsupported, limit = "/responses", ("seed", "top_k"), "max_output_tokens"
 
     def fit(self, native: dict[str, Any], request: Request) -> dict[str, Any]:
         if "store" in self.allow:
@@ -3824,7 +3824,7 @@ class Chat(OpenAI):
     """OpenAI Chat Completions, as OpenAI and the compatible vendors speak it.
     Source: platform.openai.com/docs/api-reference/chat-streaming."""
 
-    path, unknown = "/chat/completions", ("top_k",)
+    path, unsupported = "/chat/completions", ("top_k",)
 
     @property
     def counted(self) -> dict[str, Any]:
@@ -3833,14 +3833,14 @@ class Chat(OpenAI):
 
     @property
     def limit(self) -> str:  # type: ignore[override]
-        return "max_completion_tokens" if self.own or self.reasons else "max_tokens"
+        return "max_completion_tokens" if self.is_openai or self.reasons else "max_tokens"
 
     def fit(self, native: dict[str, Any], request: Request) -> dict[str, Any]:
         options = dict(native.get("stream_options") or {})
         self.usage_hidden = options.get("include_usage") is not True
         options |= self.counted if request.stream else {}
         counted = {"stream_options": options} if options else {}
-        kept = "store" in self.allow or not self.own or request.path
+        kept = "store" in self.allow or not self.is_openai or request.path
         return counted | ({} if kept else {"store": False})
 
     def body(self, request: Request) -> dict[str, Any]:
