@@ -201,7 +201,7 @@ class Provider(Table, frozen=True):
     queue_timeout: Duration = Duration(10)
 
     @property
-    def variables(self) -> tuple[str, ...]:
+    def key_vars(self) -> tuple[str, ...]:
         """The names in `key_env`."""
         names = (self.key_env,) if isinstance(self.key_env, str) else self.key_env
         return tuple(filter(None, names))
@@ -564,7 +564,7 @@ def check_values(config: Config) -> None:
         free = price.free and not names_provider(pattern, config.providers)
         sellers = [n for n, p in config.providers.items() if may_overlap(pattern, p.models)]
         for name, provider in config.providers.items():
-            sold = free and provider.variables and not config.demo
+            sold = free and provider.key_vars and not config.demo
             whole = any(matches(model, [pattern]) for model in provider.models)
             if sold and (whole or (name in sellers and len(sellers) > 1)):
                 wanted = f'would make those of {name} free, too; write "PROVIDER/{pattern}"'
@@ -663,7 +663,7 @@ def vendor_keys(config: Config, environ: Map[str, str]) -> dict[str, dict[str, s
         return {name: {name: ""} for name in config.providers}
     keys = {}
     for name, provider in config.providers.items():
-        found = {variable: environ.get(variable, "").strip() for variable in provider.variables}
+        found = {variable: environ.get(variable, "").strip() for variable in provider.key_vars}
         for variable, key in found.items():
             if not (key.isascii() and key.isprintable()):
                 raise ConfigError(f"{variable}: holds a character no key has")
@@ -673,7 +673,7 @@ def vendor_keys(config: Config, environ: Map[str, str]) -> dict[str, dict[str, s
         if not missing:
             keys[name] = {f"{name}:{sha256(key)[:16]}": key for key in found.values() or ("",)}
     if not keys:
-        wanted = " or ".join(provider.variables[0] for provider in config.providers.values())
+        wanted = " or ".join(provider.key_vars[0] for provider in config.providers.values())
         raise ConfigError(f"no provider has a key: set {wanted}, or try it with --demo")
     return keys
 
@@ -4772,7 +4772,7 @@ class Attempt:
         self.task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
         settings, self.request = config.providers[provider], call.request
         adapter = ADAPTERS[self.request.dialect or settings.adapter](settings, model)
-        self.adapter, self.more = adapter, call.forwarded
+        self.adapter, self.forwarded = adapter, call.forwarded
         self.headers: Headers = {}
         adapter.secret = self.key.encode()
         self.body = msgspec.json.encode(adapter.encode(self.request))
@@ -4783,7 +4783,7 @@ class Attempt:
         accept = "text/event-stream" if self.request.stream else "application/json"
         headers = {"content-type": "application/json", "accept": accept}
         headers |= {"accept-encoding": "identity", "user-agent": f"proxy.py/{__version__}"}
-        headers |= self.adapter.headers(self.key) | self.more
+        headers |= self.adapter.headers(self.key) | self.forwarded
         limits = {"timeout": {"connect": self.times.connect, "pool": self.times.connect}}
         body, self.body = self.body, b""  # a long stream need not keep it
         url = parse_url(self.adapter.url(self.request.path))
@@ -6452,7 +6452,7 @@ def check_lines(config: Config, environ: Map[str, str], public: bool) -> Iterato
     server, limits, redis = config.server, config.limits, config.redis
     yield "bind", f"{server.host}:{server.port}, {'public' if public else 'this machine'}"
     for name, provider in config.providers.items():
-        missing = [v for v in provider.variables if not (environ.get(v) or config.demo)]
+        missing = [v for v in provider.key_vars if not (environ.get(v) or config.demo)]
         state = f"off: {', '.join(missing)} is not set" if missing else "ready"
         yield "provider", f"{name}: {provider.adapter} at {provider.base_url}, {state}"
     for name, model in config.models.items():
