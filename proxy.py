@@ -3117,13 +3117,13 @@ class Webhook:
 
     async def run(self, http: httpx.AsyncClient) -> None:
         while True:
-            body, number = await self.queue.get(), f"msg_{secrets.token_hex(12)}"
+            body, id = await self.queue.get(), f"msg_{secrets.token_hex(12)}"
             for wait in (0, 1, 3, 10, 30):
                 await asyncio.sleep(wait)
                 now = str(int(time.time()))
-                signed = b"%b.%b.%b" % (number.encode(), now.encode(), body)
+                signed = b"%b.%b.%b" % (id.encode(), now.encode(), body)
                 digest = base64.b64encode(hmac.digest(self.secret, signed, "sha256")).decode()
-                headers = {"content-type": "application/json", "webhook-id": number}
+                headers = {"content-type": "application/json", "webhook-id": id}
                 headers |= {"webhook-timestamp": now, "webhook-signature": f"v1,{digest}"}
                 try:
                     reply = await http.post(self.url, content=body, headers=headers)
@@ -5991,14 +5991,14 @@ class App(litestar.Litestar):
         headers, clients = read_headers(scope), self.proxy.clients
         given = headers.get("x-request-id", "").partition(",")[0].strip()
         given = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else ""
-        number, origin = secrets.token_hex(12), headers.get("origin")
+        id, origin = secrets.token_hex(12), headers.get("origin")
         allowed = origin is None or clients.origin_allowed(origin, headers.get("host", ""))
-        added = {"x-request-id": given or number, "x-content-type-options": "nosniff"}
+        added = {"x-request-id": given or id, "x-content-type-options": "nosniff"}
         added |= {"x-demo": "true" if self.proxy.config.demo else "", "vary": "Origin"}
         if origin and allowed:
             added["access-control-allow-origin"] = origin
             added["access-control-expose-headers"] = EXPOSED
-        entry = Entry(self.proxy.now(), number, given)
+        entry = Entry(self.proxy.now(), id, given)
         call = Call(entry, clients.client(""), scope, headers, receive, send)
         call.added = added
         path = scope["path"].removeprefix(scope.get("root_path", ""))
