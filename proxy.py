@@ -822,8 +822,8 @@ class UpstreamError(ProxyError):
         shown, known_code = UPSTREAM_CODES.get(status, (502, "upstream_error"))
         self.sent, self.wait, self.moved, self.relayed = sent, wait, False, False
         self.forbidden = status == 403
-        told = (str(error.get(name) or "") for name in ("code", "param"))
-        plain = (text if re.fullmatch(r"[A-Za-z][\w.[\]-]{0,99}", text) else "" for text in told)
+        given = (str(error.get(name) or "") for name in ("code", "param"))
+        plain = (text if re.fullmatch(r"[A-Za-z][\w.[\]-]{0,99}", text) else "" for text in given)
         if known_code != "upstream_auth":
             self.vendor_code, self.param = plain
         details = error.get("details")
@@ -2880,7 +2880,7 @@ class RedisStore:
         """Renew the leases of all requests running here, in seconds."""
         link, ids = self.link, msgspec.json.encode(self.asked)
         try:
-            seconds, micros, policy, told = await link.run("beat", ids, lease)
+            seconds, micros, policy, reports = await link.run("beat", ids, lease)
         except StoreAway as away:  # it may be there, but take no writes
             return link.fall(away.message)
         self.offset = int(seconds) + int(micros) / 1e6 - self.ledger.clock()
@@ -2893,10 +2893,10 @@ class RedisStore:
         if link.up is False:
             LOG.info("redis is there")
         link.up, self.evicts = True, evicts
-        self.tell_all(told)
+        self.tell_all(reports)
 
-    def tell_all(self, told: bytes) -> None:
-        for cap, percent in msgspec.json.decode(told):
+    def tell_all(self, reports: bytes) -> None:
+        for cap, percent in msgspec.json.decode(reports):
             self.tell(from_redis(cap), percent)
 
     async def close(self) -> None:
@@ -3459,9 +3459,9 @@ class Adapter:
                 break
             try:
                 if data := event_data(event):
-                    told = {"type": "[DONE]"} if data == b"[DONE]" else read_json(data)
-                    self.begun = self.begun or told.get("type") != "ping"
-                    batch += self.decode(told)
+                    sent = {"type": "[DONE]"} if data == b"[DONE]" else read_json(data)
+                    self.begun = self.begun or sent.get("type") != "ping"
+                    batch += self.decode(sent)
             except NO_JSON:
                 batch.append(self.fail("the vendor's stream holds something that is not JSON"))
             except (AttributeError, LookupError, TypeError):
@@ -3501,14 +3501,14 @@ class Adapter:
                 failed = failed or end in BROKEN
         return [Raw(self.hide_key(body)), Finish("failed" if failed else reason)]
 
-    def count(self, told: dict[str, Any]) -> None:
+    def count(self, reply: dict[str, Any]) -> None:
         """Later figures replace the earlier ones, but may lack some of them."""
-        if not isinstance(figures := told.get("usage"), dict):
+        if not isinstance(figures := reply.get("usage"), dict):
             return
         self.counts |= {key: value for key, value in figures.items() if value is not None}
         details = [value for value in self.counts.values() if isinstance(value, dict)]
         self.usage = usage = Usage()
-        if isinstance(output := told.get("output"), list):  # OpenAI lists its searches
+        if isinstance(output := reply.get("output"), list):  # OpenAI lists its searches
             kinds = [item.get("type") for item in output if isinstance(item, dict)]
             usage.web_searches = kinds.count("web_search_call")
         for key, tokens in dict(itertools.chain(*map(dict.items, [*details, self.counts]))).items():
@@ -3812,9 +3812,9 @@ class Responses(OpenAI):
                 self.count(response)
                 yield from self.finish()
             case "failed" | "error", _:
-                told = event.get("response", event)
-                self.count(told)  # nested, as recorded, or flat, as the SDK has it
-                failure = self.fail(error := told.get("error") or event | {"type": None})
+                reply = event.get("response", event)
+                self.count(reply)  # nested, as recorded, or flat, as the SDK has it
+                failure = self.fail(error := reply.get("error") or event | {"type": None})
                 passed = self.passing and kind == "failed"  # an SDK wants the response
                 failure.error.relayed = passed and self.showable(error, failure.error)
                 yield failure
@@ -5376,11 +5376,11 @@ class Proxy:
         # thinking that is not shown, or only its summary, is billed all the same
         request, native = call.request, call.request.native or {}
         asked = request.thinking and "enable_thinking" not in account.dropped
-        asks = [native.get(name) for name in ("thinking", "reasoning", "reasoning_effort")]
-        told = request.thinking is False and "on" in attempt.adapter.can  # else it is not sent
-        off = told or any(each in UNTHINKING for each in asks)
+        values = [native.get(name) for name in ("thinking", "reasoning", "reasoning_effort")]
+        sent_off = request.thinking is False and "on" in attempt.adapter.can  # else it is not sent
+        off = sent_off or any(value in UNTHINKING for value in values)
         own = capability(model.rpartition("/")[2])  # resellers prefix the maker
-        thinks = "always" in own or (not off and ("on" in own or asked or any(asks)))
+        thinks = "always" in own or (not off and ("on" in own or asked or any(values)))
         account.hidden = bool(thinks) or not request.stream
         account.billed = True
 
