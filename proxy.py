@@ -3375,6 +3375,7 @@ class Adapter:
     limit: ClassVar[str]  # what the dialect calls max_tokens
     unsupported: ClassVar[tuple[str, ...]]  # parameters that the dialect does not have
     idle: ClassVar[tuple[str, ...]] = ("none",)  # efforts that mean no reasoning
+    thinking = False  # does encode() ask for it?
     excludes_cached: ClassVar = False  # does input_tokens leave out cached ones?
 
     def __init__(self, provider: Provider, model: str) -> None:
@@ -3414,6 +3415,7 @@ class Adapter:
         thinking = "reasoning_effort" if request.effort else "enable_thinking"
         self.dropped += [thinking if name == "thinking" else name for name in names]
         request = replace(request, **dict.fromkeys(names))
+        self.thinking = bool(request.thinking)
         sampling = {name: getattr(request, name) for name in Sampling.__struct_fields__}
         return filled(model=self.model, **sampling | self.body(request), stream=True)
 
@@ -5375,7 +5377,7 @@ class Proxy:
         account.bound, account.hour = input_bound(call.request, model), b'"1h"' in attempt.body
         # thinking that is not shown, or only its summary, is billed all the same
         request, native = call.request, call.request.native or {}
-        asked = request.thinking and "enable_thinking" not in account.dropped
+        asked = attempt.adapter.thinking
         values = [native.get(name) for name in ("thinking", "reasoning", "reasoning_effort")]
         sent_off = request.thinking is False and "on" in attempt.adapter.can  # else it is not sent
         off = sent_off or any(value in UNTHINKING for value in values)
