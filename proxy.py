@@ -1598,7 +1598,7 @@ def parse_native(
     """Check a body of `kind`, a key of NATIVE_FIELDS. Raises BadRequest naming the field."""
     unknown = raw.keys() - {*NATIVE_FIELDS[kind].split(), *allowed}
     off = {name for name in unknown if raw[name] is None or raw[name] is False}
-    report([name for name in off if raw[name] is False], dropped)
+    drop([name for name in off if raw[name] is False], dropped)
     raw = {name: value for name, value in raw.items() if name not in off}
     for name in sorted(unknown & raw.keys()):
         if raw[name] not in PLAIN_VALUES.get(name, ()):
