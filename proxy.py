@@ -939,7 +939,7 @@ class Request(Sampling, kw_only=True, omit_defaults=True):
         """Cached: it is slow, and limits, budgets and each attempt need it."""
         if self.measured is None:
             prompt = self.prompt()
-            conversation = [*blocks(prompt.get("messages") or prompt.get("input"))]
+            conversation = [*blocks([prompt.get(n) for n in ("messages", "input", "system")])]
             images = [data for data in map(image_data, conversation) if data is not None]
             size = len(msgspec.json.encode(self)) - sum(map(len, images))
             large = sum(block.get("detail") == "original" for block in conversation)
@@ -1675,17 +1675,18 @@ ROLES = (None, "user", "assistant", "system", "developer", "tool", "function")
 def check_conversation(raw: Map[str, Any], key: str, limits: Limits, known: set[str]) -> None:
     """Raises BadRequest for unknown types or roles, or a system prompt not allowed."""
     system = bool(raw.get("system") or raw.get("instructions"))
-    for i, item in enumerate(raw[key] if isinstance(raw[key], list) else ()):
+    lists = [(n, raw[n]) for n in (key, "system") if isinstance(raw.get(n), list)]
+    for where, item in ((f"{n}[{i}]", item) for n, items in lists for i, item in enumerate(items)):
         for block in blocks(item):
             system = system or block.get("role") in ("system", "developer")
             if block is item and block.get("role") not in ROLES:
-                raise BadRequest(f"{key}[{i}].role: must be one of {', '.join(ROLES[1:])}")
+                raise BadRequest(f"{where}.role: must be one of {', '.join(ROLES[1:])}")
             kind = "files" if is_kept(block) else block.get("type")
             if kind is not None and str(kind) not in known:
                 wrong = f"{redact(str(kind), length=50)} is not passed on by this proxy; {ALLOW}"
                 if kind == "item_reference":
                     wrong = f"{kind}: nothing is stored, so send the item itself; {NOT_STORED}"
-                raise BadRequest(f"{key}[{i}]: {wrong}")
+                raise BadRequest(f"{where}: {wrong}")
     if system and not limits.allow_system:
         raise BadRequest("system: a system prompt is not allowed here")
 
@@ -3553,7 +3554,7 @@ class Adapter:
         self.complete = True
         error = error if isinstance(error, dict) else {"message": str(error or "")}
         given = [error.get(key) for key in ("status_code", "code", "type")]
-        statuses = (n if isinstance(n, int) else UPSTREAM_TYPES.get(str(n)) for n in given)
+        statuses = (n if n in range(400, 600) else UPSTREAM_TYPES.get(str(n)) for n in given)
         message = str(error.get("message") or "the vendor reported an error")
         return Failure(UpstreamError(next(filter(None, statuses), 502), message, error))
 
@@ -6454,7 +6455,7 @@ def check_lines(config: Config, environ: Map[str, str], public: bool) -> Iterato
     server, limits, redis = config.server, config.limits, config.redis
     yield "bind", f"{server.host}:{server.port}, {'public' if public else 'this machine'}"
     for name, provider in config.providers.items():
-        missing = [v for v in provider.key_vars if not (environ.get(v) or config.demo)]
+        missing = [v for v in provider.key_vars if not (environ.get(v, "").strip() or config.demo)]
         state = f"off: {', '.join(missing)} is not set" if missing else "ready"
         yield "provider", f"{name}: {provider.adapter} at {provider.base_url}, {state}"
     for name, model in config.models.items():

@@ -3984,6 +3984,17 @@ def test_what_may_run_at_the_vendor_is_held_for(
     assert (poor.status_code, upstream.requests) == (402, [])
 
 
+def test_what_a_system_prompt_is_made_of_is_looked_at_too() -> None:
+    text = {"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}
+    read = functools.partial(proxy.parse_native, kind="messages", limits=proxy.Limits())
+    read(native("messages", system=[text]), allowed=(), dropped=[])
+    far = {"type": "document", "source": {"type": "url", "url": "https://a.example/b.pdf"}}
+    with pytest.raises(proxy.BadRequest, match=r"system\[1\]: files is not passed on"):
+        read(native("messages", system=[text, far]), allowed=(), dropped=[])
+    near = {"type": "document", "source": {"type": "base64", "data": "JVBERg=="}}
+    assert read(native("messages", system=[near]), allowed=(), dropped=[]).measure().documents == 1
+
+
 def test_a_document_is_held_for_as_all_that_the_model_reads() -> None:
     """Its pages may be a few bytes each."""
     source = {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0="}
@@ -10933,6 +10944,14 @@ def test_an_error_inside_a_choice_is_an_error() -> None:
         assert answer.error == ("Gone" if "error" in end else "the vendor reported an error")
 
 
+def test_a_vendors_own_number_of_an_error_is_no_status() -> None:
+    speaks = adapter("local")
+    speaks.feed(chat_data({"content": "Well"}))
+    [failure] = speaks.feed(b'data: {"error": {"code": 20012, "message": "Model is gone"}}\n\n')
+    error = failure.error
+    assert (error.status, error.code, error.message) == (502, "upstream_error", "Model is gone")
+
+
 def test_nothing_is_read_after_an_error_in_a_chunk_that_also_has_text() -> None:
     error = {"error": {"code": 502, "message": "Oh"}, "choices": [{"delta": {"content": "late"}}]}
     answer = fed("chat", chat_data({"content": "Well"}, error, {"content": "later"}))
@@ -13186,6 +13205,28 @@ def test_a_tool_call_that_is_left_is_charged_for_what_the_vendor_has_said(
     connection.close()
     row = last_row(plain_server, number)
     assert (row["outcome"], row["estimated"], row["output_tokens"]) == ("cancelled", 1, 4000)
+
+
+@pytest.mark.parametrize(
+    ("path", "thinking"),
+    [
+        ("/api/anthropic", {"enable_thinking": True}),
+        ("/v1/chat/completions", {"reasoning_effort": "high"}),
+    ],
+)
+def test_who_leaves_pays_for_no_thinking_that_was_not_asked_of_the_vendor(
+    plain_server: Server, upstream: Upstream, path: str, thinking: dict[str, Any]
+) -> None:
+    upstream.play([*stream(*HALF, end=False), HANG])
+    number = next(IDS)
+    body = ask(model="claude-haiku-4-5", stream=True, max_tokens=1000, **thinking)
+    connection = plain_server.connect(path, json_body=body, headers={"X-Request-ID": number})
+    read_until(connection, b"Hel")
+    connection.close()
+    assert "thinking" not in upstream.requests[0].json  # a budget would not fit
+    row = last_row(plain_server, number)
+    assert (row["outcome"], row["estimated"]) == ("cancelled", 1)
+    assert row["output_tokens"] < 100
 
 
 LONG_URL = {"type": "image", "source": {"url": "https://a.example/" + "a" * 500_000}}
@@ -16262,6 +16303,11 @@ def test_check_says_what_is_open_and_missing_without_a_secret(tmp_path: Path) ->
     assert all(word in done.stdout for word in ("127.0.0.1:8000", "web", "fast", "api.anthropic"))
     for secret in (ANTHROPIC_KEY, CLIENT_KEY, *secrets.values()):
         assert secret not in done.stdout + done.stderr
+
+
+def test_check_takes_a_blank_key_for_none() -> None:
+    done = run_proxy("--check", environ={"OPENAI_API_KEY": " ", "ANTHROPIC_API_KEY": "k"})
+    assert "off: OPENAI_API_KEY is not set" in done.stdout
 
 
 def test_check_says_that_redis_cannot_be_reached() -> None:
