@@ -2046,10 +2046,14 @@ def read_ledger(path: Path, since: float, by: str, client: str = "") -> list[Tot
         return read_totals(database, since, by, client)
 
 
+def utc_day(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime(seconds))
+
+
 def read_spending(database: sqlite3.Connection, now: float) -> dict[tuple[str, str], Decimal]:
     """USD by scope and window, today's and this month's. A row still open belongs to a process that
     died, and counts as all that was held for it."""
-    today = time.strftime("%Y-%m-%d", time.gmtime(now))
+    today = utc_day(now)
     query = """
         SELECT strftime('%Y-%m-%d', time, 'unixepoch') AS day, client, "group", session,
                sum(CAST(round(cost * 1e9) AS INTEGER)) AS billionths
@@ -2191,9 +2195,9 @@ class Cap(Struct, frozen=True):
 
 def client_caps(client: Client, table: BudgetTable, now: float) -> list[Cap]:
     """Every cap that holds for what `client` spends at `now`, in seconds since 1970."""
-    today, month = (time.strftime(form, time.gmtime(now)) for form in ("%Y-%m-%d", "%Y-%m"))
+    today, month = utc_day(now), utc_day(now)[:7]
     # a session over midnight keeps the budget of the day it began
-    began = time.strftime("%Y-%m-%d", time.gmtime(client.since or now))
+    began = utc_day(client.since or now)
     whose, group = f"client {client.id}", f"group {client.group}"
     caps = [
         Cap("all", today, table.total_per_day), Cap("all", month, table.total_per_month),
@@ -2756,12 +2760,13 @@ class Link:
         return reply
 
     async def send(self) -> None:
-        steps = 0
+        steps, crowd = 0, False
         try:
             while self.queue:
-                self.batch, self.queue = self.queue, []
-                earlier, steps = steps, 0  # the batch may have waited that long for the one before
-                most = self.patience if self.up else 100
+                self.batch, self.queue = self.queue[:100], self.queue[100:]
+                # the batch may have waited that long for the one before; but a crowd takes a while
+                earlier, steps = steps if not crowd else 0, 0
+                crowd, most = bool(self.queue), self.patience if self.up else 100
                 work = asyncio.create_task(self.execute(self.batch))
                 try:  # a process that is too busy to read the answer counts fewer steps
                     while not (await asyncio.wait((work,), timeout=self.step))[0]:
@@ -3025,7 +3030,7 @@ class RedisStore:
         return Totals(**used, cost=cost)  # type: ignore[arg-type]
 
     def today(self) -> str:
-        return time.strftime("%Y-%m-%d", time.gmtime(self.ledger.clock() + self.offset))
+        return utc_day(self.ledger.clock() + self.offset)
 
 
 class Line:
@@ -4984,13 +4989,13 @@ class Proxy:
         shared, tell = bool(self.config.redis.url), self.webhook.tell
         try:
             if shared or table.path:
-                self.ledger = Ledger(table, self.clock, shared)
-            if shared and self.ledger:
-                self.store = self.replicas = RedisStore(self.config, tell, self.ledger)
-                await self.replicas.open()
-            elif self.ledger:
-                spent = read_spending(self.ledger.database, self.clock())
-                self.store = MemoryStore(time.monotonic, tell, self.config.cache, spent)
+                self.ledger = ledger = Ledger(table, self.clock, shared)
+                if shared:
+                    self.store = self.replicas = RedisStore(self.config, tell, ledger)
+                    await self.replicas.open()
+                else:
+                    spent = read_spending(ledger.database, self.clock())
+                    self.store = MemoryStore(time.monotonic, tell, self.config.cache, spent)
         except ConfigError as error:  # of a worker nobody else says it
             LOG.error("%s", error)
             raise
