@@ -931,6 +931,11 @@ class Request(Sampling, kw_only=True, omit_defaults=True):
         prompt = {"system": self.system, "tools": self.tools, "messages": self.messages}
         return self.native or msgspec.to_builtins(prompt | {"schema": self.output_format or ""})
 
+    def called(self) -> list[str]:
+        """The names of the tools that were called."""
+        parts = itertools.chain(*(message.content for message in self.messages))
+        return sorted({part.name for part in parts if isinstance(part, ToolUse)})
+
     def forget(self) -> None:
         """Free the prompt: once the answer begins, nothing needs it."""
         self.messages, self.tools, self.native, self.system = [], [], None, ""
@@ -3628,7 +3633,9 @@ class Messages(Adapter):
         adaptive = {"type": "adaptive", "display": "summarized"}
         thinking = adaptive if "adaptive" in self.can else budget
         off = {"type": "disabled"} if request.thinking is False and "on" in self.can else None
-        choice = request.tool_choice
+        # a history of calls is refused without tools; these are not to be called again
+        tools = request.tools or [Tool(name, "", {"type": "object"}) for name in request.called()]
+        choice = request.tool_choice if request.tools or not tools else "none"
         named = {"type": "tool", "name": choice["name"]} if isinstance(choice, dict) else None
         how = named or filled(type="any" if choice == "required" else choice)
         if request.parallel is False and request.tools and choice != "none":
@@ -3647,7 +3654,7 @@ class Messages(Adapter):
             "messages": self.turns(request),
             "tools": [
                 {"name": t.name, "description": t.description, "input_schema": t.parameters}
-                for t in request.tools
+                for t in tools
             ],
             "tool_choice": how,
             "output_config": filled(effort=effort, format=shape),
@@ -4238,7 +4245,7 @@ def input_bound(request: Request, model: str = "") -> int:
     image = MINI_IMAGE_TOKENS if "gpt-4o-mini" in model else IMAGE_TOKENS
     asked, native = request.measure(), request.native or {}
     size = asked.size + image * asked.images + ORIGINAL_IMAGE_TOKENS * asked.large
-    size += TOOL_TOKENS if request.tools or native.get("tools") else 0
+    size += TOOL_TOKENS if request.tools or request.called() or native.get("tools") else 0
     # documents and search results may have far more tokens than the body has bytes; but no model
     # reads more than its context, once per turn
     if not (asked.documents or request.hosted):

@@ -2327,6 +2327,21 @@ def test_what_the_assistant_refused_to_say_stays_in_the_history() -> None:
         assert "I will not" in json.dumps(body)
 
 
+def test_a_history_of_calls_has_tools_where_the_vendor_wants_them() -> None:
+    """As OpenAI's own examples ask for the last time, without any."""
+    called = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    done = {"role": "tool", "tool_call_id": "c1", "content": "Sunny"}
+    said = [*HI, {"role": "assistant", "content": None, "tool_calls": [called]}, done]
+    bodies = everywhere({"messages": said})
+    assert "tools" not in bodies.pop("responses") and "tools" not in bodies.pop("chat")
+    for body in bodies.values():
+        assert [tool["name"] for tool in body["tools"]] == ["weather"]
+        assert body["tool_choice"] == {"type": "none"}
+    assert all("tools" not in body for body in everywhere({"messages": HI}).values())
+    request = proxy.parse_body({"messages": said}, proxy.Limits(), [])
+    assert proxy.input_bound(request) > request.measure().size + 1000 - 1
+
+
 def test_an_image_of_type_jpg_is_a_jpeg() -> None:
     image = {"type": "image_url", "image_url": {"url": "data:image/JPG;base64,QUFB"}}
     for body in everywhere({"messages": [user([image])]}).values():
@@ -8576,9 +8591,9 @@ def test_a_million_addresses_do_not_grow_the_memory() -> None:
 
     async def flood() -> int:
         store = proxy.MemoryStore(time.monotonic, lambda cap, percent: None, proxy.CacheTable())
-        before = resident()
+        before, limits = resident(), proxy.Limits()
         for number in range(1_000_000):
-            await store.admit(proxy.Ask("", f"ip:{number}", proxy.Limits(), 1, 1))
+            await store.admit(proxy.Ask("", f"ip:{number}", limits, 1, 1))
         return resident() - before
 
     assert run_async(flood()) < 100 * 2**20
@@ -11206,6 +11221,8 @@ class VendorRules:
                 after = following["role"] if following else "assistant"
                 assert after == "assistant", "a system message comes before an assistant turn"
         assert not open_calls, "tool_use without tool_result"
+        called = any(block["type"] == "tool_use" for turn in turns for block in turn["content"])
+        assert body.get("tools") or not called, "requests which include tool_use must define tools"
         if turns[-1]["role"] == "assistant":
             assert rules.prefill, "this model does not support assistant message prefill"
             end = turns[-1]["content"][-1]["text"]
