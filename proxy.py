@@ -1100,7 +1100,7 @@ def decode_body(body: bytes, limits: Limits) -> dict[str, Any]:
 # Whatever is not JSON, or of another type, raises one of these.
 NO_JSON = (msgspec.DecodeError, ValueError, RecursionError)
 decode_json = msgspec.json.Decoder().decode  # built once: it runs for every token
-# Half of a surrogate pair, to be replaced; group 1 is a whole pair, which is kept.
+# Half of a surrogate pair, to be replaced; group 1, a whole pair or a backslash, is kept.
 HALF = re.compile(rb"(\\\\|\\u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w)|\\u[dD][89a-fA-F]\w\w")
 
 
@@ -1237,7 +1237,8 @@ def check_lists(raw: Map[str, Any], limits: Limits) -> None:
 
 
 def read_length(given: Body, limits: Limits, dropped: list[str]) -> int:
-    """The lowest of the values given and the limit. All names but the last are dropped."""
+    """The lowest of the values given and the limit. Names other than the last one, and those of
+    values above the limit, are reported."""
     lengths: dict[str, int] = {n: v for n, v in asdict(given).items() if n in MAX_TOKENS and v}
     last = next(reversed(lengths), "")
     dropped += [n for n, tokens in lengths.items() if tokens > limits.max_tokens or n != last]
@@ -2729,14 +2730,18 @@ class StoreAway(ProxyError):
         super().__init__(503, "store_unavailable", f"{message}; try again", after=2)
 
 
+Step = tuple[tuple[Any, ...], asyncio.Future[Any]]  # of the script: its arguments, its reply
+
+
 class Link:
-    """This process's connection to Redis. Calls made in the same tick share a pipeline, and so a
-    round trip. While Redis is down they fail at once: `up` is True only after a heartbeat has
-    succeeded."""
+    """This process's connection to Redis. Up to 100 calls made in the same tick share a pipeline,
+    and so a round trip. While Redis is down they fail at once: `up` is True only after a heartbeat
+    has succeeded."""
 
     patience, step = 11, 0.02  # an answer's timeout in steps, seconds of a step
     up: bool | None = None  # False: it is down, and that is logged; None: not tried yet
     sender: asyncio.Task[None] | None = None
+    cluster = False  # once a node of one has sent us on
 
     def __init__(self, config: Config) -> None:
         table, cache = config.redis, config.cache
@@ -2746,11 +2751,12 @@ class Link:
         numbers += f", {cache.ttl:g}, {cache.size:d}"
         self.script = f"local LEASE, ROWS, KEEP, TTL, SIZE = {numbers}\n{SCRIPT}"
         self.sha = hashlib.sha1(self.script.encode()).hexdigest()
-        self.queue: list[tuple[tuple[Any, ...], asyncio.Future[Any]]] = []
+        self.queue: list[Step] = []
         self.batch = self.queue
 
     async def run(self, *args: Any) -> Any:
-        """What a step of the script returns. Raises StoreAway, after `patience` at most."""
+        """What a step of the script returns. Raises StoreAway after `patience` without an answer;
+        in a crowd, each hundred before it may take as long."""
         if not self.up and args[0] != "beat":
             raise StoreAway
         answer = asyncio.get_running_loop().create_future()
@@ -2777,7 +2783,7 @@ class Link:
                     while not (await asyncio.wait((work,), timeout=self.step))[0]:
                         steps += 1
                         if earlier + steps >= most:
-                            raise TimeoutError(f"no answer in {steps * self.step:g} s")
+                            raise TimeoutError(f"no answer in {most * self.step:g} s")
                     work.result()
                 finally:
                     work.cancel()
@@ -2785,24 +2791,35 @@ class Link:
         except Exception as error:
             self.fall(redact(repr(error)))
 
-    async def execute(self, batch: list[tuple[tuple[Any, ...], asyncio.Future[Any]]]) -> None:
-        from redis.exceptions import MovedError, NoScriptError
+    async def execute(self, batch: list[Step], whole: bool = False) -> None:
+        """Run the steps, naming the script by its hash or sending the `whole` of it."""
+        from redis import exceptions
 
-        if not self.up:  # its name may now lead to another server
+        if self.up is False:  # its name may now lead to another server
             await self.redis.aclose()
         pipeline = self.redis.pipeline(transaction=False)
         for args, _ in batch:
-            pipeline.execute_command("EVALSHA", self.sha, 1, self.prefix, *args)
-        replies = await pipeline.execute(raise_on_error=False)
-        if any(isinstance(reply, MovedError) for reply in replies):  # this is one node of a Cluster
+            script = ("EVAL", self.script) if whole else ("EVALSHA", self.sha)
+            pipeline.execute_command(*script, 1, self.prefix, *args)
+        # while a Cluster moves our keys, a step must not run where they are not yet
+        stay = {"allow_redirections": False} if self.cluster else {}
+        moved, unknown = list[Step](), list[Step]()
+        for step, reply in zip(batch, await pipeline.execute(False, **stay), strict=True):
+            if isinstance(reply, exceptions.ConnectionError | exceptions.TimeoutError):
+                raise reply
+            if isinstance(reply, exceptions.MovedError):
+                moved.append(step)
+            elif isinstance(reply, exceptions.NoScriptError):  # it was restarted, or flushed
+                unknown.append(step)
+            elif not step[1].done():  # else whoever asked has left
+                step[1].set_result(reply)
+        if moved:  # this is one node of a Cluster, or our keys are at another one now
             await self.redis.aclose()
-            self.redis = connect_redis(self.url, cluster=True)
-            return await self.execute(batch)
-        for (args, answer), reply in zip(batch, replies, strict=True):
-            if isinstance(reply, NoScriptError):  # it was restarted, or flushed
-                reply = await self.redis.eval(self.script, 1, self.prefix, *args)
-            if not answer.done():  # else whoever asked has left
-                answer.set_result(reply)
+            self.redis, self.cluster = connect_redis(self.url, cluster=True), True
+            await self.execute(moved, whole)
+        if unknown:
+            await self.execute(unknown[:1], whole=True)
+            await self.execute(unknown[1:])
 
     def fall(self, reason: str) -> None:
         """Fail all pending calls, and new ones until Redis is back."""
@@ -2817,7 +2834,8 @@ class Link:
 
 
 def connect_redis(url: str, cluster: bool = False) -> Any:
-    """A client without retries: callers want to fail fast. Raises ConfigError."""
+    """A client without retries, as callers want to fail fast (a Cluster's has some, which the
+    timeout of Link ends). Raises ConfigError."""
     redis = load_optional("redis.url", "redis", "redis.asyncio")
     kind = redis.RedisCluster if cluster else redis.Redis
     times = {"socket_connect_timeout": 2, "socket_timeout": 5}
@@ -3293,7 +3311,8 @@ REASONS: dict[Any, str] = {
 BROKEN = ("error", "network_error", "insufficient_system_resource")
 
 
-# The vendors' names of our usage figures, at any depth. Of several, the largest counts.
+# The vendors' names of our usage figures, at the top or one level down, where the same name at the
+# top wins. Of several names of one figure, the largest counts.
 FIGURES = {
     "input_tokens": "input_tokens", "prompt_tokens": "input_tokens",
     "output_tokens": "output_tokens", "completion_tokens": "output_tokens",
@@ -3524,7 +3543,8 @@ class Adapter:
         if isinstance(output := reply.get("output"), list):  # OpenAI lists its searches
             kinds = [item.get("type") for item in output if isinstance(item, dict)]
             usage.web_searches = kinds.count("web_search_call")
-        for key, tokens in dict(itertools.chain(*map(dict.items, [*details, self.counts]))).items():
+        nested = ((k, n) for found in details for k, n in found.items() if k not in self.counts)
+        for key, tokens in itertools.chain(self.counts.items(), nested):
             name = FIGURES.get(key)
             if name and isinstance(tokens, int) and 0 <= tokens <= 10**9:  # else it is nonsense
                 setattr(usage, name, max(getattr(usage, name), tokens))
@@ -3840,6 +3860,7 @@ class Chat(OpenAI):
     Source: platform.openai.com/docs/api-reference/chat-streaming."""
 
     path, unsupported = "/chat/completions", ("top_k",)
+    counted_last = False  # did the last chunk with a choice have a count?
 
     @property
     def counted(self) -> dict[str, Any]:
@@ -3909,6 +3930,7 @@ class Chat(OpenAI):
                     yield self.fail(choice.get("error"))
                     return
                 self.ending = self.ending or bool(end)
+                self.counted_last = isinstance(event.get("usage"), dict)
                 if not self.ending:  # a running count, not the final one
                     self.usage.known = False
                 yield from spans(delta.get("reasoning_content") or delta.get("reasoning"), Thinking)
@@ -3920,7 +3942,7 @@ class Chat(OpenAI):
                 for call in delta.get("tool_calls") or ():
                     self.add_call(call, choice.get("index") or 0)
             case {"type": "[DONE]"}:
-                self.usage.known = self.usage.known or self.usage.output_tokens > 0
+                self.usage.known |= self.counted_last and self.usage.output_tokens > 0
                 yield from self.finish()
 
     def add_call(self, delta: Any, choice: Any) -> None:
@@ -4706,8 +4728,8 @@ def usage_fields(usage: Usage) -> dict[str, int]:
 
 class VendorKeys:
     """The keys of each provider, by name, used in turn; and the cooldowns (`rests`) of providers
-    that asked for one and of keys that they rejected. `tell` starts one at the other replicas, in
-    seconds."""
+    that asked for one and of keys rejected or over their rate. `tell` starts one at the other
+    replicas, in seconds."""
 
     def __init__(self, keys: dict[str, dict[str, str]], tell: Callable[[str, float], None]) -> None:
         self.keys, self.tell = keys, tell
@@ -4743,8 +4765,8 @@ class VendorKeys:
         return key
 
     def rest(self, provider: str, key: str, error: UpstreamError) -> None:
-        """Start the cooldown that a vendor asked for, at all replicas, or that of a key that it
-        rejected while another serves."""
+        """Start the cooldown that a vendor asked for, at all replicas, or that of a key that is
+        over its rate, or was rejected while another serves."""
         keys, seconds, now = self.keys[provider], error.wait, time.monotonic()
         name = next(name for name in keys if keys[name] == key)
         others = [other for other in keys if other != name and self.rests.get(other, 0) <= now]

@@ -7953,10 +7953,8 @@ def test_a_cluster_of_one_node_serves(start_redis: StartRedis) -> None:
     run_async(play())
 
 
-@pytest.mark.parametrize("asked_at", [0, 1])
-def test_a_cluster_serves_whichever_of_its_nodes_is_asked(
-    start_redis: StartRedis, asked_at: int
-) -> None:
+def start_cluster(start_redis: StartRedis) -> list[Redis]:
+    """Two nodes, each of which has half of the slots."""
     ports = [str(free_port()) for _ in range(2)]
     nodes = [start_redis("--cluster-enabled", "yes", "--cluster-port", port) for port in ports]
     for node, first, last in zip(nodes, (0, 8192), (8191, 16383), strict=True):
@@ -7965,6 +7963,14 @@ def test_a_cluster_serves_whichever_of_its_nodes_is_asked(
     for node in nodes:
         info = functools.partial(node.client.execute_command, "CLUSTER", "INFO")
         wait_for(lambda info=info: b"cluster_state:ok" in info())
+    return nodes
+
+
+@pytest.mark.parametrize("asked_at", [0, 1])
+def test_a_cluster_serves_whichever_of_its_nodes_is_asked(
+    start_redis: StartRedis, asked_at: int
+) -> None:
+    nodes = start_cluster(start_redis)
     url, namespace = nodes[asked_at].url, next(NAMESPACES)
 
     async def play() -> None:
@@ -7986,6 +7992,37 @@ def test_a_cluster_serves_whichever_of_its_nodes_is_asked(
     config = write(nodes[0].directory, f'[redis]\nnamespace = "{namespace}"')
     done = run_proxy("--config", config, "usage", "--json", environ=environ)
     assert [row["requests"] for row in json.loads(done.stdout)] == [1]
+
+
+def test_no_budget_begins_anew_while_a_cluster_moves_it(start_redis: StartRedis) -> None:
+    source, target = start_cluster(start_redis)
+    ids = [node.client.execute_command("CLUSTER", "MYID") for node in (source, target)]
+
+    async def play() -> None:
+        async with redis_store(target.url, "moved") as store:  # whose keys are at the first one
+            spent = wish("1", caps=[cap()], least=0.3, most=0.3)
+            await store.admit(spent)
+            await store.settle(end_of(spent, 0.3))
+            assert store.link.cluster
+            slot = source.client.execute_command("CLUSTER", "KEYSLOT", store.link.prefix)
+
+            def state(node: Redis, *state: Any) -> None:
+                node.client.execute_command("CLUSTER", "SETSLOT", slot, *state)
+
+            state(target, "IMPORTING", ids[0])
+            state(source, "MIGRATING", ids[1])
+            with pytest.raises(proxy.StoreAway):
+                await store.admit(wish("2", caps=[cap()], least=0.3, most=0.3))
+            keys = source.client.execute_command("CLUSTER", "GETKEYSINSLOT", slot, 1000)
+            source.client.execute_command(
+                "MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys
+            )
+            for node in (target, source):
+                state(node, "NODE", ids[1])
+            await eventually(lambda: asyncio.sleep(0, store.link.up))
+            assert await store.spent([cap()]) == [Decimal("0.3")]
+
+    run_async(play())
 
 
 def test_a_replica_that_takes_over_under_the_same_name_is_found(start_redis: StartRedis) -> None:
@@ -10333,11 +10370,24 @@ def test_a_message_that_ends_without_figures_has_none_that_are_final() -> None:
     assert fed("messages", re.sub(rb', "usage": \{"output_tokens": \d+\}', b"", data)).usage is None
 
 
-def test_a_running_count_of_chat_is_not_final() -> None:
+@pytest.mark.parametrize("more", [b"", b'data: {"choices":[{"delta":{"content":"b"}}]}\n\n'])
+def test_a_running_count_of_chat_is_not_final(more: bytes) -> None:
     usage = b'"usage":{"prompt_tokens":1,"completion_tokens":1}'
     adapter = proxy.Chat(proxy.Provider("chat", "http://localhost/v1"), "m")
-    adapter.feed(b'data: {"choices":[{"delta":{"content":"a"}}],' + usage + b"}\n\n")
+    adapter.feed(b'data: {"choices":[{"delta":{"content":"a"}}],' + usage + b"}\n\n" + more)
     assert not adapter.usage.known
+    adapter.feed(b"data: [DONE]\n\n")
+    assert adapter.usage.known == (not more)  # that of the last chunk is
+
+
+@pytest.mark.parametrize("other", [0, None])
+def test_of_two_details_the_larger_one_counts(other: int | None) -> None:
+    usage = {"prompt_tokens": 1000, "completion_tokens": 1}
+    usage |= {"prompt_tokens_details": {"cached_tokens": 900}}
+    usage |= {"input_tokens_details": {"cached_tokens": other}}
+    adapter = proxy.Chat(proxy.Provider("chat", "http://localhost/v1"), "m")
+    adapter.count({"usage": usage})
+    assert adapter.usage.cache_read_tokens == 900
 
 
 @pytest.mark.parametrize(
