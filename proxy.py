@@ -536,9 +536,15 @@ SLOTS = re.compile(rf"(?:{SLOT.pattern}\s*)+")
 
 def check_values(config: Config) -> None:
     """Checks that no single type can do. Raises ConfigError with the key path and the fix."""
-    for name in config.providers:
+    for name, provider in config.providers.items():
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
             raise ConfigError(f"providers.{name}: use lower-case letters, digits, - and _")
+        for variable in provider.key_vars:
+            if not re.fullmatch(r"[A-Za-z_]\w*", variable) or redact(variable) != variable:
+                wanted = "must be the name of the environment variable that holds the key"
+                raise ConfigError(f"providers.{name}.key_env: {wanted}, not the key itself")
+        if provider.base_url.rstrip("/").endswith(path := ADAPTERS[provider.adapter].path):
+            raise ConfigError(f"providers.{name}.base_url: leave out {path}, which is added to it")
     for name, model in config.models.items():
         for target in (model.target, *model.fallback):
             if target.partition("/")[0] not in config.providers or not target.partition("/")[2]:

@@ -1365,6 +1365,21 @@ def test_a_key_that_may_spend_nothing_is_a_budget(tmp_path: Path) -> None:
             id="origin with a slash",
         ),
         pytest.param("[prices.'x*']\ninput = 0", ["prices", "x*", "free"], id="price of nothing"),
+        pytest.param(
+            "[providers.openai]\nkey_env = 'gsk_Zm9vYmFyYmF6'",
+            ["providers.openai.key_env", "not the key itself"],
+            id="a key for its name",
+        ),
+        pytest.param(
+            "[providers.openai]\nkey_env = ['A', 'sk-ant-Zm9vYmFy']",
+            ["providers.openai.key_env", "not the key itself"],
+            id="a key among names",
+        ),
+        pytest.param(
+            "[providers.x]\nadapter='chat'\nbase_url='http://a/v1/chat/completions/'",
+            ["providers.x.base_url", "leave out /chat/completions"],
+            id="a whole URL",
+        ),
         pytest.param("server = 3", ["server"], id="a number for a table"),
         pytest.param("providers = 3", ["providers"], id="a number for providers"),
         pytest.param("[providers]\nopenai = 3", ["providers.openai"], id="a number for a provider"),
