@@ -451,7 +451,8 @@ def load_config(
         wrong = getattr(error, "strerror", None) or error
         raise ConfigError(f"{file}: {wrong}") from None
     if not chosen and tables and tables.keys().isdisjoint(Config.__struct_fields__):
-        LOG.warning("%s has none of our tables and is ignored", file)
+        known = ", ".join(Config.__struct_fields__[:-1])
+        LOG.warning("%s is ignored: it has none of our tables (%s)", file, known)
         tables = {}
     tables = {name: convert(table, dict[str, Any], name) for name, table in tables.items()}
     given = tables.get("providers", {})  # these go first
@@ -486,12 +487,32 @@ def load_config(
     return config
 
 
+# What msgspec says, and what we say of a config or a body.
+PLAIN_ERRORS = {
+    r"Expected .*\^\((.*)\)\\\\Z'": r"must be one of \1", "Expected `int` >= 1": "must be above 0",
+    r"Expected `\w+` ([<>].*)": r"must be \1", "Expected `bool.*, .*": "must be true or false",
+    "Expected `(int|float).*, .*": "must be a number",
+    "Expected `str.*, .*": "must be text, in quotes",
+    "Expected `array.*, .*": 'must be a list, like ["a", "b"]',
+    "Expected `object.*, .*": "must be a table or object",
+    "Object contains unknown field (.*)": r"has no setting \1",
+    "Object missing required field (.*)": r"needs \1",
+}  # fmt: skip
+
+
+def plain_error(error: Exception) -> tuple[str, str]:
+    """What msgspec finds wrong, and where."""
+    message, _, where = str(error).partition(" - at `$")
+    for theirs, plain in PLAIN_ERRORS.items():
+        message = re.sub(theirs, plain, message)
+    return message, where
+
+
 def convert(value: Any, kind: Any, path: str) -> Any:
     try:
         return msgspec.convert(value, kind, strict=False, dec_hook=convert_text)
     except msgspec.ValidationError as error:
-        message, _, where = str(error).replace(">= 1", "above 0").partition(" - at `$")
-        message = re.sub(r"Expected .*\^\((.*)\)\\\\Z'", r"must be one of \1", message)
+        message, where = plain_error(error)
         where = re.sub(r"\[.*?\]|`", "", where)  # [...] for an entry
         key = f"{path}{where}".strip(".") or "top level"
         raise ConfigError(f"{key}: {message}; the README lists every setting") from None
@@ -672,7 +693,7 @@ def vendor_keys(config: Config, environ: Map[str, str]) -> dict[str, dict[str, s
         found = {variable: environ.get(variable, "").strip() for variable in provider.key_vars}
         for variable, key in found.items():
             if not (key.isascii() and key.isprintable()):
-                raise ConfigError(f"{variable}: holds a character no key has")
+                raise ConfigError(f"{variable}: is no key: it holds a character that none has")
         missing = ", ".join(variable for variable, key in found.items() if not key)
         if missing and (name not in BUILT_IN_PROVIDERS or any(found.values())):
             raise ConfigError(f"providers.{name}.key_env: {missing} is not set or empty")
@@ -1127,7 +1148,7 @@ def convert_body(body: Any, kind: Any) -> Any:
             return msgspec.json.decode(body, type=kind)
         return msgspec.convert(body, kind)
     except NO_JSON as error:
-        message, _, where = str(error).partition(" - at `$")
+        message, where = plain_error(error)
         where = re.sub(r"^(\[.*?\])+|\[\.\.\.\]", "", where).strip(".`")
         raise BadRequest(f"{where or 'body (JSON)'}: {message}") from None
 
@@ -1282,7 +1303,8 @@ def read_request(given: Body, limits: Limits, default_model: str, dropped: list[
         raise BadRequest(f"{'system' if leading else key}: a system prompt is not allowed here")
     request.system, request.messages = join_messages(messages)
     if not request.messages:
-        raise BadRequest(f"{key}: must hold a message that is not empty")
+        wanted = 'is missing; send [{"role": "user", "content": "…"}]'
+        raise BadRequest(f"{key}: {'must hold a message that is not empty' if items else wanted}")
     if request.tools and given.tool_choice is not None:
         request.tool_choice = read_tool_choice(given.tool_choice, request.tools)
     elif given.tool_choice is not None:
@@ -1951,9 +1973,11 @@ def read_claims(token: str, key: Any, algorithms: list[str], **expected: Any) ->
     import jwt
 
     options: Any = {"require": ["exp"], "verify_aud": bool(expected.get("audience"))}
-    with contextlib.suppress(jwt.PyJWTError, LookupError, TypeError, ValueError):
+    try:
         return dict(jwt.decode(token, key, algorithms, options, **expected))
-    return {}
+    except (jwt.PyJWTError, LookupError, TypeError, ValueError) as error:
+        LOG.debug("a token is not good: %s", redact(str(error)))
+        return {}
 
 
 def read_claim(claims: dict[str, Any], name: str) -> str | None:
@@ -4397,6 +4421,9 @@ class Catalog:
 
     def unserved(self) -> Iterator[str]:
         """What to warn of: names that a client may ask for, and nobody serves."""
+        for alias in self.config.models:
+            if not self.resolve_alias(alias):
+                yield f"models.{alias}: no provider of it has a key"
         tables: dict[str, Any] = {"jwt": self.config.jwt, "session": self.config.session}
         tables |= {f"clients.{name}": key for name, key in self.config.clients.items()}
         for path, table in tables.items():
@@ -4416,9 +4443,10 @@ class Catalog:
         usd, name = max(prices, default=(Decimal(0), ""))
         if self.config.demo or usd * limits.concurrent_total <= total:
             return ""
-        room = f"{int(total / usd)} answers of limits.max_tokens at a time by {name}"
-        fix = f"raise it, or lower that, for limits.concurrent_total = {limits.concurrent_total}"
-        return f"budget.total_per_day: {total:f} USD hold for {room}; {fix}"
+        room = f"{int(total / usd)} answers at once of the dearest model ({name})"
+        most = f"fewer than limits.concurrent_total = {limits.concurrent_total}"
+        fix = "raise it, or lower limits.max_tokens"
+        return f"budget.total_per_day: {total:f} USD are enough for {room}, {most}; {fix}"
 
     def bounds(
         self, request: Request, targets: list[Target], capped: bool
@@ -5096,7 +5124,8 @@ class Proxy:
             raise Stopping
         if provider and provider not in self.catalog.providers:
             known = ", ".join(f"/api/{name}" for name in self.catalog.providers)
-            message = f"provider {redact(provider)!r} is not configured; there is {known}"
+            wrong = "has no key" if provider in self.config.providers else "is not configured"
+            message = f"provider {redact(provider)!r} {wrong}; there is {known}"
             raise ProxyError(404, "not_found", message)
         call.entry.provider = provider
         check_media_type(call.headers)
@@ -5645,6 +5674,8 @@ class Proxy:
             await self.check_turnstile(proof.turnstile, address, table)
         elif (user := await self.clients.by_jwt(read_token(headers))) is None:
             message = "send a Turnstile token as `turnstile`, or the app's JWT as a bearer token"
+            if not table.turnstile_secret:
+                message = "turnstile: is off here; send the app's JWT as a bearer token"
             raise ProxyError(401, "invalid_key", message, retry=False)
         else:
             parent = user
@@ -5742,8 +5773,8 @@ def open_connections() -> aiohttp.ClientSession:
 # A vendor inside the process: it answers the real request of an adapter with the bytes that vendor
 # would send, at a believable pace. Only the network is missing.
 
-DEMO_HINT = """Demo: no vendor is called. Begin the prompt with /tool, /think, /long, /error or /cut
-to see that kind of answer."""
+DEMO_HINT = """Demo: no vendor is called, and costs are what they would be. Begin the prompt with
+/tool, /think (and show thinking), /long, /error or /cut to see that kind of answer."""
 DEMO_TEXT = """Hello! This answer comes from the demo provider inside proxy.py: no vendor was called
 and nothing was spent. Everything else is real, from the request your page sent to the tokens you
 are reading. """
@@ -5908,7 +5939,8 @@ $("form").onsubmit = async event => {
   const mine = controller = new AbortController();
   $("stop").disabled = false;
   const answer = $("answer"), facts = $("facts"), started = performance.now();
-  answer.textContent = facts.textContent = "";
+  answer.textContent = "";
+  facts.textContent = "waiting…";
   const headers = {"Content-Type": "application/json"};
   if ($("key").value) headers.Authorization = "Bearer " + $("key").value;
   const body = JSON.stringify({model: model.value || usual(), enable_thinking: $("think").checked,
@@ -5926,7 +5958,7 @@ $("form").onsubmit = async event => {
         if (line.startsWith("error: ")) throw new Error(JSON.parse(line.slice(7)).message);
         if (!line.startsWith("data: {")) continue;
         const {token, toolCalls, costUsd, usage, finishReason} = JSON.parse(line.slice(6));
-        first ??= `first token ${Math.round(performance.now() - started)} ms`;
+        facts.textContent = first ??= `first token ${Math.round(performance.now() - started)} ms`;
         answer.textContent += token;
         for (const {function: tool} of toolCalls ?? [])
           answer.textContent += `\\n→ ${tool.name}(${tool.arguments})`;
@@ -5946,6 +5978,7 @@ PAGE_STYLE = """
 body { font: 16px system-ui; max-width: 44rem; margin: 2rem auto; padding: 0 1rem }
 textarea, pre { width: 100%; box-sizing: border-box; font: inherit; white-space: pre-wrap }
 label { display: inline-block; margin: 0 1em .5em 0 }
+button { font: inherit; padding: .4em 1em }
 """
 
 
@@ -5977,7 +6010,7 @@ def render_page(proxy: Proxy) -> str:
 <label>Model <input id="model"></label>{lists}
 <label><input type="checkbox" id="think"> show thinking</label>
 <label>Key <input id="key" type="password" placeholder="where one is needed"></label>
-<p><textarea id="prompt" rows="4" required autofocus>Say hello.</textarea></p>
+<p><textarea id="prompt" aria-label="Prompt" rows="4" required autofocus>Say hello.</textarea></p>
 <button id="send">Send</button> <button id="stop" type="button" disabled>Stop</button>
 </form><pre id="answer"></pre><p id="facts" role="status"></p><script>{PAGE_SCRIPT}</script></html>
 """
@@ -6009,6 +6042,7 @@ class App(litestar.Litestar):
             message = f"origin {redact(call.headers['origin'])} may not call this proxy; {fix}"
             call.entry.client = self.proxy.clients.by_address(call.peer, call.headers).id
             call.failure = ProxyError(403, "origin_not_allowed", message)
+            LOG.info("refused %s", {"origin": redact(call.headers["origin"])})
             return await self.proxy.settle(call)
         await self.find_route(call, scope, receive)
         if call.route:  # out here, so that a long stream does not keep Litestar's objects

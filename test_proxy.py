@@ -1380,7 +1380,25 @@ def test_a_key_that_may_spend_nothing_is_a_budget(tmp_path: Path) -> None:
             ["providers.x.base_url", "leave out /chat/completions"],
             id="a whole URL",
         ),
-        pytest.param("server = 3", ["server"], id="a number for a table"),
+        pytest.param("server = 3", ["server", "must be a table"], id="a number for a table"),
+        pytest.param("[server]\nprot = 1", ["server: has no setting `prot`"], id="misspelt"),
+        pytest.param(
+            "[server]\ncors_origins = 'https://a.example'",
+            ["server.cors_origins: must be a list"],
+            id="a text for a list",
+        ),
+        pytest.param(
+            "[server]\npage = 'maybe'", ["server.page: must be true or"], id="a text for yes"
+        ),
+        pytest.param(
+            "[server]\nport = 'x'", ["server.port: must be a number"], id="a text for a number"
+        ),
+        pytest.param(
+            "[server]\nport = 70000", ["server.port: must be <= 65535"], id="no such port"
+        ),
+        pytest.param(
+            "[providers.x]\nadapter = 'chat'", ["providers.x: needs `base_url`"], id="none"
+        ),
         pytest.param("providers = 3", ["providers"], id="a number for providers"),
         pytest.param("[providers]\nopenai = 3", ["providers.openai"], id="a number for a provider"),
         pytest.param("[server]\nport = 70000", ["server.port"], id="port out of range"),
@@ -6622,6 +6640,31 @@ def test_collecting_sessions_buys_no_requests_and_no_streams(
 def test_without_a_session_block_there_are_no_sessions(plain_server: Server) -> None:
     error = check_error(plain_server.post("/session", {"turnstile": "x"}), 404, "not_found")
     assert "[session]" in error["error"]
+
+
+def test_what_is_wrong_with_a_login_or_a_page_is_said(serve: Serve) -> None:
+    config = f"""
+    [server]
+    log_level = "debug"
+    [jwt]
+    secret = "{"j" * 32}"
+    audience = "app"
+    [session]
+    secret = "{"s" * 32}"
+    """
+    server = serve(config, environ={"OPENAI_API_KEY": None})
+    claims = {"sub": "u", "aud": "another", "exp": time.time() + 60}
+    token = jwt.encode(claims, "j" * 32, "HS256")
+    headers = {"authorization": f"Bearer {token}"}
+    refused = server.post("/session", {"turnstile": "x"}, headers=headers)
+    assert "turnstile: is off" in check_error(refused, 401, "invalid_key")["error"]
+    assert wait_for(lambda: "a token is not good: Audience" in str(server.lines))
+    evil = server.post(headers={"origin": "https://evil.example"})
+    check_error(evil, 403, "origin_not_allowed")
+    assert wait_for(lambda: "https://evil.example" in str(server.lines))
+    off = server.post("/api/openai", headers=headers)
+    assert "'openai' has no key" in check_error(off, 404, "not_found")["error"]
+    assert token not in str(server.lines)
 
 
 def test_a_preflight_for_a_session_is_allowed_to_listed_origins(login: Server) -> None:
@@ -16387,6 +16430,13 @@ def test_check_says_what_is_open_and_missing_without_a_secret(tmp_path: Path) ->
         assert secret not in done.stdout + done.stderr
 
 
+def test_check_says_which_alias_nobody_serves(tmp_path: Path) -> None:
+    file = write(tmp_path, "[models.fast]\ntarget = 'openai/gpt-5-mini'")
+    environ = {"ANTHROPIC_API_KEY": "k", "OPENAI_API_KEY": None}
+    done = run_proxy("--check", "--config", file, environ=environ)
+    assert "warning   models.fast: no provider of it has a key" in done.stdout
+
+
 def test_check_takes_a_blank_key_for_none() -> None:
     done = run_proxy("--check", environ={"OPENAI_API_KEY": " ", "ANTHROPIC_API_KEY": "k"})
     assert "off: OPENAI_API_KEY is not set" in done.stdout
@@ -16622,14 +16672,14 @@ def test_a_start_says_for_how_much_there_is_room(tmp_path: Path) -> None:
     few = ["sh", "-c", 'ulimit -n 600 && exec "$@"', "sh", *start]
     server = Server(few, tmp_path, port, {})
     try:
-        assert wait_for(lambda: "10 USD hold for 13 answers" in str(server.lines))
+        assert wait_for(lambda: "10 USD are enough for 13 answers" in str(server.lines))
         said = str(server.lines)
         assert "limits.concurrent_total = 1000" in said
         assert "600 files may be open, too few for 1000 streams" in said and "ulimit -Hn" in said
     finally:
         server.stop()
     _, check, code = examined(tmp_path, config.read_text(), {}, ())
-    assert code == 0 and "10 USD hold for 13 answers" in check
+    assert code == 0 and "10 USD are enough for 13 answers" in check
 
 
 def test_version_and_help_are_printed() -> None:
@@ -17105,7 +17155,7 @@ def test_built_in_page_streams_a_demo_answer(open_page: Open, demo: Server) -> N
     page.click("#send")
     wait_for(lambda: len(page.text_content("#answer")) > 20)
     early = page.text_content("#answer")
-    wait_for(lambda: page.text_content("#facts"))
+    wait_for(lambda: re.search("·|Error", page.text_content("#facts")))
 
     answer = page.text_content("#answer")
     assert answer.startswith(early) and len(answer) > len(early), "it came in pieces"
@@ -17176,7 +17226,7 @@ def test_built_in_page_proposes_what_the_provider_can_be_asked(
         assert not any("embedding" in name for name in options)
     page.select_option("#provider", "openai")
     page.click("#send")
-    wait_for(lambda: page.text_content("#facts"))
+    wait_for(lambda: re.search("·|Error", page.text_content("#facts")))
     assert upstream.requests[-1].json["model"] == proposed["openai"][0]
 
 
@@ -17195,7 +17245,7 @@ def test_built_in_page_shows_errors(
 
     page.click("#send")
 
-    wait_for(lambda: page.text_content("#facts"))
+    wait_for(lambda: re.search("·|Error", page.text_content("#facts")))
     assert page.text_content("#facts").startswith(expected)
 
 
@@ -17213,7 +17263,7 @@ def test_built_in_page_shows_markup_as_text(
         page.select_option("#provider", provider)
         page.fill("#model", model)
         page.click("#send")
-        wait_for(lambda: page.text_content("#facts"))
+        wait_for(lambda: re.search("·|Error", page.text_content("#facts")))
         assert page.text_content("#answer") == markup
     assert page.locator("img").count() == 0
     assert page.evaluate("[window.owned, violations]") == [None, []]
