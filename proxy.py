@@ -149,7 +149,8 @@ KINDS: dict[type, tuple[str, str]] = {
     Rate: (NUMBER, "{!r} is not an amount of USD like 0.5"),
     Usd: (f"{NUMBER}|unlimited",
           '{!r} is not an amount of USD like 0.5, nor "unlimited"'),
-    BaseUrl: (URL, 'must look like "https://api.example.com/v1", not {!r}'),
+    BaseUrl: (rf"(?!.*/(messages|responses|chat/completions)/?$){URL}",
+              'must look like "https://api.example.com/v1", without the path of a call, not {!r}'),
     Url: (rf"({URL}(\?.*)?)?", "{!r} is not an http(s) URL"),
     Origin: (r"(?!http://.*:80$|https://.*:443$)https?://([a-z0-9._-]+|\[[0-9a-f:]+\])(:\d+)?"
              r"|(?!https?:)[a-z][a-z0-9+.-]*://[^/?#\s*]+|\*",
@@ -493,7 +494,8 @@ PLAIN_ERRORS = {
     r"Expected `\w+` ([<>].*)": r"must be \1", "Expected `bool.*, .*": "must be true or false",
     "Expected `(int|float).*, .*": "must be a number",
     "Expected `str.*, .*": "must be text, in quotes",
-    "Expected `array.*, .*": 'must be a list, like ["a", "b"]',
+    "Expected `array.*, .*": "must be a list, in [ ]",
+    "Input data was truncated": "ends too early, or is empty",
     "Expected `object.*, .*": "must be a table or object",
     "Object contains unknown field (.*)": r"has no setting \1",
     "Object missing required field (.*)": r"needs \1",
@@ -561,11 +563,9 @@ def check_values(config: Config) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
             raise ConfigError(f"providers.{name}: use lower-case letters, digits, - and _")
         for variable in provider.key_vars:
-            if not re.fullmatch(r"[A-Za-z_]\w*", variable) or redact(variable) != variable:
-                wanted = "must be the name of the environment variable that holds the key"
-                raise ConfigError(f"providers.{name}.key_env: {wanted}, not the key itself")
-        if provider.base_url.rstrip("/").endswith(path := ADAPTERS[provider.adapter].path):
-            raise ConfigError(f"providers.{name}.base_url: leave out {path}, which is added to it")
+            if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable):
+                wanted = "must name, in capitals, the environment variable that holds the key"
+                raise ConfigError(f"providers.{name}.key_env: {wanted}, and not be the key itself")
     for name, model in config.models.items():
         for target in (model.target, *model.fallback):
             if target.partition("/")[0] not in config.providers or not target.partition("/")[2]:
@@ -6099,7 +6099,9 @@ def error_response(request: litestar.Request[Any, Any, Any], error: Exception) -
     if isinstance(error, HTTPException):
         code = "not_found" if error.status_code == 404 else "invalid_request"
         known = error.headers or {}  # of a 405, the methods that are allowed
-        error = ProxyError(error.status_code, code, f"{request.method}: {error.detail}")
+        unserved = {404: "nothing is here; models are at /api/PROVIDER and /v1", 405: "see Allow"}
+        detail = unserved.get(error.status_code, error.detail)
+        error = ProxyError(error.status_code, code, f"{request.method}: {detail}")
         error.headers |= known
     elif not isinstance(error, ProxyError):
         LOG.error("a route failed unexpectedly", exc_info=error)

@@ -1367,17 +1367,17 @@ def test_a_key_that_may_spend_nothing_is_a_budget(tmp_path: Path) -> None:
         pytest.param("[prices.'x*']\ninput = 0", ["prices", "x*", "free"], id="price of nothing"),
         pytest.param(
             "[providers.openai]\nkey_env = 'gsk_Zm9vYmFyYmF6'",
-            ["providers.openai.key_env", "not the key itself"],
+            ["providers.openai.key_env", "not be the key itself"],
             id="a key for its name",
         ),
         pytest.param(
             "[providers.openai]\nkey_env = ['A', 'sk-ant-Zm9vYmFy']",
-            ["providers.openai.key_env", "not the key itself"],
+            ["providers.openai.key_env", "not be the key itself"],
             id="a key among names",
         ),
         pytest.param(
             "[providers.x]\nadapter='chat'\nbase_url='http://a/v1/chat/completions/'",
-            ["providers.x.base_url", "leave out /chat/completions"],
+            ["providers.x.base_url", "without the path of a call"],
             id="a whole URL",
         ),
         pytest.param("server = 3", ["server", "must be a table"], id="a number for a table"),
@@ -1967,6 +1967,27 @@ def test_a_400_about_our_key_is_not_the_callers_mistake(
 ) -> None:
     upstream.play(reply(400, json.dumps(body).encode()))
     assert "key" not in check_error(trouble.post(), 502, "upstream_auth")["error"].casefold()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "said"),
+    [
+        pytest.param("POST", "/api/anthropic", b"", "body (JSON): ends too early", id="empty"),
+        pytest.param("POST", "/api/anthropic", b"{}", "messages: is missing; send", id="nothing"),
+        pytest.param("POST", "/api/anthropic", b'{"temperature": "hot"}',
+                     "temperature: must be a number", id="text for a number"),
+        pytest.param("POST", "/api/anthropic", b'{"messages": 3}', "messages: must be a list",
+                     id="number for a list"),
+        pytest.param("POST", "/api", b"{}", "POST: nothing is here; models are at", id="no path"),
+        pytest.param("GET", "/api/anthropic", b"", "GET: see Allow", id="no method"),
+    ],
+)  # fmt: skip
+def test_a_wrong_request_is_told_what_to_mend(
+    trouble: Server, method: str, path: str, content: bytes, said: str
+) -> None:
+    headers = {"content-type": "application/json"}
+    answered = trouble.http.request(method, path, content=content, headers=headers)
+    assert answered.json()["error"].startswith(said)
 
 
 def test_a_status_line_in_latin_1_is_no_fault_of_ours(trouble: Server, upstream: Upstream) -> None:
