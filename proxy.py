@@ -2454,8 +2454,8 @@ class MemoryStore:
             if len(window) > self.scopes:
                 self.forget(window)
             # requests that began in the previous window may still settle; older ones are dropped
-            alike = sorted(name for name in self.windows if len(name) == len(cap.window))
-            for past in alike[:-2]:
+            alike = (name for name in self.windows if len(name) == len(cap.window))
+            for past in sorted(name for name in alike if name < cap.window)[:-1]:
                 del self.windows[past]
         return granted
 

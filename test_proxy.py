@@ -9592,7 +9592,7 @@ def clocked(
 ) -> Iterator[Clocked]:
     """Clients with 0.2 USD a day, the first one with 0.5 a month as well."""
     clients = keyed("a", budget="per_day = 0.2, per_month = 0.5")
-    clients += keyed("b", budget="per_day = 0.2") + keyed("c", budget="per_day = 0.2")
+    clients += "".join(keyed(name, budget="per_day = 0.2") for name in "bcd")
     config = FLAT.format(url=upstream_module.url) + clients
     server = Clocked(tmp_path_factory.mktemp("clocked"), config, MIDNIGHT)
     yield server
@@ -9641,6 +9641,15 @@ def test_a_request_is_settled_in_the_window_it_was_held_in(
     assert (today["window"], today["leftUsd"]) == ("2026-12-01", 0)
     check_error(server.post("/api/local", even(1), headers=a), 402, "budget_exceeded")
     assert open_rows(server) == []
+
+
+def test_a_clock_that_is_set_back_opens_no_budget(clocked: Clocked, upstream: Upstream) -> None:
+    server, a = clocked, as_client("d")
+    upstream.play(spend(200))
+    for later in (20, 21, 1, 2, 22):
+        server.set(MIDNIGHT + later * 86400)
+        assert server.post("/api/local", even(200), headers=a).status_code == 200
+        check_error(server.post("/api/local", even(1), headers=a), 402, "budget_exceeded")
 
 
 def test_yesterday_does_not_begin_anew_for_those_who_come_late(
@@ -18285,7 +18294,7 @@ def test_200_clients_at_three_replicas_spend_exactly_a_budget_for_50(fleet: Flee
     assert statuses == {200: 50, 402: POOR - 50}
     assert len(fleet.upstream.requests) == 50
     assert fleet.redis.held() == 0
-    rows = [row for row in fleet.redis.rows() if row["client"].startswith("key:poor")]
+    rows = [row for row in fleet.redis.rows() if row.get("client", "").startswith("key:poor")]
     assert sum(Decimal(row.get("cost") or 0) for row in rows) == Decimal("0.50")
 
 
