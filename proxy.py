@@ -953,6 +953,11 @@ class Request(Sampling, kw_only=True, omit_defaults=True):
     thinking: bool | None = None
     measured: Measure | None = None
 
+    @property
+    def counts(self) -> bool:
+        """Tokens, which costs nothing."""
+        return self.path == "/messages/count_tokens"
+
     def prompt(self) -> Any:
         """The part that the model reads, as JSON."""
         prompt = {"system": self.system, "tools": self.tools, "messages": self.messages}
@@ -2087,9 +2092,10 @@ def utc_day(seconds: float) -> str:
 
 
 def read_spending(database: sqlite3.Connection, now: float) -> dict[tuple[str, str], Decimal]:
-    """USD by scope and window, today's and this month's. A row still open belongs to a process that
+    """USD by scope and window: this month's, today's, and yesterday's, where a session may have
+    begun; later ones, too, as the clock may be behind. A row still open belongs to a process that
     died, and counts as all that was held for it."""
-    today = utc_day(now)
+    yesterday, month = utc_day(now - 86400), utc_day(now)[:7]
     query = """
         SELECT strftime('%Y-%m-%d', time, 'unixepoch') AS day, client, "group", session,
                sum(CAST(round(cost * 1e9) AS INTEGER)) AS billionths
@@ -2100,14 +2106,15 @@ def read_spending(database: sqlite3.Connection, now: float) -> dict[tuple[str, s
         with database:
             end = "outcome = 'error', code = 'proxy_died', estimated = 1"
             database.execute(f"UPDATE entries SET {end} WHERE outcome = 'open'")
-            rows = database.execute(query, (f"{today[:7]}-01",)).fetchall()
+            rows = database.execute(query, (min(f"{month}-01", yesterday),)).fetchall()
     except sqlite3.Error as error:
         fix = "mend it, or move it away; then every budget begins anew"
         raise ConfigError(f"ledger.path: what was spent cannot be read ({error}); {fix}") from None
     spending: dict[tuple[str, str], Decimal] = defaultdict(Decimal)
     for day, client, group, session, billionths in rows:
         scopes = ("all", f"client {client}", f"group {group}", f"session {session}")
-        for scope, window in itertools.product(scopes, {day, day[:7]} & {today, today[:7]}):
+        windows = [day[:7], day] if day >= yesterday else [day[:7]]
+        for scope, window in itertools.product(scopes, windows):
             spending[scope, window] += Decimal(billionths).scaleb(-9)
     return spending
 
@@ -2142,7 +2149,7 @@ class Ledger:
     def __init__(self, table: LedgerTable, clock: Callable[[], float], shared: bool) -> None:
         self.path = path = Path(__file__).parent / table.path if table.path else None
         self.keep, self.clock = table.keep, clock
-        self.healthy, self.away = True, False
+        self.healthy = True
         self.rows: list[tuple[Any, ...]] = []
         self.unwritten = self.rows  # of a failed commit, retried with the next one
         self.thread, self.turn = ThreadPoolExecutor(1), asyncio.Lock()
@@ -2162,8 +2169,8 @@ class Ledger:
             self.unwritten, self.rows = self.unwritten + self.rows, []
             old = self.clock() - self.keep
             delete = "DELETE FROM entries WHERE time < ?"
-            await self.run((INSERT, self.unwritten), (delete, [(old,)]))
-            self.unwritten = self.unwritten[-10_000:] if self.away else []
+            retry = await self.run((INSERT, self.unwritten), (delete, [(old,)]))
+            self.unwritten = self.unwritten[-10_000:] if retry else []
 
     async def put_off(self, id: str, message: bytes, row: bytes) -> None:
         """Keep a settlement to deliver to Redis later."""
@@ -2179,20 +2186,24 @@ class Ledger:
     async def delivered(self, ids: Iterable[str]) -> None:
         await self.run(("DELETE FROM put_off WHERE id = ?", [(id,) for id in ids]))
 
-    async def run(self, *statements: tuple[str, list[tuple[Any, ...]]]) -> None:
+    async def run(self, *statements: tuple[str, list[tuple[Any, ...]]]) -> bool:
         with contextlib.suppress(RuntimeError):  # after close(), which writes what is left
-            await asyncio.wrap_future(self.thread.submit(self.commit, *statements))
+            return await asyncio.wrap_future(self.thread.submit(self.commit, *statements))
+        return False
 
-    def commit(self, *statements: tuple[str, list[tuple[Any, ...]]]) -> None:
+    def commit(self, *statements: tuple[str, list[tuple[Any, ...]]]) -> bool:
+        """Whether it failed and may succeed later."""
         try:
             with self.database:  # commits, or rolls back when it fails
                 for statement, rows in statements:
                     self.database.executemany(statement, rows)
-            self.healthy, self.away = True, False
+            self.healthy = True
+            return False
         except Exception as error:  # the disk, or a row that SQLite cannot hold
             if self.healthy:
                 LOG.error("the ledger cannot be written: %s", error)
-            self.healthy, self.away = False, isinstance(error, sqlite3.OperationalError)
+            self.healthy = False
+            return isinstance(error, sqlite3.OperationalError)
 
     def close(self) -> None:
         self.thread.shutdown()
@@ -3307,6 +3318,7 @@ def event_data(event: bytes) -> bytes:
 # (`unsampled`); thinking by `budget` or `adaptive`; no forced tool (`unforced`) or prefill
 # (`unfilled`); system text `mid` conversation. OpenAI: `only` in Responses, or no tools in Chat
 # (`elsewhere`). Both: reasons `always`, by default (`on`), on request (`off`) or never (`plain`).
+# Others: reason by default, which Chat does not show (`unseen`).
 CAPABILITIES = """
 one: claude-3*
 one budget: claude-*-4-[015]* claude-*-4-20*
@@ -3328,6 +3340,7 @@ on: gpt-6* gpt-5.[5-9]*
 off: gpt-5.[1-9]*
 always: gpt-5* o[1-9]* chat-latest
 plain: gpt-[34]*
+budget unseen: gemini-2.5* gemini-[3-9]* grok-[4-9]* grok-3-mini*
 budget: *
 """
 # Vendors' finish reasons other than a plain stop, and ours; OpenAI's for tool calls needs none.
@@ -4896,6 +4909,9 @@ class Attempt:
         except StopAsyncIteration:
             if self.adapter.sse.buffer.lstrip()[:1] == b"{":  # no stream, but maybe an error
                 self.adapter.read(self.adapter.sse.buffer)
+                self.account.hidden = True  # a whole answer, and billed
+                message = "the vendor answered in one piece, not with a stream"
+                raise UpstreamError(502, message, advice="false") from None
             if not (self.framed and self.adapter.ended()):
                 message = "the vendor ended the answer before it was complete"
                 raise UpstreamError(502, message) from None
@@ -5214,7 +5230,7 @@ class Proxy:
             raise BadRequest(f"max_tokens: about {estimate} tokens are needed, {allowed}")
         call.estimate = estimate
         caps = client_caps(client, self.config.budget, call.entry.time)
-        call.caps = [] if self.config.demo else caps
+        call.caps = [] if self.config.demo or request.counts else caps
         call.bounds = self.catalog.bounds(request, targets, bool(call.caps))
         call.most = call.cost_of(request.max_tokens) if call.bounds else call.most
 
@@ -5452,7 +5468,7 @@ class Proxy:
         sent_off = request.thinking is False and "on" in attempt.adapter.can  # else it is not sent
         off = sent_off or any(value in UNTHINKING for value in values)
         own = capability(model.rpartition("/")[2])  # resellers prefix the maker
-        thinks = "always" in own or (not off and ("on" in own or asked or any(values)))
+        thinks = "always" in own or (not off and (own & {"on", "unseen"} or asked or any(values)))
         account.hidden = bool(thinks) or not request.stream
         account.billed = True
 
@@ -5477,8 +5493,10 @@ class Proxy:
         if error.sent and price:
             fixed, each = cost_bound(price, account.bound)
             whole = error.status == 504 or account.hidden
-            tokens = output_bound(request.max_tokens, request.n) if whole else 0
+            most = output_bound(request.max_tokens, request.n)
+            tokens = most if whole else min(most, account.produced)
             account.lost += fixed + fee + each * tokens
+        account.produced = 0
 
     async def settle(self, call: Call) -> None:
         """Account for a request, once, and then end its reply."""
@@ -5522,7 +5540,7 @@ class Proxy:
         if entry.cache in ("hit", "coalesced") or not account.attempts:
             entry.cost = "0"
             return
-        if account.billed and not usage.known:
+        if account.billed and not usage.known and not call.request.counts:
             most = output_bound(call.request.max_tokens, call.request.n)
             entry.estimated = True
             inputs = max(usage.input_tokens, account.bound)
@@ -5548,6 +5566,8 @@ class Proxy:
         searches = None if entry.estimated else usage.web_searches
         fee = prices.fee(provider, call.request, searches) if account.billed else 0
         entry.cost = None if usd is None else f"{(usd + fee + account.lost).normalize():f}"
+        if call.request.counts:
+            entry.cost = "0"
 
     def log(self, call: Call) -> None:
         fields = asdict(call.entry) | {"dropped": call.all_dropped(), "time": None}

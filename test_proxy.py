@@ -7053,6 +7053,28 @@ def test_check_says_that_a_ledger_has_no_folder(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_rows_of_a_failed_commit_are_kept_though_another_commit_succeeds(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+
+    async def play() -> None:
+        ledger = proxy.Ledger(proxy.LedgerTable(path=str(path)), time.time, True)
+        [pages] = ledger.database.execute("PRAGMA page_count").fetchone()
+        ledger.database.execute(f"PRAGMA max_page_count = {pages + 2}")
+        row = ledger.record(proxy.Entry(time.time(), "x" * 100_000))
+        await asyncio.sleep(0)
+        later = asyncio.create_task(ledger.put_off("2", b"message", b"row"))
+        await asyncio.sleep(0)
+        ledger.thread.submit(len, "").result()  # both have ended before the loop hears of either
+        await asyncio.gather(row, later)
+        assert [due[0] for due in await ledger.due()] == ["2"]
+        ledger.database.execute("PRAGMA max_page_count = 1000000")
+        await ledger.record(proxy.Entry(time.time(), "3"))
+        assert proxy.read_ledger(path, 0, "day")[0].requests == 2
+        ledger.close()
+
+    run_async(play())
+
+
 def test_it_is_ready_again_when_its_disk_is_though_nobody_asks(tmp_path: Path) -> None:
     path, environ = tmp_path / "ledger", {"ANTHROPIC_API_KEY": "k"}
     config = proxy.load_config(None, environ, **{"ledger.path": str(path)})
@@ -9671,6 +9693,102 @@ def test_yesterday_does_not_begin_anew_for_those_who_come_late(
         connection.sendall(more)
         assert b" 402 " in read_until(connection, b"\r\n\r\n")
     assert len(upstream.requests) == 2
+
+
+def test_what_was_spent_is_known_after_a_start_with_a_clock_that_was_behind(
+    upstream: Upstream, tmp_path: Path
+) -> None:
+    config, a = FLAT.format(url=upstream.url) + keyed("a", budget="per_day = 0.2"), as_client("a")
+    upstream.play(spend(200))
+    server = Clocked(tmp_path, config, MIDNIGHT + 86400)
+    assert server.post("/api/local", even(200), headers=a).status_code == 200
+    server.stop()
+    server = Clocked(tmp_path, config, MIDNIGHT - 86400)
+    server.set(MIDNIGHT + 86400)
+    refused = server.post("/api/local", even(1), headers=a)
+    server.stop()
+    check_error(refused, 402, "budget_exceeded")
+
+
+def test_a_session_over_midnight_keeps_its_budget_when_the_proxy_restarts(tmp_path: Path) -> None:
+    spent = proxy.Entry(MIDNIGHT - 60, "1", client="ip:1", session="s", cost="0.05", outcome="ok")
+    client = proxy.Client(
+        "ip:1", proxy.Limits(), session="s", since=MIDNIGHT - 120, per_session=proxy.Usd("0.05")
+    )
+    with contextlib.closing(proxy.open_ledger(tmp_path / "ledger")) as database:
+        database.execute(proxy.INSERT, proxy.astuple(spent))
+        for now in (MIDNIGHT - 30, MIDNIGHT + 30):
+            found = proxy.read_spending(database, now)
+            caps = proxy.client_caps(client, proxy.BudgetTable(), now)
+            [cap] = [cap for cap in caps if cap.scope == "session s"]
+            assert found[cap.scope, cap.window] == Decimal("0.05")
+
+
+# What a vendor bills although no answer comes of it, and what it does not bill.
+
+
+@pytest.fixture(scope="module")
+def billing(serve_module: Serve, upstream_module: Upstream) -> Server:
+    config = FLAT.format(url=upstream_module.url) + keyed("a", budget="per_day = 0.5")
+    config += keyed("b", budget="per_day = 50")
+    return serve_module(config + '[prices."g*"]\ninput = 1\noutput = 1000\n')
+
+
+def test_a_whole_answer_in_place_of_a_stream_is_billed_and_not_asked_for_again(
+    billing: Server, upstream: Upstream
+) -> None:
+    number = {**as_client("b"), "X-Request-ID": next(IDS)}
+    message = {"role": "assistant", "content": "Hello"}
+    usage = {"prompt_tokens": 10, "completion_tokens": 100, "total_tokens": 110}
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    upstream.play(reply(200, {"id": "c", "choices": [choice], "usage": usage}))
+    error = check_error(billing.post("/api/local", even(), headers=number), 502, "upstream_error")
+    assert "not with a stream" in error["error"]
+    assert len(upstream.requests) == 1
+    assert Decimal(last_row(billing, number["X-Request-ID"])["cost"]) == Decimal("0.1")
+
+
+@pytest.mark.parametrize("model", ["gemini-2.5-pro", "google/gemini-3-flash", "grok-4"])
+def test_who_leaves_a_model_that_thinks_unseen_pays_for_what_it_may_have_thought(
+    billing: Server, upstream: Upstream, model: str
+) -> None:
+    number = {**as_client("b"), "X-Request-ID": next(IDS)}
+    upstream.play([*stream(*chat_events("Hel")[:2], end=False), HANG])
+    with billing.connect("/api/local", ask(model=model, max_tokens=4000), number) as connection:
+        read_until(connection, b"Hel")
+    row = last_row(billing, number["X-Request-ID"])
+    assert (row["outcome"], row["output_tokens"]) == ("cancelled", 4000)
+    assert "reasoning_effort" not in upstream.requests[0].json
+
+
+def test_tokens_are_counted_for_nothing(billing: Server, upstream: Upstream) -> None:
+    a, reached = as_client("a"), threading.Event()
+    long = [{"role": "user", "content": "x" * 300_000}]
+    body = {"model": "claude-opus-4-5", "messages": long}
+    upstream.play(reply(200, {"input_tokens": 75_000}), [tell(reached), HANG])
+    assert billing.post("/v1/messages/count_tokens", body, headers=a).json() == {
+        "input_tokens": 75_000
+    }
+    number = {**a, "X-Request-ID": next(IDS)}
+    with billing.connect("/v1/messages/count_tokens", body, number):
+        assert reached.wait(20)
+    row = last_row(billing, number["X-Request-ID"])
+    assert (row["outcome"], row["cost"]) == ("cancelled", "0")
+    assert budgets(billing, a)["client day"]["leftUsd"] == 0.5
+
+
+def test_arguments_before_an_error_in_one_read_are_billed(
+    billing: Server, upstream: Upstream
+) -> None:
+    number = {**as_client("b"), "X-Request-ID": next(IDS)}
+    arguments = '{"a":"' + "y" * 3000 + '"}'
+    begun = chat_events("", tools=(("c", "f", arguments),))[1:-3]
+    error = b'data: {"error": {"message": "overloaded", "code": 503}}\n\n'
+    upstream.play(stream(b"".join(begun) + error), spend(7))
+    answered = billing.post("/api/local", even(2000, tools=[{"name": "f"}]), headers=number)
+    assert answered.status_code == 200
+    row = last_row(billing, number["X-Request-ID"])
+    assert (row["attempts"], row["output_tokens"], Decimal(row["cost"])) == (2, 7, Decimal("2.007"))
 
 
 # The store by itself, in any order of holds and settlements.
