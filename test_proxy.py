@@ -9132,7 +9132,7 @@ def ending(
     config = f"""
     [upstream]
     connect = "500ms"
-    first_byte = "1500ms"
+    first_byte = "4s"
     idle = "300ms"
     attempts = 1
     [providers.nobody]
@@ -14422,8 +14422,11 @@ def test_every_route_to_a_vendor_holds_a_budget(
 ) -> None:
     upstream.play(official)
     refused = poor.post(path, body, headers={"x-api-key": "none"})
-    assert (refused.status_code, refused.headers["x-should-retry"]) == (402, "false")
-    assert upstream.requests == []
+    if path.endswith("/count_tokens"):  # which costs nothing
+        assert refused.status_code == 200
+    else:
+        assert (refused.status_code, refused.headers["x-should-retry"]) == (402, "false")
+        assert upstream.requests == []
     assert poor.post(path, body, headers={"x-api-key": "rich"}).status_code == 200
 
 
