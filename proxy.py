@@ -1612,13 +1612,15 @@ NATIVE_BLOCKS = {
     "custom_tool_call_output direct url_citation search open_page find_in_page url "
     "local_shell_call exec local_shell_call_output apply_patch_call create_file update_file "
     "delete_file apply_patch_call_output",
-    "chat": "text image_url refusal function custom file ephemeral url_citation thinking",
+    "chat": "text image_url refusal function custom file ephemeral url_citation thinking "
+    "reasoning.text reasoning.summary reasoning.encrypted",
 }
 # Betas that SDKs send by default, and that change neither the price nor what is stored.
 PLAIN_BETAS = {
     "structured-outputs-2025-11-13", "fine-grained-tool-streaming-2025-05-14", "pdfs-2024-09-25",
     "token-counting-2024-11-01", "mid-conversation-system-2026-04-07",
-    "advanced-tool-use-2025-11-20", "prompt-caching-2024-07-31",
+    "advanced-tool-use-2025-11-20", "prompt-caching-2024-07-31", "computer-use-2024-10-22",
+    "computer-use-2025-01-24", "computer-use-2025-11-24",
 }  # fmt: skip
 # Values that mean the same as leaving the field out.
 PLAIN_VALUES = {
@@ -3461,7 +3463,7 @@ class Adapter:
         self.sse, self.usage, self.secret, self.unseen = SSE(), Usage(), b"", 0
         self.counts: dict[str, Any] = {}
         self.calls: dict[Any, ToolUse] = {}
-        self.call_keys: dict[Any, Any] = {}  # of Chat's calls whose index is taken
+        self.call_keys: dict[Any, Any] = {}  # of calls whose own index or id is not the key
         self.dropped: list[str] = []
         self.cut: list[str] = []
         self.reason = "stop"
@@ -3826,7 +3828,8 @@ class Responses(OpenAI):
         tokens = max(LEAST_OUTPUT, request.max_tokens)
         if tokens > request.max_tokens:
             self.dropped.append("max_tokens")
-        summary = "auto" if request.thinking else None
+        # an effort is asked for over Chat, and OpenAI gives not every account a summary
+        summary = "auto" if request.thinking and not request.effort else None
         form = request.output_format  # whose schema stands one level higher here
         system, messages = request.system, request.messages
         if system and form and "json_schema" not in form:
@@ -3874,14 +3877,15 @@ class Responses(OpenAI):
             case "reasoning_summary_text.delta" | "reasoning_text.delta", str() as text if text:
                 yield Thinking(text)
             case "function_call_arguments.delta", str() as text:
-                self.calls[event["item_id"]].arguments += text
+                self.calls[self.call_keys[event["item_id"]]].arguments += text
             case "custom_tool_call_input.delta", str() as text:
                 self.unseen += len(text.encode())
             case "function_call_arguments.done", _:
-                self.calls[event["item_id"]].arguments = str(event["arguments"])
+                self.calls[self.call_keys[event["item_id"]]].arguments = str(event["arguments"])
             case _, {"type": "function_call", "call_id": call, "name": name, **item}:
                 arguments = str(item.get("arguments") or "")  # all of them when it is done
-                self.calls[item.get("id")] = ToolUse(str(call), str(name), arguments)
+                self.call_keys[item.get("id")] = str(call)  # vLLM's are not always given an id
+                self.calls[str(call)] = ToolUse(str(call), str(name), arguments)
             case "completed" | "incomplete", _:
                 response = event["response"]
                 details = response.get("incomplete_details") or {}
