@@ -954,8 +954,8 @@ class Request(Sampling, kw_only=True, omit_defaults=True):
     measured: Measure | None = None
 
     @property
-    def counts(self) -> bool:
-        """Tokens, which costs nothing."""
+    def counts_tokens(self) -> bool:
+        """Whether it asks for no answer, but how long it is: that costs nothing."""
         return self.path == "/messages/count_tokens"
 
     def prompt(self) -> Any:
@@ -5234,7 +5234,7 @@ class Proxy:
             raise BadRequest(f"max_tokens: about {estimate} tokens are needed, {allowed}")
         call.estimate = estimate
         caps = client_caps(client, self.config.budget, call.entry.time)
-        call.caps = [] if self.config.demo or request.counts else caps
+        call.caps = [] if self.config.demo or request.counts_tokens else caps
         call.bounds = self.catalog.bounds(request, targets, bool(call.caps))
         call.most = call.cost_of(request.max_tokens) if call.bounds else call.most
 
@@ -5544,7 +5544,7 @@ class Proxy:
         if entry.cache in ("hit", "coalesced") or not account.attempts:
             entry.cost = "0"
             return
-        if account.billed and not usage.known and not call.request.counts:
+        if account.billed and not usage.known and not call.request.counts_tokens:
             most = output_bound(call.request.max_tokens, call.request.n)
             entry.estimated = True
             inputs = max(usage.input_tokens, account.bound)
@@ -5570,7 +5570,7 @@ class Proxy:
         searches = None if entry.estimated else usage.web_searches
         fee = prices.fee(provider, call.request, searches) if account.billed else 0
         entry.cost = None if usd is None else f"{(usd + fee + account.lost).normalize():f}"
-        if call.request.counts:
+        if call.request.counts_tokens:
             entry.cost = "0"
 
     def log(self, call: Call) -> None:
