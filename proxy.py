@@ -3431,6 +3431,46 @@ def spans(content: Any, kind: type[Text | Thinking]) -> Iterator[Event]:
                 yield from spans(thoughts, Thinking)
 
 
+# What Anthropic's grammar knows of JSON Schema: what holds schemas by name, or one or more of them,
+# other words, and formats.
+SCHEMA_MAPS = ("properties", "$defs", "definitions")
+SCHEMA_PARTS = (*SCHEMA_MAPS, "items", "anyOf", "allOf")
+SCHEMA_WORDS = {
+    *SCHEMA_PARTS, "$ref", "type", "enum", "const", "default", "required", "additionalProperties",
+    "title", "description",
+}  # fmt: skip
+SCHEMA_FORMATS = {
+    "date-time", "time", "date", "duration", "email", "hostname", "uri", "ipv4", "ipv6", "uuid",
+}  # fmt: skip
+
+
+def closed(schema: dict[str, Any], dropped: list[str]) -> dict[str, Any]:
+    """A copy in which no object has more than its properties, as Anthropic wants it. What its
+    grammar does not know, as bounds, becomes a part of the description, as in its own SDK."""
+    schema = decode_json(msgspec.json.encode(schema))
+    schema.pop("$schema", None)
+    todo: list[Any] = [schema]
+    for node in todo:  # which grows: a recursion could be too deep
+        if not isinstance(node, dict):
+            continue
+        if "oneOf" in node:
+            node["anyOf"] = node.pop("oneOf")
+        if "properties" in node or "object" in str(node.get("type")):
+            node["additionalProperties"] = False
+        kept = SCHEMA_WORDS | ({"format"} if str(node.get("format")) in SCHEMA_FORMATS else set())
+        kept |= {"minItems"} if node.get("minItems") in (0, 1) else set()
+        if lost := {name: node.pop(name) for name in [*node] if name not in kept}:
+            drop([*lost], dropped)
+            said = str(node.get("description") or "")
+            node["description"] = f"{said} {msgspec.json.encode(lost).decode()}".strip()
+        for name in SCHEMA_PARTS:
+            inner = node.get(name)
+            if isinstance(inner, dict):
+                inner = [*inner.values()] if name in SCHEMA_MAPS else [inner]
+            todo += inner if isinstance(inner, list) else []
+    return schema
+
+
 @functools.cache
 def escaped(secret: bytes) -> re.Pattern[bytes]:
     """A pattern for ASCII text as JSON may escape it."""
@@ -3708,7 +3748,8 @@ class Messages(Adapter):
         form = request.output_format
         if form and "json_schema" not in form:
             raise BadRequest(f"response_format: {self.model} needs a json_schema")
-        shape = form and {"type": "json_schema", "schema": form["json_schema"]["schema"]}
+        schema = form and closed(form["json_schema"]["schema"], self.dropped)
+        shape = form and {"type": "json_schema", "schema": schema}
         effort = request.effort if request.thinking and "adaptive" in self.can else None
         if effort == "xhigh" and "unsampled" not in self.can:  # 4.6 does not know it
             self.dropped.append("reasoning_effort")
@@ -4187,9 +4228,10 @@ class ChatWriter(NativeWriter):
         return b""
 
     def end(self, finish: str, report: dict[str, Any]) -> bytes:
-        usage = report["usage"]
-        usage |= {"prompt_tokens_details": {"cached_tokens": usage["cacheReadTokens"]}}
-        usage |= {"completion_tokens_details": {"reasoning_tokens": usage["reasoningTokens"]}}
+        given = report["usage"]
+        usage: dict[str, Any] = {name: n for name, n in given.items() if "_" in name}
+        usage |= {"prompt_tokens_details": {"cached_tokens": given["cacheReadTokens"]}}
+        usage |= {"completion_tokens_details": {"reasoning_tokens": given["reasoningTokens"]}}
         if self.early:
             counted = frame(self.base | {"choices": [], "usage": usage}) if self.show_usage else b""
             return self.chunk({}, finish) + counted + DONE

@@ -12810,6 +12810,7 @@ def test_an_answer_of_another_dialect_is_a_completion(
     assert counted.prompt_tokens_details.cached_tokens == 4
     reasoned = 3 if dialect == "responses" else 0
     assert counted.completion_tokens_details.reasoning_tokens == reasoned
+    assert not [name for name in counted.to_dict() if name.lower() != name]  # the browser's
 
 
 @STREAMED
@@ -12895,6 +12896,7 @@ def test_a_chat_conversation_is_translated(
 
 NAMED = {"type": "function", "function": {"name": "weather"}}
 ONE_TEXT = {"type": "object", "properties": {"a": {"type": "string"}}}
+CLOSED = {"additionalProperties": False}
 SCHEMA_FORMAT = {"type": "json_schema", "json_schema": {"name": "n", "schema": ONE_TEXT}}
 TRANSLATIONS = [
     pytest.param({"tool_choice": "auto"}, {"tool_choice": {"type": "auto"}},
@@ -12916,7 +12918,8 @@ TRANSLATIONS = [
                                   "disable_parallel_tool_use": True}},
                  {"parallel_tool_calls": False}, id="that one at a time"),
     pytest.param({"response_format": SCHEMA_FORMAT},
-                 {"output_config": {"format": {"type": "json_schema", "schema": ONE_TEXT}}},
+                 {"output_config": {"format": {"type": "json_schema",
+                                               "schema": ONE_TEXT | CLOSED}}},
                  {"text": {"format": {"type": "json_schema", "name": "n", "schema": ONE_TEXT}}},
                  id="schema"),
     pytest.param({"response_format": {"type": "text"}}, {"output_config": None}, {"text": None},
@@ -12940,6 +12943,63 @@ def test_what_chat_asks_for_is_asked_of_the_other_dialect(
         assert (got.status_code, got.headers.get("x-dropped-params")) == (200, None)
         sent_up = upstream.requests[0].json
         assert {name: sent_up.get(name) for name in expected} == expected
+
+
+def deep_schema(levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(levels):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+SCHEMAS = [
+    pytest.param({"type": "integer", "minimum": 1}, "minimum",
+                 {"type": "integer", "description": '{"minimum":1}'}, id="a bound"),
+    pytest.param({"type": "string", "description": "A name.", "maxLength": 9, "pattern": "^a"},
+                 "maxLength, pattern",
+                 {"type": "string", "description": 'A name. {"maxLength":9,"pattern":"^a"}'},
+                 id="bounds beside a description"),
+    pytest.param({"type": "string", "format": "email"}, None,
+                 {"type": "string", "format": "email"}, id="a known format"),
+    pytest.param({"type": "string", "format": "phone"}, "format",
+                 {"type": "string", "description": '{"format":"phone"}'}, id="another format"),
+    pytest.param({"type": "array", "items": ONE_TEXT, "minItems": 1}, None,
+                 {"type": "array", "items": ONE_TEXT | CLOSED, "minItems": 1}, id="a list"),
+    pytest.param({"type": "array", "items": {"type": "number", "maximum": 2}, "maxItems": 3},
+                 "maxItems, maximum",
+                 {"type": "array", "description": '{"maxItems":3}',
+                  "items": {"type": "number", "description": '{"maximum":2}'}}, id="a short list"),
+    pytest.param({"oneOf": [ONE_TEXT, {"type": "null"}]}, None,
+                 {"anyOf": [ONE_TEXT | CLOSED, {"type": "null"}]}, id="alternatives"),
+    pytest.param({"type": ["object", "null"], "additionalProperties": {"type": "string"}}, None,
+                 {"type": ["object", "null"]} | CLOSED, id="an open object"),
+    pytest.param({"$ref": "#/$defs/b", "$defs": {"b": ONE_TEXT}}, None,
+                 {"$ref": "#/$defs/b", "$defs": {"b": ONE_TEXT | CLOSED}}, id="a reference"),
+    pytest.param(deep_schema(300), None, deep_schema(300), id="a deep one"),
+    # what is no schema is the vendor's to refuse
+    pytest.param({"properties": 3, "anyOf": "x", "items": [1], "type": None}, None,
+                 {"properties": 3, "anyOf": "x", "items": [1], "type": None} | CLOSED,
+                 id="nonsense"),
+    pytest.param({"format": [], "minItems": {}}, "format, minItems",
+                 {"description": '{"format":[],"minItems":{}}'}, id="nonsense in bounds"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "told", "sent_up"), SCHEMAS)
+def test_claude_gets_a_schema_that_its_grammar_knows(
+    vendors: Server, upstream: Upstream, given: dict[str, Any], told: str | None,
+    sent_up: dict[str, Any],
+) -> None:  # fmt: skip
+    """As Anthropic's own SDK writes it: closed objects, and bounds in words."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object"}
+    schema |= {"properties": {"a": given}, "required": ["a"]}
+    form = {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": schema}}
+    body = native("chat", model="claude-opus-4-6", response_format=form)
+    got = vendors.post("/v1/chat/completions", body)
+    assert (got.status_code, got.headers.get("x-dropped-params")) == (200, told)
+    wanted = {"type": "object", "properties": {"a": sent_up}, "required": ["a"]} | CLOSED
+    asked = upstream.requests[0].json["output_config"]["format"]
+    assert asked == {"type": "json_schema", "schema": wanted}
 
 
 NOT_TRANSLATED = [
