@@ -860,7 +860,7 @@ class UpstreamError(ProxyError):
         self.retryable = passing and advice != "false" and EXHAUSTED.isdisjoint(names)
         if known_code == "upstream_auth":
             message = "the vendor refused the proxy's credentials or account"
-        after = wait if shown in (429, 529) else None
+        after = wait if self.retryable or shown == 429 else None
         super().__init__(shown, code or known_code, message, after=after, retry=self.retryable)
 
 
@@ -1620,7 +1620,7 @@ PLAIN_BETAS = {
     "structured-outputs-2025-11-13", "fine-grained-tool-streaming-2025-05-14", "pdfs-2024-09-25",
     "token-counting-2024-11-01", "mid-conversation-system-2026-04-07",
     "advanced-tool-use-2025-11-20", "prompt-caching-2024-07-31", "computer-use-2024-10-22",
-    "computer-use-2025-01-24", "computer-use-2025-11-24",
+    "computer-use-2025-01-24", "computer-use-2025-11-24", "context-management-2025-06-27",
 }  # fmt: skip
 # Values that mean the same as leaving the field out.
 PLAIN_VALUES = {
@@ -3745,18 +3745,20 @@ class Messages(Adapter):
         how = named or filled(type="any" if choice == "required" else choice)
         if request.parallel is False and request.tools and choice != "none":
             how = {"type": "auto"} | how | {"disable_parallel_tool_use": True}
-        form = request.output_format
-        if form and "json_schema" not in form:
-            raise BadRequest(f"response_format: {self.model} needs a json_schema")
-        schema = form and closed(form["json_schema"]["schema"], self.dropped)
-        shape = form and {"type": "json_schema", "schema": schema}
+        form, system, shape = request.output_format, request.system, None
+        if form and "json_schema" in form:
+            schema = closed(form["json_schema"]["schema"], self.dropped)
+            shape = {"type": "json_schema", "schema": schema}
+        elif form:  # which can only be said in words
+            self.dropped.append("response_format")
+            system = lock_prompt(system, "Answer with one JSON object and nothing else.")
         effort = request.effort if request.thinking and "adaptive" in self.can else None
         if effort == "xhigh" and "unsampled" not in self.can:  # 4.6 does not know it
             self.dropped.append("reasoning_effort")
             effort = "high"
         return {
             "max_tokens": request.max_tokens,
-            "system": request.system,
+            "system": system,
             "messages": self.turns(request),
             "tools": [
                 {"name": t.name, "description": t.description, "input_schema": t.parameters}

@@ -1997,14 +1997,18 @@ def test_a_status_line_in_latin_1_is_no_fault_of_ours(trouble: Server, upstream:
 
 def test_retry_after_reaches_the_caller_bounded(serve: Serve, upstream: Upstream) -> None:
     date = "Wed, 21 Oct 2099 07:28:00 GMT"
-    waits = [("7", "7"), ("600", "60"), (date, "60"), ("inf", "60"), ("1e400", "60")]
+    waits = [(429, "7", 429, "7"), (429, "600", 429, "60"), (429, date, 429, "60"),
+             (429, "inf", 429, "60"), (429, "1e400", 429, "60"), (503, "7", 502, "7"),
+             (500, "7", 502, "7"), (401, "7", 502, None), (400, "7", 400, None)]  # fmt: skip
     table = "[providers.p{}]\nadapter = 'chat'\nbase_url = '{}/v1'\n"
     tables = (table.format(n, upstream.url) for n in range(len(waits)))
     server = serve(NO_BUDGET + "[upstream]\nattempts = 1\n" + "".join(tables))
-    for number, (wait, shown) in enumerate(waits):  # one that said so is not asked again so soon
-        upstream.play(reply(429, vendor_error("rate_limit_error"), {"retry-after": wait}))
+    # one that said so is not asked again so soon
+    for number, (status, wait, shown_status, shown) in enumerate(waits):
+        upstream.play(reply(status, vendor_error("rate_limit_error"), {"retry-after": wait}))
         answered = server.post(f"/api/p{number}")
-        assert (answered.status_code, answered.headers["retry-after"]) == (429, shown)
+        seen = answered.status_code, answered.headers.get("retry-after")
+        assert seen == (shown_status, shown)
         assert len(upstream.requests) == 1
         upstream.clear()
 
@@ -13070,12 +13074,18 @@ def test_an_effort_that_a_model_does_not_know_is_named_as_it_was_asked(
     got = vendors.post("/v1/chat/completions", native("chat", model="claude-haiku-4-5", **fields))
     assert got.headers["x-dropped-params"] == "reasoning_effort"
     assert "thinking" not in upstream.requests[0].json
-    refused = vendors.post(
-        "/v1/chat/completions",
-        native("chat", model="claude-opus-4-6", response_format={"type": "json_object"}),
-    )
-    assert refused.status_code == 400
-    assert native_error(refused)["message"].startswith("response_format: ")
+
+
+def test_claude_is_told_in_words_to_answer_in_json(vendors: Server, upstream: Upstream) -> None:
+    """JSON without a schema is the default of some frameworks; Anthropic has no such mode."""
+    upstream.play(official)
+    turns = [system("Give a city."), *HI]
+    fields = {"messages": turns, "response_format": {"type": "json_object"}}
+    got = vendors.post("/v1/chat/completions", native("chat", model="claude-opus-4-6", **fields))
+    assert (got.status_code, got.headers["x-dropped-params"]) == (200, "response_format")
+    sent_up = upstream.requests[0].json
+    told = "Give a city.\n\nAnswer with one JSON object and nothing else."
+    assert (sent_up["system"], sent_up.get("output_config")) == (told, None)
 
 
 class Place(pydantic.BaseModel):
