@@ -1219,7 +1219,7 @@ def image_data(block: dict[str, Any]) -> str | None:
     match block:
         case {"type": "image", "source": dict(source)}:
             return str(source.get("data") or "")
-        case {"type": "input_image" | "image_url", "image_url": given}:
+        case {"type": "input_image" | "image_url" | "computer_screenshot", "image_url": given}:
             url = str(given.get("url") if isinstance(given, dict) else given)
             if url.startswith("data:"):
                 return url if url.startswith("data:image/") else None
@@ -1611,7 +1611,9 @@ NATIVE_BLOCKS = {
     "summary_text reasoning_text function_call function_call_output custom_tool_call "
     "custom_tool_call_output direct url_citation search open_page find_in_page url "
     "local_shell_call exec local_shell_call_output apply_patch_call create_file update_file "
-    "delete_file apply_patch_call_output",
+    "delete_file apply_patch_call_output shell_call local shell_call_output exit timeout "
+    "computer_call click double_click drag keypress move screenshot scroll type wait "
+    "computer_call_output computer_screenshot",
     "chat": "text image_url refusal function custom file ephemeral url_citation thinking "
     "reasoning.text reasoning.summary reasoning.encrypted",
 }
@@ -1628,7 +1630,10 @@ PLAIN_VALUES = {
     "prompt_cache_retention": ("in_memory",),
 }  # fmt: skip
 # Tools that the vendor defines and the caller's own program runs.
-CALLERS_TOOLS = ("bash_*", "text_editor_*", "memory_*", "computer_*", "local_shell", "apply_patch")
+CALLERS_TOOLS = (
+    "function", "custom", "bash_*", "text_editor_*", "memory_*", "computer_*", "computer",
+    "local_shell", "apply_patch",
+)  # fmt: skip
 NOT_STORED = "store: false tells an SDK to (AI SDK: providerOptions.openai.store)"
 ALLOW = "the server's owner can add it to `allow` of the provider, and of its fallbacks"
 
@@ -1661,8 +1666,8 @@ def parse_native(
     check_conversation(raw, key, limits, {*known.split(), *allowed})
     hosted = []
     for i, tool in enumerate(given.tools or ()):
-        name = str(tool.get("type", "custom"))
-        if not matches(name, ("function", "custom", *CALLERS_TOOLS)):
+        if not runs_at_caller(tool):
+            name = str(tool.get("type"))
             if name not in allowed:
                 name = redact(name, length=50)
                 raise BadRequest(f"tools[{i}].type: {name!r} runs at the vendor; {ALLOW}")
@@ -1686,6 +1691,15 @@ def parse_native(
     )  # fmt: skip
 
 
+def runs_at_caller(tool: dict[str, Any]) -> bool:
+    match tool:
+        case {"type": "shell", "environment": {"type": "local"}}:
+            return True
+        case {"type": "namespace", "tools": list(tools)}:
+            return all(type(t) is dict and t.get("type") in ("function", "custom") for t in tools)
+    return matches(str(tool.get("type", "custom")), CALLERS_TOOLS)
+
+
 def forwarded_headers(headers: Headers, dialect: str, allowed: Iterable[str]) -> dict[str, str]:
     """The caller's headers that go to the vendor. Raises BadRequest."""
     names = ("anthropic-version", "anthropic-beta") if dialect == "messages" else ()
@@ -1706,7 +1720,7 @@ def is_kept(block: dict[str, Any]) -> bool:
         case {"image_url": _} | {"input_audio": _} | {"video_url": _} if "type" not in block:
             return True  # some vendors infer the missing type
         case {"id": _}:  # without type and role, Responses looks the id up
-            return not any(block.get(key) for key in ("type", "role", "function"))
+            return not any(block.get(key) for key in ("type", "role", "function", "code"))
     return False
 
 

@@ -3438,6 +3438,10 @@ def test_a_tool_runner_that_is_refused_a_thread_goes_on_without(
                                   "name": "str_replace_based_edit_tool"}, id="editor"),
         pytest.param("messages", {"type": "memory_20250818", "name": "memory"}, id="memory"),
         pytest.param("responses", {"type": "local_shell"}, id="local shell"),
+        pytest.param("responses", {"type": "shell", "environment": {"type": "local"}}, id="shell"),
+        pytest.param("responses", {"type": "computer"}, id="computer"),
+        pytest.param("responses", {"type": "namespace", "name": "crm", "description": "d",
+                                   "tools": [{"type": "function", "name": "f"}]}, id="namespace"),
     ],
 )  # fmt: skip
 def test_a_tool_that_the_callers_own_program_runs_goes_up(
@@ -3446,6 +3450,35 @@ def test_a_tool_that_the_callers_own_program_runs_goes_up(
     upstream.play(official)
     assert ask_native(vendors, dialect, tools=[tool]).status_code == 200
     assert upstream.requests[0].json["tools"] == [tool]
+
+
+SCREEN = {"type": "computer_screenshot", "image_url": "data:image/png;base64," + "A" * 5_000_000}
+SHELL_CALL = {"type": "shell_call", "id": "s", "call_id": "s", "action": {"commands": ["ls"]}}
+TURNS_OF_TOOLS = [
+    pytest.param([SHELL_CALL | {"environment": {"type": "local"}},
+                  {"type": "shell_call_output", "call_id": "s", "output": [
+                      {"stdout": "a", "stderr": "", "outcome": {"type": "exit", "exit_code": 0}},
+                      {"stdout": "", "stderr": "", "outcome": {"type": "timeout"}}]}], id="shell"),
+    pytest.param([{"type": "computer_call", "id": "c", "call_id": "c", "status": "completed",
+                   "actions": [{"type": "click", "button": "left", "x": 1, "y": 2},
+                               {"type": "type", "text": "x"}, {"type": "screenshot"}],
+                   "pending_safety_checks": [{"id": "p", "code": "x", "message": "y"}]},
+                  {"type": "computer_call_output", "call_id": "c", "output": SCREEN,
+                   "acknowledged_safety_checks": [{"id": "p", "code": "x", "message": "y"}]}],
+                 id="computer"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("turns", TURNS_OF_TOOLS)
+def test_the_loop_of_such_a_tool_goes_up(
+    vendors: Server, upstream: Upstream, turns: list[dict[str, Any]]
+) -> None:
+    """A screenshot is an image, not that much text."""
+    upstream.play(official)
+    asked = [user("x"), *turns]
+    got = ask_native(vendors, "responses", input=asked)
+    assert got.status_code == 200, got.text
+    assert upstream.requests[0].json["input"] == asked
 
 
 @pytest.mark.parametrize(
@@ -4146,6 +4179,18 @@ STORED_OR_DEARER = [
         ]),
         "files", id="file in a result",
     ),
+    *(pytest.param("responses", {"tools": [tool]}, "tools[0].type", id=f"{tool['type']} {n}")
+      for n, tool in enumerate([
+          {"type": "shell"}, {"type": "shell", "environment": {"type": "container_auto"}},
+          {"type": "tool_search"}, {"type": "namespace", "name": "n"},
+          {"type": "namespace", "tools": [{"type": "function", "name": "f"}, {"type": "mcp"}]},
+          {"type": "namespace", "tools": ["web_search"]},
+      ])),
+    pytest.param("responses", {"input": [SHELL_CALL | {"environment": {
+        "type": "container_reference", "container_id": "c"}}]}, "container_reference",
+        id="call in a container"),
+    pytest.param("responses", {"input": [{"type": "computer_call_output", "call_id": "c", "output":
+        {"type": "computer_screenshot", "file_id": "f"}}]}, "files", id="stored screenshot"),
     pytest.param("responses", {"previous_response_id": "r"}, "previous_response_id", id="previous"),
     pytest.param("responses", {"conversation": "c"}, "conversation", id="conversation"),
     pytest.param("responses", {"background": True}, "background", id="background"),
