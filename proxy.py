@@ -879,6 +879,12 @@ class Image(Struct, tag="image"):
     source: dict[str, str]
 
 
+class File(Struct, tag="file"):
+    """A PDF as Chat has it: a data URL `file_data`, and its `filename`."""
+
+    file: dict[str, str]
+
+
 class ToolUse(Struct, tag=True):
     """A call the model made; `arguments` is the JSON text of an object."""
 
@@ -893,7 +899,7 @@ class ToolResult(Struct, tag="tool_result", rename={"id": "tool_use_id"}, omit_d
     is_error: bool = False
 
 
-Part = Text | Image | ToolUse | ToolResult
+Part = Text | Image | File | ToolUse | ToolResult
 
 
 class Message(Struct):
@@ -1378,15 +1384,15 @@ def read_content(item: dict[str, Any], where: str, dropped: list[str]) -> list[P
         given = item.get(key) or ""
         for i, block in enumerate(given if isinstance(given, list) else [given]):
             parts += read_block(block, f"{where}.{key}[{i}]", dropped)
-    if item["role"] != "user" and any(isinstance(part, Image) for part in parts):
-        raise BadRequest(f"{where}.content: only a user's message can hold images")
+    if item["role"] != "user" and any(isinstance(part, Image | File) for part in parts):
+        raise BadRequest(f"{where}.content: only a user's message can hold images or files")
     return parts
 
 
 BLOCK_KEYS = {
     "type", "role", "text", "refusal", "source", "image_url", "detail", "id", "call_id", "status",
     "tool_call_id", "tool_use_id", "name", "arguments", "input", "result", "output", "content",
-    "is_error",
+    "is_error", "file",
 }  # fmt: skip
 THOUGHTS = ("thinking", "redacted_thinking", "reasoning")
 
@@ -1416,6 +1422,11 @@ def read_block(block: Any, where: str, dropped: list[str]) -> list[Part]:
             if isinstance(given, dict):
                 drop(extra(given, {"type", "media_type", "data", "url", "detail"}), dropped)
             return [read_image(given, where)]
+        case "file", {"file": {"file_data": str(data)} as file}:
+            drop(extra(file, {"filename", "file_data"}), dropped)
+            if not re.fullmatch(r"data:application/pdf;base64,[A-Za-z0-9+/=]+", data):
+                raise BadRequest(f"{where}.file.file_data: must be data:application/pdf;base64,…")
+            return [File({"filename": str(file.get("filename") or "PDF"), "file_data": data})]
         case "function_call" | "tool_use", {"name": str(name)} if call is not None:
             given = block.get("arguments", block.get("input"))
             return [ToolUse(call, clean(name), read_arguments(given, where))]
@@ -1423,7 +1434,7 @@ def read_block(block: Any, where: str, dropped: list[str]) -> list[Part]:
             given = block.get("result", block.get("output", block.get("content")))
             text = read_result(given, where, dropped)
             return [ToolResult(call, text, bool(block.get("is_error")))]
-    raise BadRequest(f"{where}: must be a complete text, image, tool call or tool result")
+    raise BadRequest(f"{where}: must be a complete text, image, PDF, tool call or tool result")
 
 
 def read_arguments(given: Any, where: str) -> str:
@@ -3803,10 +3814,15 @@ class Messages(Adapter):
 
     def block(self, part: Part) -> Any:
         """Text, images and results are written as this dialect has them."""
-        if not isinstance(part, ToolUse):
-            return part
-        given = msgspec.Raw(part.arguments.encode())
-        return {"type": "tool_use", "id": part.id, "name": part.name, "input": given}
+        match part:
+            case ToolUse(call, name, arguments):
+                given = msgspec.Raw(arguments.encode())
+                return {"type": "tool_use", "id": call, "name": name, "input": given}
+            case File({"filename": title, "file_data": url}):
+                source = {"type": "base64", "media_type": "application/pdf"}
+                data = url.partition(",")[2]
+                return {"type": "document", "title": title, "source": source | {"data": data}}
+        return part
 
     def decode(self, event: dict[str, Any]) -> Iterator[Event]:
         index = event.get("index")
@@ -3915,6 +3931,8 @@ class Responses(OpenAI):
                     content.append({"type": "input_text", "text": text})
                 case Image():
                     content.append({"type": "input_image", "image_url": image_url(part)})
+                case File(file):
+                    content.append({"type": "input_file"} | file)
                 case ToolUse(call, name, arguments):
                     item = {"type": "function_call", "call_id": call, "name": name}
                     yield item | {"arguments": arguments}
@@ -4008,7 +4026,7 @@ class Chat(OpenAI):
         calls = []
         for part in message.content:
             match part:
-                case Text():
+                case Text() | File():
                     blocks.append(part)
                 case Image():
                     blocks.append({"type": "image_url", "image_url": {"url": image_url(part)}})

@@ -13133,6 +13133,48 @@ def test_claude_is_told_in_words_to_answer_in_json(vendors: Server, upstream: Up
     assert (sent_up["system"], sent_up.get("output_config")) == (told, None)
 
 
+PDF = {"filename": "a.pdf", "file_data": "data:application/pdf;base64,JVBERi0="}
+PDF_SENT_UP = [
+    pytest.param("claude-opus-4-6", {
+        "type": "document", "title": "a.pdf",
+        "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0="},
+    }, id="Messages"),
+    pytest.param("gpt-6-astra", {"type": "input_file"} | PDF, id="Responses"),
+    pytest.param("llama-3", {"type": "file", "file": PDF}, id="Chat"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "sent_up"), PDF_SENT_UP)
+def test_a_pdf_reaches_a_model_of_any_dialect(
+    vendors: Server, upstream: Upstream, model: str, sent_up: dict[str, Any]
+) -> None:
+    upstream.play(answer)
+    turns = [user([{"type": "text", "text": "Read."}, {"type": "file", "file": PDF}])]
+    body = native("chat", model=model, messages=turns, tools=[CHAT_TOOL], stream=True)
+    path = "/v1/chat/completions"
+    if model == "llama-3":
+        path, body = "/api/local", ask(model=model, messages=turns)
+    got = vendors.post(path, body)
+    assert (got.status_code, got.headers.get("x-dropped-params")) == (200, None), got.text
+    sent = upstream.requests[0].json
+    [turn] = sent.get("messages") or sent["input"]
+    assert turn["content"][1] == sent_up
+
+
+@TRANSLATED
+@pytest.mark.parametrize("data", ["data:text/plain;base64,eA==", "eA==", "data:application/pdf,x"])
+def test_another_file_is_a_400_that_says_which_are_read(
+    vendors: Server, upstream: Upstream, model: str, dialect: str, data: str
+) -> None:
+    turns = [user([{"type": "file", "file": PDF | {"file_data": data}}])]
+    body = native("chat", model=model, messages=turns, tools=[CHAT_TOOL])
+    refused = vendors.post("/v1/chat/completions", body)
+    assert refused.status_code == 400
+    wanted = "messages[0].content[0].file.file_data: must be data:application/pdf;base64,…"
+    assert native_error(refused)["message"] == wanted
+    assert upstream.requests == []
+
+
 class Place(pydantic.BaseModel):
     city: str
 
