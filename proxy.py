@@ -4315,9 +4315,8 @@ def built_in_prices() -> dict[str, Price]:
         price = Price(**usd)
         if above:
             tokens, inputs, outputs = map(Decimal, above.split())
-            more: Any = {
-                n: Rate(r * (outputs if n == "output" else inputs)) for n, r in usd.items()
-            }
+            times = dict.fromkeys(usd, inputs) | {"output": outputs}
+            more: Any = {name: Rate(rate * times[name]) for name, rate in usd.items()}
             price = replace(price, above=Above(**more, tokens=int(tokens)))
         prices |= dict.fromkeys(models.split(), price)
     return prices
@@ -4454,9 +4453,8 @@ class Catalog:
             return [max(found, key=lambda offer: offer[0])[1] if free else found[0][1]]
         others = [(len(g), p) for p in offers for g in offers[p] if self.is_meant(g, name, name)]
         other = f"; send it to /api/{max(others)[1]}" if others else ""
-        offer = (
-            f"{provider} offers {', '.join(offers[provider])}, not" if provider else "nobody offers"
-        )
+        sold = ", ".join(offers.get(provider, ()))
+        offer = f"{provider} offers {sold}, not" if provider else "nobody offers"
         raise ProxyError(403, "model_not_allowed", f"model: {offer} {redact(name)!r}{other}")
 
     def is_meant(self, pattern: str, model: str, name: str) -> bool:
@@ -5912,9 +5910,8 @@ def demo_messages(answer: Pieces, usage: Usage, stream: bool, reason: str) -> li
         events += [{"type": "content_block_delta", **at, "delta": each} for each in deltas]
         events.append({"type": "content_block_stop", **at})
         content.append(block)
-    end = {
-        "stop_reason": {"length": "max_tokens", "tool_calls": "tool_use"}.get(reason, "end_turn")
-    }
+    reasons = {"length": "max_tokens", "tool_calls": "tool_use"}
+    end = {"stop_reason": reasons.get(reason, "end_turn")}
     events.append({"type": "message_delta", "delta": end, "usage": counted})
     events.append({"type": "message_stop"})
     return demo_bytes(events, message | end | {"content": content}, stream)
@@ -5956,9 +5953,8 @@ def demo_responses(answer: Pieces, usage: Usage, stream: bool, reason: str) -> l
         events.append({"type": "output_item.done", **place, "item": output[-1]})
     status = "incomplete" if reason == "length" else "completed"
     response |= {"status": status, "output": output, "usage": counted}
-    response |= (
-        {"incomplete_details": {"reason": "max_output_tokens"}} if reason == "length" else {}
-    )
+    if reason == "length":
+        response["incomplete_details"] = {"reason": "max_output_tokens"}
     events.append({"type": status, "response": response})
     for number, event in enumerate(events):
         event |= {"type": f"response.{event['type']}", "sequence_number": number}
@@ -6258,9 +6254,8 @@ def create_app(
         listed, name = proxy.catalog.list_for(call.client), name.removeprefix("/")
         found = [model for model in listed["data"] if model["id"] == name]
         if name and not found:
-            raise ProxyError(
-                404, "not_found", f"model: {redact(name)!r} is not listed at /v1/models"
-            )
+            message = f"model: {redact(name)!r} is not listed at /v1/models"
+            raise ProxyError(404, "not_found", message)
         return found[0] if name else listed
 
     @litestar.route(["/health", "/healthz", "/livez"], http_method=["GET", "HEAD"])
