@@ -993,9 +993,9 @@ class Request(Sampling, kw_only=True, omit_defaults=True):
         return self.measured
 
 
-class Usage(Struct):
+class Counts(Struct, kw_only=True):
     """Tokens of one answer. `input_tokens` includes the cached ones, `cache_write_tokens` those for
-    1 h. `known` is False until the vendor has sent the final figures."""
+    1 h."""
 
     input_tokens: int = 0
     output_tokens: int = 0
@@ -1004,6 +1004,11 @@ class Usage(Struct):
     cache_write_1h_tokens: int = 0
     reasoning_tokens: int = 0
     web_searches: int = 0
+
+
+class Usage(Counts):
+    """`known` is False until the vendor has sent the final figures."""
+
     known: bool = False
 
 
@@ -2033,7 +2038,7 @@ OUTCOMES = {
 }  # fmt: skip
 
 
-class Entry(Struct, omit_defaults=True):
+class Entry(Counts, omit_defaults=True):
     """One row. `time` is in seconds since 1970, the other times are in seconds, and `cost` is in
     USD, as text so that it stays exact. `outcome` is ok, truncated, refused, error, cancelled or
     rejected; while it is open, `cost` is what is held. `estimated` means the vendor never said its
@@ -2047,13 +2052,6 @@ class Entry(Struct, omit_defaults=True):
     session: str = ""
     provider: str = ""
     model: str = ""
-    input_tokens: int = 0
-    output_tokens: int = 0
-    cache_read_tokens: int = 0
-    cache_write_tokens: int = 0
-    cache_write_1h_tokens: int = 0
-    reasoning_tokens: int = 0
-    web_searches: int = 0
     estimated: bool = False
     cost: str | None = None
     outcome: str = "error"
@@ -2066,10 +2064,11 @@ class Entry(Struct, omit_defaults=True):
 
 
 COLUMNS = Entry.__struct_fields__
-INSERT = f"INSERT OR REPLACE INTO entries VALUES ({', '.join('?' * len(COLUMNS))})"
+NAMED, VALUES = '"{}"'.format('", "'.join(COLUMNS)), ", ".join("?" * len(COLUMNS))
+INSERT = f"INSERT OR REPLACE INTO entries ({NAMED}) VALUES ({VALUES})"
 SCHEMA = f"""
 PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;
-CREATE TABLE IF NOT EXISTS entries ("{'", "'.join(COLUMNS)}", PRIMARY KEY (id)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS entries ({NAMED}, PRIMARY KEY (id)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS entries_time ON entries (time);
 CREATE INDEX IF NOT EXISTS entries_client ON entries (client, time);
 CREATE INDEX IF NOT EXISTS entries_open ON entries (id) WHERE outcome = 'open';
@@ -4820,7 +4819,8 @@ class Call:
         elif self.finish:
             usd = None if entry.cost is None else float(entry.cost)
             report = {"requestId": number, "model": account.model or entry.model, "costUsd": usd}
-            estimate = Usage(entry.input_tokens, entry.output_tokens)
+            read, written = entry.input_tokens, entry.output_tokens
+            estimate = Usage(input_tokens=read, output_tokens=written)
             usage = usage_fields(estimate if entry.estimated else account.usage)
             data = self.writer.end(self.finish, report | {"usage": usage})
             more = {"x-cost-usd": entry.cost or ""}
@@ -5628,7 +5628,7 @@ class Proxy:
             output = most if whole else min(most, account.produced)
             output = max(usage.output_tokens, output)
             usage = replace(usage, input_tokens=inputs, output_tokens=output)
-        for name in Usage.__struct_fields__[:-1]:
+        for name in Counts.__struct_fields__:
             setattr(entry, name, getattr(usage, name))
         entry.provider, entry.model = account.provider, account.model
         entry.attempts = account.attempts
@@ -5637,7 +5637,7 @@ class Proxy:
         usd = cost(usage, price)
         if usd is not None and entry.estimated:  # all input may be cache writes
             tokens = usage.input_tokens
-            read = Usage(tokens, usage.output_tokens)
+            read = Usage(input_tokens=tokens, output_tokens=usage.output_tokens)
             written = replace(read, cache_write_tokens=tokens)
             written.cache_write_1h_tokens = tokens if account.hour else 0
             usd = max(cost(kind, price) or Decimal(0) for kind in (read, written))
@@ -6002,7 +6002,7 @@ def demo_answer(request: httpx.Request) -> httpx.Response:
             reason = "tool_calls"
     if most and most < sum(len(pieces) for _, pieces in answer):
         answer, reason = [(answer[0][0], answer[0][1][:most])], "length"
-    usage = Usage(25, sum(len(pieces) for _, pieces in answer))
+    usage = Usage(input_tokens=25, output_tokens=sum(len(pieces) for _, pieces in answer))
     data = DEMOS[dialect](answer, usage, bool(body.get("stream")), reason)
     return httpx.Response(200, content=demo_pace(data[: 12 if prompt.startswith("/cut") else None]))
 

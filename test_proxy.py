@@ -13402,7 +13402,13 @@ def test_no_usage_costs_more_than_its_bound(data: Any, inputs: int, outputs: int
     read = data.draw(st.integers(0, used))
     write = data.draw(st.integers(0, used - read))
     write_1h = data.draw(st.integers(0, write))
-    usage = proxy.Usage(used, data.draw(st.integers(0, outputs)), read, write, write_1h)
+    usage = proxy.Usage(
+        input_tokens=used,
+        output_tokens=data.draw(st.integers(0, outputs)),
+        cache_read_tokens=read,
+        cache_write_tokens=write,
+        cache_write_1h_tokens=write_1h,
+    )
     fixed, each = proxy.cost_bound(table, inputs)
     assert 0 <= proxy.cost(usage, table) <= fixed + outputs * each
 
