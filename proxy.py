@@ -4439,17 +4439,14 @@ class Catalog:
         prefix, _, rest = name.partition("/")
         offers = {p: settings.models for p, settings in self.providers.items()}
         homes = [provider] if provider else [*offers]
-        order = [(prefix, rest), *((home, name) for home in homes)]
-        if not (free := provider in ("", prefix)):
-            order.append(order.pop(0))
         found = [
-            (len(pattern) + len(name) - len(model), (home, model))
-            for home, model in order
+            (home == provider, len(pattern) + len(name) - len(model), (home, model))
+            for home, model in [(prefix, rest), *((home, name) for home in homes)]
             for pattern in offers.get(home, ())
             if model and self.is_meant(pattern, model, name)
         ]
         if found:
-            return [max(found, key=lambda offer: offer[0])[1] if free else found[0][1]]
+            return [max(found, key=lambda offer: offer[:2])[2]]
         others = [(len(g), p) for p in offers for g in offers[p] if self.is_meant(g, name, name)]
         other = f"; send it to /api/{max(others)[1]}" if others else ""
         sold = ", ".join(offers.get(provider, ()))
