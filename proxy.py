@@ -4733,6 +4733,13 @@ class Call:
         output = output_bound(tokens, self.request.n)
         return max(fixed + output * each for fixed, each in self.bounds)
 
+    def most_output(self, error: ProxyError | None) -> int:
+        """The most tokens of output that the last attempt may be billed for, ended by `error`."""
+        most = output_bound(self.request.max_tokens, self.request.n)
+        # one that went silent may have been writing all the time
+        silent = isinstance(error, UpstreamError) and error.status == 504
+        return most if silent or self.account.hidden else min(most, self.account.produced)
+
     def show_rates(self, given: Admission) -> None:
         limits = self.client.limits
         for kind, level, full, rate in (
@@ -5567,10 +5574,7 @@ class Proxy:
         fee = self.catalog.prices.fee(account.provider, request)
         if error.sent and price:
             fixed, each = cost_bound(price, account.bound)
-            whole = error.status == 504 or account.hidden
-            most = output_bound(request.max_tokens, request.n)
-            tokens = most if whole else min(most, account.produced)
-            account.lost += fixed + fee + each * tokens
+            account.lost += fixed + fee + each * call.most_output(error)
         account.produced = 0
 
     async def settle(self, call: Call) -> None:
@@ -5610,20 +5614,14 @@ class Proxy:
     def charge(self, call: Call) -> None:
         """The row's usage and cost: the vendor's figures, or else an upper bound: the bytes of the
         input, and those of the output received, or max_tokens where some is hidden."""
-        entry, failure = call.entry, call.failure
-        account, usage = call.account, call.account.usage
+        entry, account, usage = call.entry, call.account, call.account.usage
         if entry.cache in ("hit", "coalesced") or not account.attempts:
             entry.cost = "0"
             return
         if account.billed and not usage.known and not call.request.counts_tokens:
-            most = output_bound(call.request.max_tokens, call.request.n)
             entry.estimated = True
             inputs = max(usage.input_tokens, account.bound)
-            # one that went silent may have been writing all the time
-            silent = isinstance(failure, UpstreamError) and failure.status == 504
-            whole = account.hidden or silent
-            output = most if whole else min(most, account.produced)
-            output = max(usage.output_tokens, output)
+            output = max(usage.output_tokens, call.most_output(call.failure))
             usage = replace(usage, input_tokens=inputs, output_tokens=output)
         for name in Counts.__struct_fields__:
             setattr(entry, name, getattr(usage, name))
