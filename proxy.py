@@ -6209,10 +6209,8 @@ def error_response(request: litestar.Request[Any, Any, Any], error: Exception) -
     )
 
 
-NATIVE_PATHS = {
-    "/v1/messages": "messages", "/v1/messages/count_tokens": "messages/count_tokens",
-    "/v1/responses": "responses", "/v1/chat/completions": "chat", "/v1/embeddings": "embeddings",
-}  # fmt: skip
+NATIVE_PATHS = {"/v1/chat/completions": "chat"}
+NATIVE_PATHS |= {f"/v1/{kind}": kind for kind in NATIVE_FIELDS if kind != "chat"}
 
 
 async def no_answer(scope: Scope, receive: Receive, send: Send) -> None:
