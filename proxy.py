@@ -5252,12 +5252,10 @@ class Proxy:
     def read_plain(self, call: Call, provider: str, raw: dict[str, Any]) -> list[Target]:
         """A browser's body."""
         limits, default = call.client.limits, self.config.providers[provider].default_model
-        template = raw.get("template")
         request = parse_body(raw, limits, call.dropped, default, self.config.templates)
-        call.request = request
-        stream = raw.get("stream") is not False
+        call.request, stream = request, raw.get("stream") is not False
         call.writer = (FrameWriter if stream else Writer)(bool(request.thinking))
-        targets = self.catalog.templates.get(template or "")
+        targets = self.catalog.templates.get(raw.get("template") or "")
         return targets or self.catalog.resolve(request.model, provider)
 
     def read_native(self, call: Call, kind: str, raw: dict[str, Any]) -> list[Target]:
