@@ -253,27 +253,28 @@ class Model(Table, frozen=True):
     fallback: tuple[str, ...] = ()
 
 
-class Above(Table, frozen=True):
-    """USD per million tokens of a request whose input is larger than `tokens`."""
-
-    tokens: Count
-    input: Rate
-    output: Rate
-    cache_read: Rate | None = None
-    cache_write_5m: Rate | None = None
-    cache_write_1h: Rate | None = None
-
-
-class Price(Table, frozen=True):
-    """USD per million tokens. A cache price that is not set is the price of input. `above` applies
-    to the whole of a large request. `per_use` prices a tool that runs at the vendor, in USD per
-    use."""
+class Rates(Table, frozen=True):
+    """USD per million tokens. A cache price that is not set is the price of input."""
 
     input: Rate = Rate(0)
     output: Rate = Rate(0)
     cache_read: Rate | None = None
     cache_write_5m: Rate | None = None
     cache_write_1h: Rate | None = None
+
+
+class Above(Rates, frozen=True, kw_only=True):
+    """Those of a request whose input is larger than `tokens`."""
+
+    tokens: Count
+    input: Rate
+    output: Rate
+
+
+class Price(Rates, frozen=True):
+    """`above` applies to the whole of a large request. `per_use` prices a tool that runs at the
+    vendor, in USD per use."""
+
     above: Above | None = None
     free: bool = False
     per_use: Rate | None = None
