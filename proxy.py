@@ -83,6 +83,10 @@ from msgspec.structs import asdict, astuple, replace
 __version__ = "0.1.0"
 
 Headers = dict[str, str]  # lower-case names; repeated headers joined with ", "
+Environ = Map[str, str]
+Clock = Callable[[], float]
+Transport = httpx.AsyncBaseTransport
+Database = sqlite3.Connection
 
 LOG = logging.getLogger("proxy")
 
@@ -436,7 +440,7 @@ def merge(base: Any, override: Any) -> Any:
 
 
 def load_config(
-    path: Path | None = None, environ: Map[str, str] = os.environ, **overrides: Any
+    path: Path | None = None, environ: Environ = os.environ, **overrides: Any
 ) -> Config:
     """Settings from `path` (config.toml beside this file by default), then from the environment,
     then from `overrides` (`{"server.port": 9000}`). Raises ConfigError."""
@@ -518,7 +522,7 @@ def convert(value: Any, kind: Any, path: str) -> Any:
         raise ConfigError(f"{key}: {message}; the README lists every setting") from None
 
 
-def read_environment(environ: Map[str, str]) -> dict[str, Any]:
+def read_environment(environ: Environ) -> dict[str, Any]:
     """The settings that variables hold, by their key paths."""
     found: dict[str, Any] = {k: environ.get(name, "").strip() for k, name in ENVIRONMENT.items()}
     for key, value in found.items():
@@ -680,7 +684,7 @@ def is_loopback(host: str) -> bool:
     return host == "localhost"
 
 
-def vendor_keys(config: Config, environ: Map[str, str]) -> dict[str, dict[str, str]]:
+def vendor_keys(config: Config, environ: Environ) -> dict[str, dict[str, str]]:
     """The keys of each usable provider, "" where it needs none, by names that are safe to publish.
     A built-in provider without a key is left out, as long as one provider remains. Raises
     ConfigError."""
@@ -703,7 +707,7 @@ def vendor_keys(config: Config, environ: Map[str, str]) -> dict[str, dict[str, s
     return keys
 
 
-def check_exposure(config: Config, environ: Map[str, str], public: bool) -> list[str]:
+def check_exposure(config: Config, environ: Environ, public: bool) -> list[str]:
     """Refuse a config that is open to the world by mistake (ConfigError); return warnings."""
     server, total = config.server, config.budget.total_per_day
     open_to_all = not (config.clients or config.jwt or config.session)
@@ -1035,6 +1039,7 @@ class Raw(Struct, tag=True):
 
 Event = Text | Thinking | ToolUse | Finish | Failure | Raw
 Batch = list[Event]  # the events of one network read
+Batches = AsyncGenerator[Batch, None]
 
 StopText = Annotated[str, Meta(max_length=100)]  # each is looked for at every token
 StopTexts = Annotated[list[StopText], Meta(max_length=16)]
@@ -1862,7 +1867,7 @@ class Clients:
 
     http: httpx.AsyncClient  # for an issuer's keys; the app's lifespan opens it
 
-    def __init__(self, config: Config, environ: Map[str, str], public: bool) -> None:
+    def __init__(self, config: Config, environ: Environ, public: bool) -> None:
         self.config, self.server, self.public = config, config.server, public
         self.key_set = KeySet(config.jwt.jwks_url if config.jwt else "")
         self.closed = bool(config.clients or config.jwt or config.session)
@@ -2091,9 +2096,7 @@ class Totals(Struct):
     unpriced: int = 0
 
 
-def read_totals(
-    database: sqlite3.Connection, since: float, by: str, client: str = ""
-) -> list[Totals]:
+def read_totals(database: Database, since: float, by: str, client: str = "") -> list[Totals]:
     query = f"""
         SELECT {GROUPS[by]} AS name, count(*), sum(outcome IN ('error', 'rejected')),
                sum(input_tokens), sum(output_tokens), coalesce(group_concat(cost, ' '), ''),
@@ -2115,7 +2118,7 @@ def utc_day(seconds: float) -> str:
     return time.strftime("%Y-%m-%d", time.gmtime(seconds))
 
 
-def read_spending(database: sqlite3.Connection, now: float) -> dict[tuple[str, str], Decimal]:
+def read_spending(database: Database, now: float) -> dict[tuple[str, str], Decimal]:
     """USD by scope and window: this month's, today's, and yesterday's, where a session may have
     begun; later ones, too, as the clock may be behind. A row still open belongs to a process that
     died, and counts as all that was held for it."""
@@ -2143,7 +2146,7 @@ def read_spending(database: sqlite3.Connection, now: float) -> dict[tuple[str, s
     return spending
 
 
-def lock_ledger(path: Path) -> sqlite3.Connection:
+def lock_ledger(path: Path) -> Database:
     """Spending is counted in one process's memory: two on one file would spend a budget twice. The
     lock lasts until the returned connection is closed, or the process ends."""
     try:
@@ -2157,7 +2160,7 @@ def lock_ledger(path: Path) -> sqlite3.Connection:
     return lock
 
 
-def open_ledger(path: Path | None) -> sqlite3.Connection:
+def open_ledger(path: Path | None) -> Database:
     try:
         database = sqlite3.connect(path or ":memory:", check_same_thread=False)
         database.executescript(SCHEMA)
@@ -2170,7 +2173,7 @@ class Ledger:
     """Without a path the rows live only as long as the process. Where Redis counts what is spent,
     several processes may write to one file, and it keeps what Redis has not received."""
 
-    def __init__(self, table: LedgerTable, clock: Callable[[], float], shared: bool) -> None:
+    def __init__(self, table: LedgerTable, clock: Clock, shared: bool) -> None:
         self.path = path = Path(__file__).parent / table.path if table.path else None
         self.keep, self.clock = table.keep, clock
         self.healthy = True
@@ -2287,6 +2290,9 @@ class BudgetExceeded(ProxyError):
         if again := cap.resets():
             message += f"; the budget is whole again at {again}"
         super().__init__(402, "budget_exceeded", message, retry=False)
+
+
+Tell = Callable[[Cap, int], None]  # what hears that so many percent of a cap are spent
 
 
 class Ask(Struct):
@@ -2411,13 +2417,9 @@ class MemoryStore:
     scopes = 50_000  # per window, at most
 
     def __init__(
-        self,
-        clock: Callable[[], float],
-        tell: Callable[[Cap, int], None],
-        cache: CacheTable,
-        settled: Map[tuple[str, str], Decimal] = {},
-        share: int = 1,
-    ) -> None:
+        self, clock: Clock, tell: Tell, cache: CacheTable,
+        settled: Map[tuple[str, str], Decimal] = {}, share: int = 1,
+    ) -> None:  # fmt: skip
         self.clock, self.tell, self.share = clock, tell, share
         self.buckets: cachetools.LRUCache[str, tuple[Bucket, Bucket]] = cachetools.LRUCache(50_000)
         self.holds: dict[str, tuple[list[Cap], Decimal]] = {}
@@ -2936,7 +2938,7 @@ class RedisStore:
     offset, pause, evicts = 0.0, 0.05, False
     largest = 2**20  # bytes of an answer: a larger one would delay all others
 
-    def __init__(self, config: Config, tell: Callable[[Cap, int], None], ledger: Ledger) -> None:
+    def __init__(self, config: Config, tell: Tell, ledger: Ledger) -> None:
         self.table, self.tell, self.ledger = config.redis, tell, ledger
         self.link, self.tasks = Link(config), set[asyncio.Task[Any]]()
         share = config.redis.replicas * config.server.workers
@@ -3263,11 +3265,11 @@ class Flight:
     error: Exception | None = None
     readers = 0
 
-    def __init__(self, source: AsyncGenerator[Batch, None], account: Account) -> None:
+    def __init__(self, source: Batches, account: Account) -> None:
         self.account, self.changed = account, asyncio.Event()
         self.task = asyncio.create_task(self.run(source))
 
-    async def run(self, source: AsyncGenerator[Batch, None]) -> None:
+    async def run(self, source: Batches) -> None:
         try:
             async with aclosing(source):
                 async for batch in source:
@@ -3286,7 +3288,7 @@ class Flight:
         self.changed.set()
         self.changed = asyncio.Event()
 
-    async def read(self) -> AsyncGenerator[Batch, None]:
+    async def read(self) -> Batches:
         """Its batches, from the first one; whoever has read the last one leaves."""
         self.readers += 1
         try:
@@ -4365,7 +4367,10 @@ def cost(usage: Usage, price: Price | None) -> Decimal | None:
     return total / 1_000_000
 
 
-def cost_bound(price: Price, inputs: int) -> tuple[Decimal, Decimal]:
+Bound = tuple[Decimal, Decimal]  # USD: of all input, and of each token of output
+
+
+def cost_bound(price: Price, inputs: int) -> Bound:
     """The most USD that so many tokens of input can cost, and that one token of output can."""
     if price.free:
         return Decimal(0), Decimal(0)
@@ -4533,9 +4538,7 @@ class Catalog:
         fix = "raise it, or lower limits.max_tokens"
         return f"budget.total_per_day: {total:f} USD are enough for {room}, {most}; {fix}"
 
-    def bounds(
-        self, request: Request, targets: list[Target], capped: bool
-    ) -> list[tuple[Decimal, Decimal]]:
+    def bounds(self, request: Request, targets: list[Target], capped: bool) -> list[Bound]:
         """For each target the most USD that its input and tools can cost, and each token of its
         answer; empty without a budget. Raises 400 for what has no price."""
         for (tool, uses), (provider, _) in itertools.product(request.hosted, targets):
@@ -4712,7 +4715,7 @@ class Call:
         self.estimate, self.finish, self.dialect = 0, "", ""
         self.forwarded: dict[str, str] = {}
         self.caps: list[Cap] = []
-        self.bounds: list[tuple[Decimal, Decimal]] = []  # of input, and of a token of output
+        self.bounds: list[Bound] = []
         self.most = self.held = Decimal(0)  # what one attempt may cost, and what is set aside
         self.asked, self.key = False, ""  # whether the store knows it; its cache key
         self.place = ""  # the provider it has one at
@@ -4926,9 +4929,8 @@ class Attempt:
     silent = False
 
     def __init__(
-        self, transport: httpx.AsyncBaseTransport, config: Config, target: Target, key: str,
-        call: Call,
-    ) -> None:  # fmt: skip
+        self, transport: Transport, config: Config, target: Target, key: str, call: Call
+    ) -> None:
         self.transport, self.times = transport, config.upstream
         self.account, (provider, model) = call.account, target
         self.deadline, self.key = call.started + self.times.total, key
@@ -5100,15 +5102,13 @@ class Proxy:
     """What lives as long as the process: settings, stores, the upstream transport, and the calls
     being answered. create_app builds it, `running` opens and closes it."""
 
-    transport: httpx.AsyncBaseTransport
+    transport: Transport
     ledger: Ledger | None = None
     draining = False
     unread = 0  # bytes of the bodies that are still coming
     parent = 0  # the process that ends this one, where there is one
 
-    def __init__(
-        self, config: Config, environ: Map[str, str], public: bool, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, config: Config, environ: Environ, public: bool, clock: Clock) -> None:
         self.config, self.clock = config, clock
         redis: dict[str, Any] = {}
         if config.redis.url:  # is it one, and the package there?
@@ -5136,9 +5136,7 @@ class Proxy:
         self.rejected_rows = Bucket(60, 10_000, 10_000, time.monotonic())
 
     @contextlib.asynccontextmanager
-    async def running(
-        self, transport: httpx.AsyncBaseTransport, http: httpx.AsyncClient
-    ) -> AsyncIterator[None]:
+    async def running(self, transport: Transport, http: httpx.AsyncClient) -> AsyncIterator[None]:
         for warning in self.warnings:
             LOG.warning("%s", warning)
         if room := self.catalog.describe_room():
@@ -5327,7 +5325,7 @@ class Proxy:
             call.last_write = math.inf
             gone.cancel()
 
-    async def source(self, call: Call, targets: list[Target]) -> AsyncGenerator[Batch, None]:
+    async def source(self, call: Call, targets: list[Target]) -> Batches:
         """Where the answer comes from: the cache, another request's flight, or the vendor."""
         bypass = "no-cache" in call.headers.get("cache-control", "")
         if bypass or not self.config.cache.enabled:
@@ -5405,9 +5403,7 @@ class Proxy:
             call.most = call.held
             call.dropped.append("max_tokens")
 
-    async def upstream(
-        self, call: Call, targets: list[Target], key: str = ""
-    ) -> AsyncGenerator[Batch, None]:
+    async def upstream(self, call: Call, targets: list[Target], key: str = "") -> Batches:
         """The vendor's answer, from its first batch to its end. A whole one is kept under `key`."""
         account = call.account
         attempt, batch = await self.connect(call, targets)
@@ -5843,7 +5839,7 @@ async def watch_disconnect(call: Call) -> None:
     call.stop(None)
 
 
-async def replay(batches: list[Batch]) -> AsyncGenerator[Batch, None]:
+async def replay(batches: list[Batch]) -> Batches:
     for batch in batches:
         yield batch
 
@@ -6214,9 +6210,8 @@ async def no_answer(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def create_app(
-    config: Config, environ: Map[str, str] = os.environ, *, public: bool = True,
-    standalone: bool = False, transport: httpx.AsyncBaseTransport | None = None,
-    clock: Callable[[], float] = time.time,
+    config: Config, environ: Environ = os.environ, *, public: bool = True,
+    standalone: bool = False, transport: Transport | None = None, clock: Clock = time.time,
 ) -> App:  # fmt: skip
     """The application; opens nothing. Raises ConfigError.
 
@@ -6488,7 +6483,7 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
-def configure(options: argparse.Namespace, environ: Map[str, str]) -> Config:
+def configure(options: argparse.Namespace, environ: Environ) -> Config:
     given: dict[str, Any] = {}
     if options.demo:
         given = {"demo": True, "server.host": "127.0.0.1"}
@@ -6603,14 +6598,14 @@ def serve(config: Config, public: bool) -> None:
                 raise
 
 
-def print_check(config: Config, environ: Map[str, str], public: bool) -> int:
+def print_check(config: Config, environ: Environ, public: bool) -> int:
     """Print the lines of --check; 2 where it would not start."""
     lines = list(check_lines(config, environ, public or bool(config.server.trusted_proxies)))
     print("\n".join(f"{name:9} {text}" for name, text in lines), flush=True)
     return 2 if lines[-1][0] == "missing" else 0
 
 
-def check_lines(config: Config, environ: Map[str, str], public: bool) -> Iterator[tuple[str, str]]:
+def check_lines(config: Config, environ: Environ, public: bool) -> Iterator[tuple[str, str]]:
     """What is configured, what is open and what is missing."""
     server, limits, redis = config.server, config.limits, config.redis
     yield "bind", f"{server.host}:{server.port}, {'public' if public else 'this machine'}"
