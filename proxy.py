@@ -1946,15 +1946,12 @@ class Clients:
             return None
         import jwt
 
-        key: Any = table.secret
-        algorithms = ["HS256"]
+        key, algorithms = table.secret, ["HS256"]
         if table.jwks_url:
-            algorithms = ["RS256", "ES256", "EdDSA"]
-            try:
+            key, algorithms = "", ["RS256", "ES256", "EdDSA"]
+            with contextlib.suppress(jwt.PyJWTError):  # of a token that read_claims refuses
                 header = jwt.get_unverified_header(token)
-            except jwt.PyJWTError:
-                return None
-            key = await self.key_set.find(header.get("kid"), self.http)
+                key = await self.key_set.find(header.get("kid"), self.http)
         expected = {"issuer": table.issuer or None, "audience": table.audience or None}
         claims = read_claims(token, key, algorithms, leeway=table.leeway, **expected)
         user, group = (read_claim(claims, c) for c in (table.client_claim, table.group_claim))
