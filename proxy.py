@@ -659,11 +659,6 @@ def is_short(secret: str) -> bool:
     return len(secret.encode()) < 32
 
 
-def signing_secrets(config: Config) -> list[str]:
-    tables = (config.jwt or Jwt(), config.session or Session(), config.budget)
-    return [text for t in tables for name, text in asdict(t).items() if name.endswith("secret")]
-
-
 def sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
@@ -5113,9 +5108,11 @@ class Proxy:
         keys = vendor_keys(config, environ)
         self.keys = VendorKeys(keys, lambda name, seconds: self.store.rest(name, seconds))
         self.warnings = check_exposure(config, environ, public)
-        secret = itertools.chain(*(by_name.values() for by_name in keys.values()))
-        self.secrets = (*secret, config.server.admin_token)
-        self.secrets += (*signing_secrets(config), redis.get("password") or "")
+        tables = (config.server, config.budget, config.jwt or Jwt(), config.session or Session())
+        settings = itertools.chain(*(asdict(table).items() for table in tables))
+        set_here = [text for name, text in settings if name.endswith(("_token", "secret"))]
+        vendors = itertools.chain(*(by_name.values() for by_name in keys.values()))
+        self.secrets = (*vendors, *set_here, redis.get("password") or "")
         self.clients, self.metrics = Clients(config, environ, public), Metrics()
         capped = any(client_caps(kind, config.budget, 0) for kind in self.clients.kinds())
         self.capped = capped and not config.demo
