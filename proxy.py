@@ -6543,11 +6543,10 @@ def serve(config: Config, public: bool) -> None:
 
     # fail here: what a worker says is not shown
     balanced = create_app(config, public=public).proxy.clients.proxies
-    if config.ledger.path:
-        ledger = Ledger(config.ledger, time.time, bool(config.redis.url))
-        with contextlib.closing(ledger):
-            if not config.redis.url:  # else what others write waits for it
-                read_spending(ledger.database, time.time())
+    shared = bool(config.redis.url)
+    with contextlib.closing(Ledger(config.ledger, time.time, shared)) as ledger:
+        if not shared:  # else what others write waits for it
+            read_spending(ledger.database, time.time())
     server, places = config.server, max(1024, 2 * config.limits.concurrent_total)
     check_files(config.limits.concurrent_total)
     address = check_port(server.host, server.port)
@@ -6576,8 +6575,8 @@ def serve(config: Config, public: bool) -> None:
         if server.workers > 1:  # prometheus_client looks for this once, and has been imported
             # not on a disk: where that is full, a file that is mapped kills who writes to it
             memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-            shared = tempfile.TemporaryDirectory(prefix="proxy-metrics-", dir=memory)
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = stack.enter_context(shared)
+            counts = tempfile.TemporaryDirectory(prefix="proxy-metrics-", dir=memory)
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = stack.enter_context(counts)
             values: Any = importlib.import_module("prometheus_client.values")
             values.ValueClass = values.get_value_class()
         load = functools.partial(load_app, config, public, os.getpid())
