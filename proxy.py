@@ -2290,8 +2290,9 @@ Tell = Callable[[Cap, int], None]  # what hears that so many percent of a cap ar
 class Ask(Struct):
     """What a request needs before it may begin: `requests` and `tokens` of the client's rates, one
     of its places, between `least` and `most` USD of every cap, the cached answer under `key`, or
-    one of `places` at `provider`. `again` means that it has waited for another replica to fetch the
-    same answer: the rates and the client's place are taken already. Without an `id` it needs only
+    one of `places` at `provider`. `again` means that it was admitted before, and has waited for
+    another replica to fetch the same answer or needs more USD: the rates and the client's place are
+    taken already, and what is held is added to what it holds. Without an `id` it needs only
     the rates. `rests` names the cooldowns to look up; `row` is its ledger row should this process
     die."""
 
@@ -2348,10 +2349,6 @@ class Store(Protocol):
 
     async def admit(self, ask: Ask) -> Admission:
         """Give a request all that it asks for, or say what it lacks: see Admission."""
-
-    async def hold(self, id: str, caps: list[Cap], least: Decimal, most: Decimal) -> Decimal:
-        """Hold `most` USD, or less where a cap has less left, on top of what `id` already holds,
-        and return how much. Raises BudgetExceeded where that is below `least`."""
 
     async def settle(self, end: Settlement) -> None:
         """Replace what was held by the true cost, and free the place at a provider. Idempotent: the
@@ -2445,7 +2442,7 @@ class MemoryStore:
     async def admit(self, ask: Ask) -> Admission:
         requests, tokens = self.rates(ask.client, ask.limits)
         kinds = ("requests", requests, ask.requests), ("tokens", tokens, ask.tokens)
-        for kind, bucket, wanted in kinds:
+        for kind, bucket, wanted in () if ask.again else kinds:
             if (lack := min(wanted, bucket.burst) - bucket.level) > 0:  # which a share may lower
                 wait = lack * 60 / bucket.rate
                 return Admission(requests.level, tokens.level, kind, wait)  # type: ignore[arg-type]
@@ -2455,7 +2452,7 @@ class MemoryStore:
         if given.answer is None:
             if ask.caps:
                 try:
-                    given.held = await self.hold(ask.id, ask.caps, ask.least, ask.most)
+                    given.held = self.hold(ask.id, ask.caps, ask.least, ask.most)
                 except BudgetExceeded as exceeded:
                     given.exceeded, given.tokens = exceeded, tokens.level
                     return given
@@ -2464,7 +2461,9 @@ class MemoryStore:
         tokens.level -= ask.tokens
         return given
 
-    async def hold(self, id: str, caps: list[Cap], least: Decimal, most: Decimal) -> Decimal:
+    def hold(self, id: str, caps: list[Cap], least: Decimal, most: Decimal) -> Decimal:
+        """Hold `most` USD, or less where a cap has less left, on top of what `id` already holds,
+        and return how much. Raises BudgetExceeded where that is below `least`."""
         caps = [replace(cap, limit=cap.limit / self.share) for cap in caps]
         left = [cap.limit - self.of(cap).settled - self.of(cap).held for cap in caps]
         granted = max(Decimal(0), min(most, *left))
@@ -2621,10 +2620,6 @@ local function close(id, cost, caps, told)
   return charged + change
 end
 
-function run.hold(text)
-  local ask = cjson.decode(text)
-  return cjson.encode(ended(ask.id) and {usd = 0} or hold(ask))
-end
 
 function run.enter(id, provider, places, waiting)
   local wanted, places_of = 'wanted:' .. provider, 'places:' .. provider
@@ -2683,7 +2678,7 @@ function run.admit(text, row)
   call('HSET', rate, 'requests', given.requests, 'tokens', given.tokens, 'time', now)
   local full = math.max((ask.burst - given.requests) / ask.rate, 1 - given.tokens / ask.tpm)
   call('EXPIRE', rate, math.ceil(full * 60) + 60)
-  if ask.id ~= '' and not held.exceeded then
+  if ask.id ~= '' and not ask.again and not held.exceeded then
     write(40 * day, 'SADD', live, ask.id)
     give(ask.id, 'client', ask.client, 'row', row, 'day', ask.day, 'lock', 'lock:' .. ask.key)
   end
@@ -3018,7 +3013,7 @@ class RedisStore:
             "places": ask.places, "again": ask.again, "rests": ask.rests, "day": self.today(),
         }  # fmt: skip
         try:
-            if not self.is_there(capped):
+            if ask.id in self.alone or not self.is_there(capped):
                 raise StoreAway
             self.asked |= {ask.id} - {""}
             data, held, answer = await self.link.run("admit", msgspec.json.encode(wanted), ask.row)
@@ -3031,28 +3026,16 @@ class RedisStore:
         given.answer = answer
         if given.placed:  # also counted here, should Redis go down
             self.local.taken[ask.id] = ask.provider
-        try:
-            given.held = self.granted(held)
-        except BudgetExceeded as exceeded:
-            given.exceeded = exceeded
-        return given
-
-    def granted(self, reply: bytes) -> Decimal:
-        hold = msgspec.json.decode(reply)
+        hold = msgspec.json.decode(held)
         usd = Decimal(hold["usd"]).scaleb(-9)
-        if "exceeded" in hold:
-            cap = from_redis(hold["exceeded"])
-            if hold["tell"]:
-                self.tell(cap, 100)
-            raise BudgetExceeded(cap, usd)
-        return usd
-
-    async def hold(self, id: str, caps: list[Cap], least: Decimal, most: Decimal) -> Decimal:
-        if id in self.alone:
-            return await self.local.hold(id, caps, least, most)
-        wanted: dict[str, Any] = {"id": id, "caps": to_redis(caps)}
-        wanted |= {"least": billionths(least), "most": billionths(most)}
-        return self.granted(await self.link.run("hold", msgspec.json.encode(wanted)))
+        if "exceeded" not in hold:
+            given.held = usd
+            return given
+        cap = from_redis(hold["exceeded"])
+        given.exceeded = BudgetExceeded(cap, usd)
+        if hold["tell"]:
+            self.tell(cap, 100)
+        return given
 
     async def settle(self, end: Settlement) -> None:
         alone, asked = end.id in self.alone, end.id in self.asked
@@ -5508,13 +5491,16 @@ class Proxy:
     async def hold_again(self, call: Call, provider: str, model: str, error: ProxyError) -> None:
         """Hold money for the failed attempts, which may be billed, and for the next one. Raises
         `error` where there is not enough."""
-        more = call.account.lost + call.most - call.held
+        more, client = call.account.lost + call.most - call.held, call.client
         if call.caps and more > 0:
+            ask = Ask(call.entry.id, client.id, client.limits, 0, 0, call.caps, more, more)
             try:
-                held = await self.store.hold(call.entry.id, call.caps, more, more)
-            except (BudgetExceeded, StoreAway):
+                given = await self.store.admit(replace(ask, again=True))
+            except StoreAway:
                 raise error from None
-            await self.note_hold(call, held)
+            if given.refused or given.exceeded:
+                raise error
+            await self.note_hold(call, given.held)
         self.metrics.retries.labels(provider, error.code).inc()
         # not the vendor's message, which may repeat what it was asked
         fields = {"id": call.entry.id, "provider": provider, "model": model, "after": error.code}

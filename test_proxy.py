@@ -7289,6 +7289,15 @@ def wish(number: str = "", client: str = "key:a", **more: Any) -> Any:
     return proxy.Ask(number, client, limits, **usd, **more)
 
 
+async def hold(store: Any, number: str, caps: Any, least: Decimal, most: Decimal) -> Decimal:
+    """Have a request that was admitted hold more."""
+    asked = wish(number, requests=0, caps=caps, least=least, most=most, again=True)
+    if (given := await store.admit(asked)).exceeded:
+        raise given.exceeded
+    held: Decimal = given.held
+    return held
+
+
 def end_of(wanted: Any, usd: float = 0, **more: Any) -> Any:
     """The end of a request that was admitted."""
     same = {"caps": wanted.caps, **more}
@@ -7342,11 +7351,11 @@ def test_a_store_holds_what_the_tightest_of_several_caps_has_left(open_store: Op
             poor = await store.admit(wish("2", caps=[everybody, mine], least=0.1, most=0.5))
             assert isinstance(poor.exceeded, proxy.BudgetExceeded) and poor.held == 0
             assert "0.3 USD for this client" in poor.exceeded.message
-            await store.hold("3", [everybody, yours], Decimal("0.1"), Decimal("0.2"))
+            await hold(store, "3", [everybody, yours], Decimal("0.1"), Decimal("0.2"))
             left = [Decimal("0.5"), Decimal("0.3"), Decimal("0.2")]
             assert await store.spent([everybody, mine, yours]) == left
             with pytest.raises(proxy.BudgetExceeded):
-                await store.hold("3", [everybody, yours], Decimal("0.2"), Decimal("0.2"))
+                await hold(store, "3", [everybody, yours], Decimal("0.2"), Decimal("0.2"))
             assert await store.spent([everybody, mine, yours]) == left
 
     run_async(play())
@@ -7625,7 +7634,7 @@ def test_what_holds_more_after_it_seemed_dead_gives_it_back(redis_url: str) -> N
             fall_silent(slow)
             await eventually(lambda: other.enter("2", "p", 1, False))
             slow.post(slow.live())
-            await slow.hold("1", [cap()], Decimal("0.2"), Decimal("0.2"))
+            await hold(slow, "1", [cap()], Decimal("0.2"), Decimal("0.2"))
             assert await other.spent([cap()]) == [Decimal("0.6")]
             await slow.settle(end_of(asked, 0.3))
             assert await other.spent([cap()]) == [Decimal("0.3")]
@@ -7679,7 +7688,7 @@ def test_what_comes_after_the_end_of_a_request_takes_nothing(redis_url: str) -> 
             asked = wish("1", caps=[cap()], least=0.4, most=0.4, key="answer")
             await store.admit(asked)
             await store.settle(end_of(asked, 0.1))
-            await store.hold("1", [cap()], Decimal("0.2"), Decimal("0.2"))
+            await hold(store, "1", [cap()], Decimal("0.2"), Decimal("0.2"))
             assert (await store.admit(replace_again(asked))).refused == "busy"
             assert await store.spent([cap()]) == [Decimal("0.1")]
 
@@ -7823,8 +7832,8 @@ def test_keys_in_redis_are_in_one_slot_and_expire_and_name_nobody(redis_url: str
             asked = wish("1", "key:alice", key="k", caps=caps, least=0.1, most=0.1, tokens=5)
             asked.provider, asked.places = "p", 1
             await store.admit(asked)
-            await store.hold("1", caps, Decimal("0.1"), Decimal("0.1"))
-            await store.hold("2", caps, Decimal("0.1"), Decimal("0.1"))
+            await hold(store, "1", caps, Decimal("0.1"), Decimal("0.1"))
+            await hold(store, "2", caps, Decimal("0.1"), Decimal("0.1"))
             assert not await store.enter("4", "p", 1, True)
             store.put("k", b"answer")
             store.rest("p", 60)
@@ -8100,7 +8109,7 @@ def test_a_cluster_of_one_node_serves(start_redis: StartRedis) -> None:
         async with redis_store(node.url, cache=proxy.CacheTable(enabled=True)) as store:
             asked = wish("1", key="k", caps=[cap()], least=0.1, most=0.1, provider="p", places=1)
             assert (await store.admit(asked)).placed
-            await store.hold("1", [cap()], Decimal("0.1"), Decimal("0.1"))
+            await hold(store, "1", [cap()], Decimal("0.1"), Decimal("0.1"))
             await store.settle(end_of(asked, 0.2))
             assert await store.spent([cap()]) == [Decimal("0.2")]
 
@@ -8799,7 +8808,7 @@ def test_a_flood_of_small_spenders_is_forgotten_but_not_what_it_spent() -> None:
             caps = [
                 proxy.Cap(scope, "2026-11-24", Decimal(10)) for scope in ("all", f"client {number}")
             ]
-            await store.hold(str(number), caps, usd, usd)
+            await hold(store, str(number), caps, usd, usd)
             await store.settle(
                 proxy.Settlement(str(number), "x", proxy.Limits(), usd=usd, caps=caps)
             )
@@ -9902,7 +9911,7 @@ def test_no_order_of_holds_and_settlements_passes_a_cap(
                 least, most = Decimal(min(first, second)), Decimal(max(first, second))
                 left = min(cap.limit - spent(cap) for cap in caps)
                 try:
-                    granted = await budget.hold(number, caps, least, most)
+                    granted = await hold(budget, number, caps, least, most)
                 except proxy.BudgetExceeded:
                     assert left < least
                 else:
