@@ -5853,9 +5853,8 @@ def demo_bytes(events: list[Json], whole: Json, stream: bool) -> list[bytes]:
     return [b"event: %b\n%b" % (event["type"].encode(), frame(event)) for event in events]
 
 
-def demo_messages(answer: Pieces, usage: Usage, stream: bool, reason: str) -> list[bytes]:
+def demo_messages(answer: Pieces, counted: Json, stream: bool, reason: str) -> list[bytes]:
     """An answer of Anthropic's, as events or in one piece."""
-    counted = {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens}
     message: Json = {"id": "msg_demo", "type": "message", "role": "assistant", "model": "demo"}
     message |= {"content": [], "stop_reason": None, "stop_sequence": None, "usage": counted}
     events: list[Json] = [{"type": "message_start", "message": message}]
@@ -5881,9 +5880,7 @@ def demo_messages(answer: Pieces, usage: Usage, stream: bool, reason: str) -> li
     return demo_bytes(events, message | end | {"content": content}, stream)
 
 
-def demo_responses(answer: Pieces, usage: Usage, stream: bool, reason: str) -> list[bytes]:
-    counted = {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens}
-    counted |= {"total_tokens": sum(counted.values())}
+def demo_responses(answer: Pieces, counted: Json, stream: bool, reason: str) -> list[bytes]:
     response: Json = {"id": "resp_demo", "object": "response", "created_at": 0, "model": "demo"}
     response |= {"parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "output": []}
     events: list[Json] = [{"type": "created", "response": response | {"status": "in_progress"}}]
@@ -5916,7 +5913,8 @@ def demo_responses(answer: Pieces, usage: Usage, stream: bool, reason: str) -> l
         events += [first, *deltas, last] if part else deltas
         events.append({"type": "output_item.done", **place, "item": output[-1]})
     status = "incomplete" if reason == "length" else "completed"
-    response |= {"status": status, "output": output, "usage": counted}
+    response |= {"status": status, "output": output}
+    response |= {"usage": counted | {"total_tokens": sum(counted.values())}}
     if reason == "length":
         response["incomplete_details"] = {"reason": "max_output_tokens"}
     events.append({"type": status, "response": response})
@@ -5925,7 +5923,7 @@ def demo_responses(answer: Pieces, usage: Usage, stream: bool, reason: str) -> l
     return demo_bytes(events, response, stream)
 
 
-def demo_chat(answer: Pieces, usage: Usage, stream: bool, reason: str) -> list[bytes]:
+def demo_chat(answer: Pieces, counted: Json, stream: bool, reason: str) -> list[bytes]:
     writer, data = ChatWriter("demo", stream, show_usage=True), list[bytes]()
     for kind, pieces in answer:
         events: Batch = [Text(piece) for piece in pieces]
@@ -5933,7 +5931,7 @@ def demo_chat(answer: Pieces, usage: Usage, stream: bool, reason: str) -> list[b
             whole = ToolUse("call_0", kind, "".join(pieces))
             events = [*map(Thinking, pieces)] if kind == "thinking" else [whole]
         data += [writer.write([event], 0) for event in events]
-    data.append(writer.end(reason, {"usage": usage_fields(usage)}))
+    data.append(writer.end(reason, {"usage": usage_fields(Usage(**counted))}))
     return data if stream else [b"".join(data)]
 
 
@@ -5966,8 +5964,8 @@ def demo_answer(request: httpx.Request) -> httpx.Response:
             reason = "tool_calls"
     if most and most < sum(len(pieces) for _, pieces in answer):
         answer, reason = [(answer[0][0], answer[0][1][:most])], "length"
-    usage = Usage(input_tokens=25, output_tokens=sum(len(pieces) for _, pieces in answer))
-    data = DEMOS[dialect](answer, usage, bool(body.get("stream")), reason)
+    counted = {"input_tokens": 25, "output_tokens": sum(len(pieces) for _, pieces in answer)}
+    data = DEMOS[dialect](answer, counted, bool(body.get("stream")), reason)
     return httpx.Response(200, content=demo_pace(data[: 12 if prompt.startswith("/cut") else None]))
 
 
