@@ -6196,14 +6196,9 @@ def create_app(
     # a proxy in front of a loopback bind means that others get in
     proxy = Proxy(config, environ, public or bool(config.server.trusted_proxies), clock)
 
-    @litestar.post("/api/{provider:str}")
-    async def api(scope: Scope, provider: FromPath[str]) -> ASGIApp:
-        scope["state"]["call"].route = provider, ""
-        return no_answer
-
-    @litestar.post([*NATIVE_PATHS])
-    async def native(scope: Scope) -> ASGIApp:
-        scope["state"]["call"].route = "", NATIVE_PATHS[scope["path_template"]]
+    @litestar.post(["/api/{provider:str}", *NATIVE_PATHS])
+    async def ask(scope: Scope, provider: FromPath[str] = "") -> ASGIApp:
+        scope["state"]["call"].route = provider, NATIVE_PATHS.get(scope["path_template"], "")
         return no_answer
 
     @litestar.get(["/v1/models", "/v1/models/{name:path}"])
@@ -6287,7 +6282,7 @@ def create_app(
             yield
 
     app = App(
-        [api, native, models, session, health, ready, metrics, usage, document, page],
+        [ask, models, session, health, ready, metrics, usage, document, page],
         exception_handlers={Exception: error_response}, openapi_config=None, logging_config=None,
         lifespan=[lifespan],
     )  # fmt: skip
