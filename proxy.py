@@ -1502,12 +1502,11 @@ def read_tool(tool: Any, where: str, dropped: list[str]) -> Tool:
 
 
 def read_tool_choice(given: Any, tools: list[Tool]) -> str | dict[str, str]:
-    names = [tool.name for tool in tools]
     match given:
         case str(mode) | {"type": str(mode)} if mode in ("auto", "none", "required", "any"):
             return "required" if mode == "any" else mode
         case str(name) | {"function": {"name": str(name)}} | {"name": str(name)}:
-            if (name := clean(name)) in names:
+            if (name := clean(name)) in [tool.name for tool in tools]:
                 return {"type": "function", "name": name}
     raise BadRequest("tool_choice: must be auto, none, required or the name of one of the tools")
 
@@ -1971,8 +1970,7 @@ class Clients:
         assert table
         now, seconds = int(time.time()), int(table.ttl)
         models = table.models if table.models != ("*",) else parent.models
-        client: dict[str, Any] = {"session": secrets.token_hex(12), "since": now}
-        client["group"] = parent.group
+        client = {"session": secrets.token_hex(12), "since": now, "group": parent.group}
         client |= {"models": models, "parent_models": parent.models}
         claims = {"iss": SESSION_ISSUER, "sub": parent.id, "exp": now + seconds}
         claims |= {"origin": origin, "client": client}
@@ -3641,8 +3639,8 @@ class Adapter:
 
     def ended(self) -> bool:
         """Is all there but the terminal event, which not every compatible vendor sends?"""
-        whole = self.ending and self.usage.known and not self.sse.buffer.strip()
-        return whole and self.compatible
+        whole = self.usage.known and not self.sse.buffer.strip()
+        return self.compatible and self.ending and whole
 
     def finish(self) -> Iterator[Event]:
         """The complete calls, then the Finish. Arguments that are not JSON were cut off: that call
@@ -4033,8 +4031,7 @@ class Chat(OpenAI):
                 yield from spans(delta.get("content") or delta.get("refusal"), Text)
                 self.reason = REASONS.get("refusal" if delta.get("refusal") else end, self.reason)
                 if others or "function_call" in delta:
-                    unseen = [others, delta.get("function_call")]
-                    self.unseen += len(msgspec.json.encode(unseen))
+                    self.unseen += len(msgspec.json.encode([others, delta.get("function_call")]))
                 for call in delta.get("tool_calls") or ():
                     self.add_call(call, choice.get("index") or 0)
             case {"type": "[DONE]"}:
@@ -4412,8 +4409,7 @@ class Catalog:
         if targets := self.resolve_alias(name):
             return targets
         if name in self.config.models:
-            message = f"model: no provider of {name} has a key"
-            raise ProxyError(403, "model_not_allowed", message)
+            raise ProxyError(403, "model_not_allowed", f"model: no provider of {name} has a key")
         prefix, _, rest = name.partition("/")
         offers = {p: settings.models for p, settings in self.providers.items()}
         homes = [provider] if provider else [*offers]
@@ -4731,8 +4727,7 @@ class Call:
 
     def own_id(self) -> Headers:
         """Anthropic's SDKs look for the id of a failed request under their vendor's name."""
-        known = self.dialect == "messages"
-        return {"request-id": self.added["x-request-id"]} if known else {}
+        return {"request-id": self.added["x-request-id"]} if self.dialect == "messages" else {}
 
     async def begin(self, more: Headers) -> None:
         self.begun = True
@@ -5302,8 +5297,7 @@ class Proxy:
 
     async def source(self, call: Call, targets: list[Target]) -> Batches:
         """Where the answer comes from: the cache, another request's flight, or the vendor."""
-        bypass = "no-cache" in call.headers.get("cache-control", "")
-        if bypass or not self.config.cache.enabled:
+        if "no-cache" in call.headers.get("cache-control", "") or not self.config.cache.enabled:
             await self.admit(call, targets)
             return self.upstream(call, targets)
         scope = "" if self.config.cache.shared else call.client.id
@@ -5455,8 +5449,7 @@ class Proxy:
             if resting := self.keys.refuse(provider, rest_end):
                 raise failure or resting
             await asyncio.sleep(max(wait, self.keys.resting(provider)))
-            key = self.keys.choose(provider)
-            attempt = Attempt(self.transport, self.config, target, key, call)
+            attempt = Attempt(self.transport, self.config, target, self.keys.choose(provider), call)
             if error := failure or error:
                 await self.hold_again(call, provider, model, error)
             self.count_attempt(call, attempt, provider, model)
