@@ -1048,7 +1048,7 @@ MAX_TOKENS = ("max_tokens", "max_new_tokens", "max_output_tokens", "max_completi
 
 
 class Body(Sampling):
-    """The fields that the proxy reads in a body of any dialect."""
+    """The fields that the proxy reads in a browser's body."""
 
     model: ModelName | None = None
     messages: list[Any] | None = None
@@ -1067,6 +1067,11 @@ class Body(Sampling):
     enable_thinking: bool | None = None
     template: str | None = None
     variables: dict[str, Any] | None = None
+
+
+class AnyBody(Body):
+    """Those that it reads in a body of any dialect."""
+
     n: Annotated[int, Meta(ge=1, le=16)] | None = None
     stream_options: dict[str, Any] | None = None
     reasoning_effort: str | None = None
@@ -1074,9 +1079,8 @@ class Body(Sampling):
     response_format: dict[str, Any] | None = None
 
 
-# Fields that a browser's body does not have, fields of a body that names a template, and fields
-# that only Chat has, with the value that asks for nothing.
-CHAT_FIELDS = {"n", "stream_options", "reasoning_effort", "parallel_tool_calls", "response_format"}
+# Fields of a body that names a template, and fields that only Chat has, with the value that asks
+# for nothing.
 TEMPLATE_FIELDS = {"template", "variables", "stream"}
 CHAT_ONLY = {"n": 1, "functions": [], "function_call": "none", "logprobs": False, "audio": None}
 
@@ -1090,12 +1094,12 @@ def parse_body(
     for name, idle in CHAT_ONLY.items():
         if chat and raw.get(name, idle) not in (idle, None):
             raise BadRequest(f"{name}: cannot be asked of this model")
-    known = {*Body.__struct_fields__} - {"template", "variables"}
-    known = known | CHAT_ONLY.keys() if chat else known - CHAT_FIELDS
+    known = {*AnyBody.__struct_fields__, *CHAT_ONLY} if chat else {*Body.__struct_fields__}
+    known -= {"template", "variables"}
     if by_template := not chat and raw.get("template") is not None:
         known = TEMPLATE_FIELDS
     drop(sorted(raw.keys() - known), dropped)
-    given = convert_body({name: raw[name] for name in raw if name in known}, Body)
+    given = convert_body({name: raw[name] for name in raw if name in known}, AnyBody)
     if by_template:
         request, texts = read_template(given, templates)
         dropped += ["max_tokens"] if request.max_tokens > limits.max_tokens else []
@@ -1277,7 +1281,7 @@ def check_lists(raw: Map[str, Any], limits: Limits) -> None:
         raise BadRequest(f"messages: at most {10 * limits.max_messages} blocks are allowed")
 
 
-def read_length(given: Body, limits: Limits, dropped: list[str]) -> int:
+def read_length(given: AnyBody, limits: Limits, dropped: list[str]) -> int:
     """The lowest of the values given and the limit. Names other than the last one, and those of
     values above the limit, are reported."""
     lengths: dict[str, int] = {n: v for n, v in asdict(given).items() if n in MAX_TOKENS and v}
@@ -1286,7 +1290,7 @@ def read_length(given: Body, limits: Limits, dropped: list[str]) -> int:
     return min([*lengths.values(), limits.max_tokens])
 
 
-def read_request(given: Body, limits: Limits, default_model: str, dropped: list[str]) -> Request:
+def read_request(given: AnyBody, limits: Limits, default_model: str, dropped: list[str]) -> Request:
     stops = [given.stop] if isinstance(given.stop, str) else given.stop or []
     effort = given.reasoning_effort or ""
     if effort not in ("", "none", "minimal", "low", "medium", "high", "xhigh", "max"):
@@ -1667,7 +1671,7 @@ def parse_native(
                 error.details = {"error_code": "thread_unsupported_request", "unsupported": [name]}
             raise error
     check_lists(raw, limits)
-    given = convert_body(raw, Body)
+    given = convert_body(raw, AnyBody)
     key = "messages" if "messages" in NATIVE_FIELDS[kind] else "input"
     if not raw.get(key):
         raise BadRequest(f"{key}: is missing")
@@ -6288,8 +6292,7 @@ def describe(providers: Iterable[str]) -> dict[str, Any]:
     json, place = "application/json", "#/components/schemas/{name}"
     bodies = (Body, SessionRequest, ErrorBody)
     shapes, components = msgspec.json.schema_components(bodies, ref_template=place)
-    for name in CHAT_FIELDS:
-        del components["Body"]["properties"][name]
+
     content: list[dict[str, Any]] = [{"content": {json: {"schema": shape}}} for shape in shapes]
     ask, proof, error = content
     ask["required"] = proof["required"] = True
