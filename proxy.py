@@ -5692,17 +5692,20 @@ class Proxy:
             call.stop(Stopping())
 
     async def identify(self, call: Call) -> Admission:
-        """Identify the caller, and count a request that needs no vendor against its rates. Raises
-        401, 403 or 429."""
+        """Identify the caller of what needs no vendor, and count it. Raises 401, 403 or 429."""
         headers = call.headers
         if "origin" not in headers and headers.get("sec-fetch-site") == "cross-site":
             message = "a page of another site must ask with CORS, as fetch() does"
             raise ProxyError(403, "origin_not_allowed", message)
         call.client = client = await self.clients.identify(call.peer, call.headers)
-        given = await self.store.admit(Ask("", client.id, client.limits))
+        return await self.take(call, client.id)
+
+    async def take(self, call: Call, whose: str) -> Admission:
+        """Count a request that needs no vendor. Raises 429."""
+        given = await self.store.admit(Ask("", whose, call.client.limits))
         call.show_rates(given)
         if given.refused:
-            raise refusal(given, client.limits)
+            raise refusal(given, call.client.limits)
         return given
 
     async def used_today(self, client: str) -> Totals:
@@ -5723,10 +5726,7 @@ class Proxy:
         limits = replace(self.config.limits, **few, max_body=Size(65536))
         parent = replace(self.clients.by_address(call.peer, headers), limits=limits)
         call.client = parent
-        taken = await self.store.admit(Ask("", f"session {parent.id}", limits))
-        call.show_rates(taken)
-        if taken.refused:
-            raise ProxyError(429, "rate_limited", "too many sessions; try later", after=taken.wait)
+        await self.take(call, f"session {parent.id}")
         proof = convert_body(await read_body(call, self), SessionRequest)
         if proof.turnstile and table.turnstile_secret:
             address = self.clients.address(call.peer, headers)
