@@ -4672,7 +4672,7 @@ class Call:
     )  # fmt: skip
 
     def __init__(
-        self, entry: Entry, client: Client, scope: Scope, headers: Headers,
+        self, entry: Entry, client: Client, scope: Scope, headers: Headers, added: Headers,
         receive: Receive, send: Send,
     ) -> None:  # fmt: skip
         self.entry, self.headers, self.source, self.send = entry, headers, receive, send
@@ -4680,11 +4680,10 @@ class Call:
         self.sending, self.expects = body, "expect" in headers
         self.peer = str((scope.get("client") or ("unknown", 0))[0])
         self.http1 = scope.get("http_version", "").startswith("1")
-        self.added: Headers = {}
         self.route: tuple[str, str] | None = None
         self.started, self.last_write = time.monotonic(), math.inf
         self.begun = self.writing = self.stopped = self.settled = self.length_chosen = False
-        self.client, self.account = client, Account()
+        self.client, self.added, self.account = client, added, Account()
         self.dropped: list[str] = []
         self.rates: dict[str, str] = {}
         self.estimate, self.finish, self.dialect = 0, "", ""
@@ -6131,8 +6130,7 @@ class App(litestar.Litestar):
             added["access-control-allow-origin"] = origin
             added["access-control-expose-headers"] = EXPOSED
         entry = Entry(self.proxy.now(), id, given)
-        call = Call(entry, clients.client(""), scope, headers, receive, send)
-        call.added = added
+        call = Call(entry, clients.client(""), scope, headers, added, receive, send)
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if "/v1/" in path:  # the shape of all errors
             anthropic = "/v1/messages" in path or "anthropic-version" in headers
