@@ -2622,7 +2622,6 @@ local function close(id, cost, caps, told)
   return charged + change
 end
 
-
 function run.enter(id, provider, places, waiting)
   local wanted, places_of = 'wanted:' .. provider, 'places:' .. provider
   if ended(id) then return 0 end
@@ -6290,7 +6289,6 @@ def describe(providers: Iterable[str]) -> dict[str, Any]:
     json, place = "application/json", "#/components/schemas/{name}"
     bodies = (Body, SessionRequest, ErrorBody)
     shapes, components = msgspec.json.schema_components(bodies, ref_template=place)
-
     content: list[dict[str, Any]] = [{"content": {json: {"schema": shape}}} for shape in shapes]
     ask, proof, error = content
     ask["required"] = proof["required"] = True
