@@ -5075,7 +5075,7 @@ class Proxy:
     being answered. create_app builds it, `running` opens and closes it."""
 
     transport: Transport
-    ledger: Ledger
+    ledger: Ledger | None = None
     draining = False
     unread = 0  # bytes of the bodies that are still coming
     parent = 0  # the process that ends this one, where there is one
@@ -5119,13 +5119,14 @@ class Proxy:
         self.http = self.clients.http = http
         shared, tell = bool(self.config.redis.url), self.webhook.tell
         try:
-            self.ledger = ledger = Ledger(table, self.clock, shared)
-            if shared:
-                self.store = self.replicas = RedisStore(self.config, tell, ledger)
-                await self.replicas.open()
-            else:
-                spent = read_spending(ledger.database, self.clock())
-                self.store = MemoryStore(time.monotonic, tell, self.config.cache, spent)
+            if shared or table.path:
+                self.ledger = ledger = Ledger(table, self.clock, shared)
+                if shared:
+                    self.store = self.replicas = RedisStore(self.config, tell, ledger)
+                    await self.replicas.open()
+                else:
+                    spent = read_spending(ledger.database, self.clock())
+                    self.store = MemoryStore(time.monotonic, tell, self.config.cache, spent)
         except ConfigError as error:  # of a worker nobody else says it
             LOG.error("%s", error)
             raise
@@ -5146,7 +5147,8 @@ class Proxy:
             if self.replicas:
                 await self.replicas.close()
             await http.aclose()  # and with it the vendors' connections
-            await asyncio.to_thread(self.ledger.close)
+            if self.ledger:
+                await asyncio.to_thread(self.ledger.close)
 
     def now(self) -> float:
         """Seconds since 1970, by the clock that all replicas go by."""
@@ -5364,7 +5366,7 @@ class Proxy:
         """Write what a request holds into its row, still open, should the process die."""
         call.held += held
         call.entry.cost, call.entry.outcome = f"{call.held:f}", "open"
-        if self.ledger.path and call.held and not self.replicas:
+        if self.ledger and call.held and not self.replicas:
             await self.ledger.record(call.entry)
         if call.held < call.most:  # lower a max_tokens that the caller did not choose
             request = call.request
@@ -5616,7 +5618,7 @@ class Proxy:
         """The ledger's row, and the end of all that the request has in the store."""
         entry, usd, row = call.entry, Decimal(call.entry.cost or 0), b""
         written: Awaitable[None] | None = None
-        if call.held or self.worth_a_row(entry):
+        if self.ledger and (call.held or self.worth_a_row(entry)):
             written = self.ledger.record(entry) if self.ledger.path else None
             row = msgspec.json.encode(entry) if self.replicas else b""
         if call.asked or row:
@@ -5670,7 +5672,7 @@ class Proxy:
             if self.config.server.workers > 1:
                 with contextlib.suppress(OSError):
                     self.show_places()
-            if not self.ledger.healthy:
+            if self.ledger and not self.ledger.healthy:
                 await self.ledger.write()
             await asyncio.sleep(1)
 
@@ -5710,7 +5712,8 @@ class Proxy:
         if self.replicas:
             return await self.replicas.used(client)
         rows, midnight = [], self.clock() // 86400 * 86400
-        if path := self.ledger.path:
+        if self.ledger and self.ledger.path:
+            path = self.ledger.path
             rows = await asyncio.to_thread(read_ledger, path, midnight, "day", client)
         return rows[0] if rows else Totals()
 
@@ -6212,7 +6215,7 @@ def create_app(
 
     @litestar.route(["/ready", "/readyz"], http_method=["GET", "HEAD"])
     async def ready() -> litestar.Response[Any]:
-        written = hasattr(proxy, "ledger") and proxy.ledger.healthy
+        written = not proxy.ledger or proxy.ledger.healthy
         shared = proxy.replicas
         good = written and not proxy.draining and (not shared or shared.serving(proxy.capped))
         body = {"status": "ready" if good else "not ready", "ledger": written}
@@ -6332,7 +6335,8 @@ def stop_on_signals(proxy: Proxy) -> None:
     server = signal.getsignal(signal.SIGTERM)
 
     def leave() -> None:
-        proxy.ledger.close()
+        if proxy.ledger:
+            proxy.ledger.close()
         os._exit(0)
 
     def begin() -> None:
