@@ -2177,12 +2177,13 @@ class Ledger:
         self.database = open_ledger(path)
         self.lock = lock_ledger(path) if path and not shared else io.BytesIO()
 
-    def record(self, entry: Entry) -> Awaitable[None]:
-        """Done when the row is on disk. Never raises: a full disk must not end an answer."""
+    def record(self, entry: Entry) -> Awaitable[Any]:
+        """Done when the row is on disk, or at once while none can be written. Never raises: a full
+        disk must not end an answer."""
         if not self.rows:
             self.group = asyncio.create_task(self.write())
         self.rows.append(astuple(entry))
-        return asyncio.shield(self.group)
+        return asyncio.shield(self.group) if self.healthy else asyncio.gather()
 
     async def write(self) -> None:
         await asyncio.sleep(0)  # those that end in one tick share a commit, as do those that wait
@@ -2204,8 +2205,9 @@ class Ledger:
         read = self.thread.submit(lambda: self.database.execute(query).fetchall())
         return await asyncio.wrap_future(read)
 
-    async def delivered(self, ids: Iterable[str]) -> None:
-        await self.run(("DELETE FROM put_off WHERE id = ?", [(id,) for id in ids]))
+    async def delivered(self, ids: Iterable[str]) -> bool:
+        """Take them out. Whether that was possible."""
+        return not await self.run(("DELETE FROM put_off WHERE id = ?", [(id,) for id in ids]))
 
     async def run(self, *statements: tuple[str, list[tuple[Any, ...]]]) -> bool:
         with contextlib.suppress(RuntimeError):  # after close(), which writes what is left
@@ -2625,6 +2627,7 @@ end
 function run.enter(id, provider, places, waiting)
   local wanted, places_of = 'wanted:' .. provider, 'places:' .. provider
   if ended(id) then return 0 end
+  if call('SISMEMBER', places_of, id) == 1 then return 1 end -- the reply did not arrive
   if call('SCARD', places_of) < tonumber(places) and
      (waiting == '1' or call('EXISTS', wanted) == 0) then
     free(id) -- its leave of another may come later
@@ -2693,8 +2696,10 @@ end
 function run.settle(text, row)
   local done, told = cjson.decode(text), {}
   local open, rate = 'open:' .. done.id, 'rate:' .. done.client
-  local seconds = row == '' and 60 or 3600
-  if not call('SET', 'ended:' .. done.id, 1, 'NX', 'EX', seconds) then return '{}' end
+  local mark, seconds = 'ended:' .. done.id, row == '' and 60 or 3600
+  local lost = call('GET', mark) -- it comes again, as the reply did not arrive
+  if lost then call('SET', mark, '{}', 'EX', seconds) return lost end
+  if done.asked and now - done.time > seconds and call('EXISTS', open) == 0 then return '{}' end
   if call('HEXISTS', open, 'client') == 1 and done.unused ~= 0 then
     if call('HSETNX', rate, 'tokens', done.tpm) == 1 then -- it was full, and so expired
       write(3600, 'HSET', rate, 'time', now)
@@ -2714,7 +2719,9 @@ function run.settle(text, row)
     sums.output_tokens = entry.output_tokens
     use(done.day, done.client, sums)
   end
-  return cjson.encode(told)
+  local reply = cjson.encode(told)
+  call('SET', mark, reply, 'EX', seconds)
+  return reply
 end
 
 function run.beat(ids, lease)
@@ -2957,7 +2964,8 @@ class RedisStore:
             with contextlib.suppress(StoreAway, sqlite3.Error):  # heartbeats matter more
                 while self.link.up and (due := await self.ledger.due()):
                     await asyncio.gather(*(self.deliver(message, row) for _, message, row in due))
-                    await self.ledger.delivered(id for id, _, _ in due)
+                    if not await self.ledger.delivered(id for id, _, _ in due):
+                        break  # a full disk keeps them: not again at once
                     await self.beat(self.table.lease)  # there may be many of them
 
     async def beat(self, lease: float) -> None:
@@ -3048,7 +3056,8 @@ class RedisStore:
         message = msgspec.json.encode({
             "id": end.id, "client": sha256(end.client)[:32], "tpm": end.limits.tokens_per_minute,
             "unused": 0 if alone else end.unused, "usd": billionths(end.usd),
-            "caps": to_redis(end.caps), "day": self.today(),
+            "caps": to_redis(end.caps), "day": self.today(), "asked": asked,
+            "time": self.ledger.clock() + self.offset,
         })  # fmt: skip
         await asyncio.sleep(0)  # so that the answer just put is sent first: others look for it
         try:
@@ -3177,19 +3186,24 @@ class Webhook:
 
     def __init__(self, url: str, secret: str) -> None:
         self.url, self.secret = url, secret.encode()
-        self.queue: asyncio.Queue[bytes] = asyncio.Queue(100)
+        self.queue: asyncio.PriorityQueue[tuple[bool, int, bytes]] = asyncio.PriorityQueue()
+        self.numbers = itertools.count()
 
     def tell(self, cap: Cap, percent: int) -> None:
         event = {"percent": percent, "scope": cap.scope, "window": cap.window}
         event |= {"limitUsd": float(cap.limit), "resetsAt": cap.resets()}
         LOG.warning("budget %s", event)
-        if self.url:
-            with contextlib.suppress(asyncio.QueueFull):
-                self.queue.put_nowait(msgspec.json.encode({"type": "budget", "data": event}))
+        behind = cap.scope != "all"  # strangers may have many addresses
+        if self.url and behind and self.queue.qsize() >= 100:
+            LOG.warning("budget.webhook: not delivered (too many wait)")
+        elif self.url:
+            body = msgspec.json.encode({"type": "budget", "data": event})
+            self.queue.put_nowait((behind, next(self.numbers), body))
 
     async def run(self, http: httpx.AsyncClient) -> None:
         while True:
-            body, id = await self.queue.get(), f"msg_{secrets.token_hex(12)}"
+            _, _, body = await self.queue.get()
+            id = f"msg_{sha256(body.decode())[:24]}"  # the same, should it be told again
             for wait in (0, 1, 3, 10, 30):
                 await asyncio.sleep(wait)
                 now = str(int(time.time()))
@@ -3198,10 +3212,11 @@ class Webhook:
                 headers = {"content-type": "application/json", "webhook-id": id}
                 headers |= {"webhook-timestamp": now, "webhook-signature": f"v1,{digest}"}
                 try:
-                    reply = await http.post(self.url, content=body, headers=headers)
-                    if reply.is_success:
-                        break
-                    why = f"status {reply.status_code}"
+                    sent = http.stream("POST", self.url, content=body, headers=headers)
+                    async with asyncio.timeout(5), sent as reply:  # whose body may have no end
+                        if reply.is_success:
+                            break
+                        why = f"status {reply.status_code}"
                 except Exception as error:  # whatever it is, the next one may get through
                     why = type(error).__name__
                 LOG.warning("budget.webhook: not delivered (%s)", why)  # its URL may be a secret
@@ -5432,13 +5447,16 @@ class Proxy:
             raise resting
         if provider == call.place:
             return
-        if call.place:  # what failed needs its place no longer
-            await self.store.leave(call.entry.id, call.place)
-            call.place = ""
+        await self.leave_place(call)  # at what failed
         if line := self.lines.get(provider):
             seconds = min(self.config.providers[provider].queue_timeout, limit - time.monotonic())
             await line.enter(call.entry.id, call.client.id, seconds)
             call.place = provider
+
+    async def leave_place(self, call: Call) -> None:
+        if call.place:
+            await self.store.leave(call.entry.id, call.place)
+            call.place = ""
 
     async def try_target(
         self, call: Call, target: Target, error: ProxyError | None, limit: float, rest_end: float
@@ -5452,7 +5470,14 @@ class Proxy:
         while True:
             if resting := self.keys.refuse(provider, rest_end):
                 raise failure or resting
-            await asyncio.sleep(max(wait, self.keys.resting(provider)))
+            pause = max(wait, self.keys.resting(provider))
+            if pause >= 0.1:  # others may use its place meanwhile
+                await self.leave_place(call)
+            await asyncio.sleep(pause)
+            try:
+                await self.take_place(call, provider, limit, rest_end)
+            except ProxyError as full:
+                raise failure or full from None
             attempt = Attempt(self.transport, self.config, target, self.keys.choose(provider), call)
             if error := failure or error:
                 await self.hold_again(call, provider, model, error)
@@ -5617,7 +5642,7 @@ class Proxy:
     async def record(self, call: Call) -> None:
         """The ledger's row, and the end of all that the request has in the store."""
         entry, usd, row = call.entry, Decimal(call.entry.cost or 0), b""
-        written: Awaitable[None] | None = None
+        written: Awaitable[Any] | None = None
         if self.ledger and (call.held or self.worth_a_row(entry)):
             written = self.ledger.record(entry) if self.ledger.path else None
             row = msgspec.json.encode(entry) if self.replicas else b""

@@ -7128,6 +7128,26 @@ def test_rows_of_a_failed_commit_are_kept_though_another_commit_succeeds(tmp_pat
     run_async(play())
 
 
+def test_nobody_waits_for_a_ledger_that_cannot_be_written(tmp_path: Path) -> None:
+    """As while another program has it locked: each try takes SQLite 5 s."""
+    path = tmp_path / "ledger"
+
+    async def play() -> None:
+        ledger = proxy.Ledger(proxy.LedgerTable(path=str(path)), time.time, True)
+        ledger.database.execute("PRAGMA query_only = 1")
+        await ledger.record(proxy.Entry(time.time(), "1"))
+        assert not await ledger.delivered(["1"])
+        async with ledger.turn:  # as while one tries
+            await asyncio.wait_for(ledger.record(proxy.Entry(time.time(), "2")), 10)
+        ledger.database.execute("PRAGMA query_only = 0")
+        await ledger.write()
+        assert await ledger.delivered(["1"])
+        assert proxy.read_ledger(path, 0, "day")[0].requests == 2
+        ledger.close()
+
+    run_async(play())
+
+
 def test_it_is_ready_again_when_its_disk_is_though_nobody_asks(tmp_path: Path) -> None:
     path, environ = tmp_path / "ledger", {"ANTHROPIC_API_KEY": "k"}
     config = proxy.load_config(None, environ, **{"ledger.path": str(path)})
@@ -7691,6 +7711,55 @@ def test_what_comes_after_the_end_of_a_request_takes_nothing(redis_url: str) -> 
             await hold(store, "1", [cap()], Decimal("0.2"), Decimal("0.2"))
             assert (await store.admit(replace_again(asked))).refused == "busy"
             assert await store.spent([cap()]) == [Decimal("0.1")]
+
+    run_async(play())
+
+
+def test_an_end_whose_reply_was_lost_costs_and_tells_once(redis_url: str) -> None:
+    async def play() -> None:
+        sent: list[tuple[bytes, bytes]] = []
+
+        async def lose(message: bytes, row: bytes) -> None:
+            sent.append((message, row))
+
+        async with redis_store(redis_url) as store:
+            asked = wish("1", caps=[cap()], least=0.9, most=0.9)
+            await store.admit(asked)
+            store.deliver = lose
+            await store.settle(end_of(asked, 0.9))
+            replies = [json.loads(await store.link.run("settle", *sent[0])) for _ in range(3)]
+            assert [[percent for _, percent in told] for told in replies] == [[80], [80], []]
+            assert await store.spent([cap()]) == [Decimal("0.9")]
+
+    run_async(play())
+
+
+@pytest.mark.parametrize("asked", [True, False], ids=["of Redis", "without it"])
+def test_an_end_that_comes_hours_late_costs_once(redis_url: str, asked: bool) -> None:
+    """Redis knows each end for an hour. What it has admitted is open until its end has come."""
+
+    async def play() -> None:
+        async with redis_store(redis_url) as store:
+            old = {"id": "1", "client": "c", "tpm": 1, "unused": 0, "usd": 10**8, "day": TODAY,
+                   "caps": proxy.to_redis([cap()]), "time": time.time() - 3 * 3600}  # fmt: skip
+            message = msgspec.json.encode(old | {"asked": asked})
+            await store.deliver(message, b"")
+            assert await store.spent([cap()]) == [Decimal(0 if asked else "0.1")]
+            waits = wish("1", caps=[cap()], least=0.1, most=0.1)
+            if asked:
+                await store.admit(waits)
+                await store.deliver(message, b"")
+                assert await store.spent([cap()]) == [Decimal("0.1")]
+
+    run_async(play())
+
+
+def test_a_place_whose_reply_was_lost_is_given_again(redis_url: str) -> None:
+    async def play() -> None:
+        async with redis_store(redis_url) as store:
+            assert await store.enter("1", "p", 1, True)
+            assert await store.enter("1", "p", 1, True)
+            assert not await store.enter("2", "p", 1, True)
 
     run_async(play())
 
@@ -9986,6 +10055,48 @@ def test_the_webhooks_url_is_in_no_log(serve: Serve, hook: Upstream, upstream: U
     server.post("/api/local", even(200), headers=as_client("a"))
     wait_for(lambda: "not delivered (status 500)" in str(server.lines))
     assert "SECRET" not in str(server.lines).replace(HOOK_SECRET, "")
+
+
+@pytest.mark.parametrize("end", ["silent", "endless"])
+def test_a_webhook_whose_answer_has_no_end_has_heard(
+    serve: Serve, hook: Upstream, upstream: Upstream, end: str
+) -> None:
+    endless: list[Any] = [b"x" * 65536] * 2000
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n"
+    hook.play([head, HANG] if end == "silent" else [head, *endless, HANG])
+    config = f"[budget]\nwebhook = '{hook.url}/'\n" + FLAT.format(url=upstream.url)
+    environ = {"BUDGET_WEBHOOK_SECRET": HOOK_SECRET}
+    server = serve(config + keyed("a", budget="per_day = 1"), environ=environ)
+    upstream.play(spend(850))
+    assert server.post("/api/local", even(850), headers=as_client("a")).status_code == 200
+    refused = server.post("/api/local", even(850), headers=as_client("a"))
+    check_error(refused, 402, "budget_exceeded")
+    wait_for(lambda: len(hook.requests) == 2)
+    assert told_of(hook) == [("client key:a", 80), ("client key:a", 100)]
+    assert "not delivered" not in str(server.lines)
+
+
+def test_a_crowd_of_clients_does_not_hide_that_all_is_spent(hook: Upstream) -> None:
+    async def play() -> None:
+        webhook = proxy.Webhook(hook.url, HOOK_SECRET)
+        for number in range(101):
+            webhook.tell(cap(f"client {number}"), 80)
+        webhook.tell(cap("all"), 100)
+        async with httpx.AsyncClient(trust_env=False) as http:
+            telling = asyncio.create_task(webhook.run(http))
+            await asyncio.to_thread(wait_for, lambda: len(hook.requests) == 101)
+            telling.cancel()
+
+    hook.play(reply(204))
+    handler = logging.StreamHandler(log := io.StringIO())
+    LOGGED.addHandler(handler)
+    try:
+        run_async(play())
+    finally:
+        LOGGED.removeHandler(handler)
+    told = told_of(hook)
+    assert (told[0], told[1], told[-1]) == (("all", 100), ("client 0", 80), ("client 99", 80))
+    assert log.getvalue().count("not delivered (too many wait)") == 1
 
 
 def test_the_webhook_hears_of_80_and_of_100_percent_once(
@@ -12566,6 +12677,7 @@ def raised(caller: str, url: str, **more: Any) -> Any:
     return caught.value
 
 
+TOLD_WHEN = [reply(status, vendor_error(), SOON) for status in (429, 500, 529)]
 VENDOR_ERRORS = [
     pytest.param(reply(400, vendor_error()), "BadRequestError", 400, False, id="400"),
     pytest.param(reply(404, vendor_error()), "NotFoundError", 404, False, id="404"),
@@ -12606,7 +12718,7 @@ def test_a_vendors_error_is_the_sdks_exception(
     assert (type(error).__name__, error.status_code) == (kind, status)
     assert error.response.headers.get("x-should-retry", "true") == str(again).lower()
     after = error.response.headers.get("retry-after")
-    assert after == ("1" if status in (429, 529) and again else None)
+    assert after == ("1" if script in TOLD_WHEN else None)
     assert native_error(error.response)["message"] in str(error)
 
 
@@ -15119,7 +15231,7 @@ def test_nobody_waits_in_line_where_the_server_stops(
 QUICK = "[models.quick]\ntarget = 'anthropic/claude-haiku-4-5'\nfallback = ['openai/gpt-5-mini']\n"
 
 
-def test_a_retry_keeps_the_place_and_a_fallback_gives_it_back(
+def test_a_retry_that_waits_and_a_fallback_give_the_place_back(
     serve: Serve, upstream: Upstream, kept_in: str
 ) -> None:
     config = one_place() + "[providers.openai]\nmax_concurrent = 1\n" + QUICK + kept_in
@@ -15131,7 +15243,7 @@ def test_a_retry_keeps_the_place_and_a_fallback_gives_it_back(
         assert failed.wait(20)
         second = pool.submit(server.post, json=ask("second"))
         assert {first.result().status_code, second.result().status_code} == {200}
-    assert [prompt_of(r) for r in upstream.requests] == ["first", "first", "second"]
+    assert [prompt_of(r) for r in upstream.requests] == ["first", "second", "first"]
     upstream.clear()
     desk = Desk(upstream)
     upstream.play(reply(529, vendor_error(), ONCE), desk.script)
