@@ -7181,7 +7181,9 @@ def test_rows_that_a_busy_disk_does_not_take_are_written_with_the_next(tmp_path:
             assert not rows.healthy
         odd = proxy.Entry(1796083200.0, "2", input_tokens=2**70)
         await rows.record(odd)  # no row that SQLite can hold: it must not keep the others away
+        await rows.group
         await rows.record(proxy.Entry(1796083200.0, "3"))
+        await rows.group
         assert rows.healthy
         rows.close()
 
