@@ -946,6 +946,7 @@ class Request(Sampling, kw_only=True, omit_defaults=True):
     hosted: list[tuple[str, int]] = []
     stream: bool = True
     output_format: dict[str, Any] | None = None  # as Chat has it
+    openai: dict[str, Any] = {}  # OPENAI_FIELDS
     effort: str = ""
     parallel: bool | None = None
     messages: list[Message] = []
@@ -1079,10 +1080,11 @@ class AnyBody(Body):
     response_format: dict[str, Any] | None = None
 
 
-# Fields of a body that names a template, and fields that only Chat has, with the value that asks
-# for nothing.
+# Fields of a body that names a template, fields that only Chat has, with the value that asks for
+# nothing, and fields that both of OpenAI's dialects have, and no other.
 TEMPLATE_FIELDS = {"template", "variables", "stream"}
 CHAT_ONLY = {"n": 1, "functions": [], "function_call": "none", "logprobs": False, "audio": None}
+OPENAI_FIELDS = ("prompt_cache_key", "safety_identifier", "user", "metadata", "verbosity")
 
 
 def parse_body(
@@ -1094,7 +1096,8 @@ def parse_body(
     for name, idle in CHAT_ONLY.items():
         if chat and raw.get(name, idle) not in (idle, None):
             raise BadRequest(f"{name}: cannot be asked of this model")
-    known = {*AnyBody.__struct_fields__, *CHAT_ONLY} if chat else {*Body.__struct_fields__}
+    more = {*AnyBody.__struct_fields__, *CHAT_ONLY, *OPENAI_FIELDS}
+    known = more if chat else {*Body.__struct_fields__}
     known -= {"template", "variables"}
     if by_template := not chat and raw.get("template") is not None:
         known = TEMPLATE_FIELDS
@@ -1110,6 +1113,7 @@ def parse_body(
         texts = request.prompt()
     check_texts(texts, limits)
     request.system = lock_prompt(limits.system_prompt, request.system)
+    request.openai = {name: raw[name] for name in OPENAI_FIELDS if chat and raw.get(name)}
     return request
 
 
@@ -3722,6 +3726,7 @@ class Messages(Adapter):
 
     def rejects(self, request: Request) -> Iterator[str]:
         self.dropped += ["strict"] if any(tool.strict for tool in request.tools) else []
+        self.dropped += request.openai
         forced = request.tool_choice not in (None, "auto", "none")
         if unforced := forced and "unforced" in self.can:
             yield "tool_choice"
@@ -3898,10 +3903,13 @@ class Responses(OpenAI):
         if system and form and "json_schema" not in form:
             # the word JSON must be in the input, and not only in the instructions
             system, messages = "", [Message("system", [Text(system)]), *messages]
-        return {
+        shape = form and {"type": form["type"]} | form.get("json_schema", {})
+        verbosity = request.openai.get("verbosity")
+        return request.openai | {
             "max_output_tokens": tokens,
             "store": False,
-            "text": filled(format=form and {"type": form["type"]} | form.get("json_schema", {})),
+            "verbosity": None,
+            "text": filled(format=shape, verbosity=verbosity),
             "parallel_tool_calls": request.parallel if request.tools else None,
             "instructions": system,
             "input": [item for message in messages for item in self.items(message)],
@@ -3999,7 +4007,7 @@ class Chat(OpenAI):
         if isinstance(choice, dict):
             choice = {"type": "function", "function": {"name": choice["name"]}}
         messages = [Message("system", [Text(request.system)]), *request.messages]
-        return {
+        return request.openai | {
             self.limit: request.max_tokens,
             "response_format": request.output_format,
             "parallel_tool_calls": request.parallel if request.tools else None,

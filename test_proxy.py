@@ -13096,6 +13096,7 @@ TRANSLATIONS = [
                  id="schema"),
     pytest.param({"response_format": {"type": "text"}}, {"output_config": None}, {"text": None},
                  id="text"),
+    pytest.param({"user": None, "metadata": {}}, {"user": None}, {"metadata": None}, id="nothing"),
     pytest.param({"reasoning_effort": "low"},
                  {"thinking": {"type": "adaptive", "display": "summarized"},
                   "output_config": {"effort": "low"}},
@@ -13115,6 +13116,22 @@ def test_what_chat_asks_for_is_asked_of_the_other_dialect(
         assert (got.status_code, got.headers.get("x-dropped-params")) == (200, None)
         sent_up = upstream.requests[0].json
         assert {name: sent_up.get(name) for name in expected} == expected
+
+
+def test_fields_that_both_of_openais_dialects_have_are_translated(
+    vendors: Server, upstream: Upstream
+) -> None:
+    same = {"user": "u", "metadata": {"a": "b"}, "safety_identifier": "s", "prompt_cache_key": "k"}
+    for model, dropped in (("gpt-6-astra", None), ("claude-opus-4-6", {*same, "verbosity"})):
+        upstream.play(answer)
+        body = native("chat", model=model, tools=[CHAT_TOOL], verbosity="low", **same)
+        got = vendors.post("/v1/chat/completions", body)
+        named = got.headers.get("x-dropped-params")
+        assert (got.status_code, named and {*named.split(", ")}) == (200, dropped)
+    astra, claude = (request.json for request in upstream.requests)
+    assert {name: astra.get(name) for name in same} == same
+    assert (astra["text"], astra.get("verbosity")) == ({"verbosity": "low"}, None)
+    assert not claude.keys() & {*same, "verbosity", "text"}
 
 
 def deep_schema(levels: int) -> dict[str, Any]:
@@ -13209,7 +13226,6 @@ def test_what_no_other_dialect_can_say_is_a_400_that_names_it(
 LOST = [
     pytest.param({"presence_penalty": 1}, "presence_penalty", id="penalty"),
     pytest.param({"logit_bias": {"1": 2}}, "logit_bias", id="bias"),
-    pytest.param({"user": "u", "metadata": {}}, "metadata, user", id="user"),
     pytest.param({"store": True}, "store", id="store"),
     pytest.param({"service_tier": "flex"}, "service_tier", id="tier"),
     pytest.param({"seed": 1}, "seed", id="seed"),
