@@ -1175,9 +1175,10 @@ def convert_body(body: Any, kind: Any) -> Any:
         raise BadRequest(f"{where or 'body (JSON)'}: {message}") from None
 
 
-# Arguments and schemas of tools: no part of the conversation.
+# Arguments and schemas of tools, and what a computer's user was asked: no part of the conversation.
 OPAQUE = {
     "input", "arguments", "parameters", "input_schema", "schema", "parsed", "parsed_arguments",
+    "pending_safety_checks", "acknowledged_safety_checks",
 }  # fmt: skip
 
 
@@ -1336,8 +1337,10 @@ def read_request(given: AnyBody, limits: Limits, default_model: str, dropped: li
 
 def read_format(given: Any) -> dict[str, Any] | None:
     match given:
-        case {"type": "json_schema", "json_schema": {"schema": dict()}} | {"type": "json_object"}:
+        case {"type": "json_schema", "json_schema": {"schema": dict()}}:
             return dict(given)
+        case {"type": "json_object"}:
+            return {"type": "json_object"}
         case None | {"type": "text"}:
             return None
     raise BadRequest("response_format: must be text, json_object or a json_schema")
@@ -1741,7 +1744,7 @@ def is_kept(block: dict[str, Any]) -> bool:
         case {"image_url": _} | {"input_audio": _} | {"video_url": _} if "type" not in block:
             return True  # some vendors infer the missing type
         case {"id": _}:  # without type and role, Responses looks the id up
-            return not any(block.get(key) for key in ("type", "role", "function", "code"))
+            return not any(block.get(key) for key in ("type", "role", "function"))
     return False
 
 
@@ -2211,7 +2214,8 @@ class Ledger:
 
     async def delivered(self, ids: Iterable[str]) -> bool:
         """Take them out. Whether that was possible."""
-        return not await self.run(("DELETE FROM put_off WHERE id = ?", [(id,) for id in ids]))
+        await self.run(("DELETE FROM put_off WHERE id = ?", [(id,) for id in ids]))
+        return self.healthy
 
     async def run(self, *statements: tuple[str, list[tuple[Any, ...]]]) -> bool:
         with contextlib.suppress(RuntimeError):  # after close(), which writes what is left
@@ -2631,7 +2635,7 @@ end
 function run.enter(id, provider, places, waiting)
   local wanted, places_of = 'wanted:' .. provider, 'places:' .. provider
   if ended(id) then return 0 end
-  if call('SISMEMBER', places_of, id) == 1 then return 1 end -- the reply did not arrive
+  if waiting == '1' and call('SISMEMBER', places_of, id) == 1 then return 1 end -- reply lost
   if call('SCARD', places_of) < tonumber(places) and
      (waiting == '1' or call('EXISTS', wanted) == 0) then
     free(id) -- its leave of another may come later
@@ -2965,7 +2969,7 @@ class RedisStore:
         while True:
             await asyncio.sleep(min(1, self.table.lease / 4) if self.link.up else 0.25)
             await self.beat(self.table.lease)
-            with contextlib.suppress(StoreAway, sqlite3.Error):  # heartbeats matter more
+            with contextlib.suppress(Exception):  # heartbeats matter more
                 while self.link.up and (due := await self.ledger.due()):
                     await asyncio.gather(*(self.deliver(message, row) for _, message, row in due))
                     if not await self.ledger.delivered(id for id, _, _ in due):
@@ -3059,8 +3063,8 @@ class RedisStore:
         self.local.taken.pop(end.id, None)
         message = msgspec.json.encode({
             "id": end.id, "client": sha256(end.client)[:32], "tpm": end.limits.tokens_per_minute,
-            "unused": 0 if alone else end.unused, "usd": billionths(end.usd),
-            "caps": to_redis(end.caps), "day": self.today(), "asked": asked,
+            "unused": end.unused, "usd": billionths(end.usd),
+            "caps": to_redis(end.caps), "day": self.today(), "asked": asked and not alone,
             "time": self.ledger.clock() + self.offset,
         })  # fmt: skip
         await asyncio.sleep(0)  # so that the answer just put is sent first: others look for it
@@ -3451,37 +3455,46 @@ def spans(content: Any, kind: type[Text | Thinking]) -> Iterator[Event]:
 
 
 # What Anthropic's grammar knows of JSON Schema: what holds schemas by name, or one or more of them,
-# other words, and formats.
+# other words, and some values of words that it knows no others of. The rest are bounds.
 SCHEMA_MAPS = ("properties", "$defs", "definitions")
 SCHEMA_PARTS = (*SCHEMA_MAPS, "items", "anyOf", "allOf")
 SCHEMA_WORDS = {
     *SCHEMA_PARTS, "$ref", "type", "enum", "const", "default", "required", "additionalProperties",
     "title", "description",
 }  # fmt: skip
-SCHEMA_FORMATS = {
-    "date-time", "time", "date", "duration", "email", "hostname", "uri", "ipv4", "ipv6", "uuid",
+SCHEMA_VALUES = {"minItems": "0 1", "format": "date-time time date duration email hostname uri "
+                 "ipv4 ipv6 uuid"}  # fmt: skip
+SCHEMA_BOUNDS = {
+    "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength",
+    "maxLength", "pattern", "format", "minItems", "maxItems", "uniqueItems",
 }  # fmt: skip
 
 
 def closed(schema: dict[str, Any], dropped: list[str]) -> dict[str, Any]:
-    """A copy in which no object has more than its properties, as Anthropic wants it. What its
-    grammar does not know, as bounds, becomes a part of the description, as in its own SDK."""
+    """A copy in which no object has more than its properties, as Anthropic wants it. Bounds, which
+    its grammar does not know, become a part of the description, as in its own SDK; no shorter word
+    does, or the body would be more tokens than was held for."""
     schema = decode_json(msgspec.json.encode(schema))
     schema.pop("$schema", None)
     todo: list[Any] = [schema]
     for node in todo:  # which grows: a recursion could be too deep
         if not isinstance(node, dict):
             continue
-        if "oneOf" in node:
+        if "oneOf" in node and "anyOf" not in node:
             node["anyOf"] = node.pop("oneOf")
         if "properties" in node or "object" in str(node.get("type")):
             node["additionalProperties"] = False
-        kept = SCHEMA_WORDS | ({"format"} if str(node.get("format")) in SCHEMA_FORMATS else set())
-        kept |= {"minItems"} if node.get("minItems") in (0, 1) else set()
-        if lost := {name: node.pop(name) for name in [*node] if name not in kept}:
-            drop([*lost], dropped)
-            said = str(node.get("description") or "")
-            node["description"] = f"{said} {msgspec.json.encode(lost).decode()}".strip()
+        said = {}
+        for name in sorted(node.keys() - SCHEMA_WORDS):
+            if name not in SCHEMA_BOUNDS:
+                drop(["response_format"], dropped)
+                del node[name]
+            elif str(node[name]) not in SCHEMA_VALUES.get(name, "").split():
+                drop([name], dropped)
+                said[name] = node.pop(name)
+        if said:
+            text = str(node.get("description") or "")
+            node["description"] = f"{text} {msgspec.json.encode(said).decode()}".strip()
         for name in SCHEMA_PARTS:
             inner = node.get(name)
             if isinstance(inner, dict):
@@ -5455,16 +5468,13 @@ class Proxy:
             raise resting
         if provider == call.place:
             return
-        await self.leave_place(call)  # at what failed
+        if call.place:  # what failed needs its place no longer
+            await self.store.leave(call.entry.id, call.place)
+            call.place = ""
         if line := self.lines.get(provider):
             seconds = min(self.config.providers[provider].queue_timeout, limit - time.monotonic())
             await line.enter(call.entry.id, call.client.id, seconds)
             call.place = provider
-
-    async def leave_place(self, call: Call) -> None:
-        if call.place:
-            await self.store.leave(call.entry.id, call.place)
-            call.place = ""
 
     async def try_target(
         self, call: Call, target: Target, error: ProxyError | None, limit: float, rest_end: float
@@ -5478,14 +5488,7 @@ class Proxy:
         while True:
             if resting := self.keys.refuse(provider, rest_end):
                 raise failure or resting
-            pause = max(wait, self.keys.resting(provider))
-            if pause >= 0.1:  # others may use its place meanwhile
-                await self.leave_place(call)
-            await asyncio.sleep(pause)
-            try:
-                await self.take_place(call, provider, limit, rest_end)
-            except ProxyError as full:
-                raise failure or full from None
+            await asyncio.sleep(max(wait, self.keys.resting(provider)))
             attempt = Attempt(self.transport, self.config, target, self.keys.choose(provider), call)
             if error := failure or error:
                 await self.hold_again(call, provider, model, error)

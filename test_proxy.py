@@ -3462,7 +3462,7 @@ TURNS_OF_TOOLS = [
     pytest.param([{"type": "computer_call", "id": "c", "call_id": "c", "status": "completed",
                    "actions": [{"type": "click", "button": "left", "x": 1, "y": 2},
                                {"type": "type", "text": "x"}, {"type": "screenshot"}],
-                   "pending_safety_checks": [{"id": "p", "code": "x", "message": "y"}]},
+                   "pending_safety_checks": [{"id": "p", "code": None, "message": "y"}]},
                   {"type": "computer_call_output", "call_id": "c", "output": SCREEN,
                    "acknowledged_safety_checks": [{"id": "p", "code": "x", "message": "y"}]}],
                  id="computer"),
@@ -4191,6 +4191,7 @@ STORED_OR_DEARER = [
         id="call in a container"),
     pytest.param("responses", {"input": [{"type": "computer_call_output", "call_id": "c", "output":
         {"type": "computer_screenshot", "file_id": "f"}}]}, "files", id="stored screenshot"),
+    pytest.param("responses", {"input": [{"id": "msg_1", "code": "x"}]}, "files", id="by its id"),
     pytest.param("responses", {"previous_response_id": "r"}, "previous_response_id", id="previous"),
     pytest.param("responses", {"conversation": "c"}, "conversation", id="conversation"),
     pytest.param("responses", {"background": True}, "background", id="background"),
@@ -7732,6 +7733,25 @@ def test_an_end_whose_reply_was_lost_costs_and_tells_once(redis_url: str) -> Non
             replies = [json.loads(await store.link.run("settle", *sent[0])) for _ in range(3)]
             assert [[percent for _, percent in told] for told in replies] == [[80], [80], []]
             assert await store.spent([cap()]) == [Decimal("0.9")]
+            store.asked, store.alone = {"2"}, {"2"}  # it was asked, and may have heard nothing
+            await store.settle(end_of(wish("2"), 0.1))
+            assert [json.loads(message)["asked"] for message, _ in sent] == [True, False]
+
+    run_async(play())
+
+
+def test_an_end_that_cannot_be_delivered_ends_no_heartbeats(redis_url: str) -> None:
+    async def play() -> None:
+        tries: list[bytes] = []
+
+        async def fail(message: bytes, row: bytes) -> None:
+            tries.append(message)
+            raise TypeError("odd")
+
+        async with redis_store(redis_url) as store:
+            await store.ledger.put_off("1", b"odd", b"")
+            store.deliver = fail
+            await eventually(lambda: asyncio.sleep(0, len(tries) > 1))
 
     run_async(play())
 
@@ -7762,6 +7782,7 @@ def test_a_place_whose_reply_was_lost_is_given_again(redis_url: str) -> None:
             assert await store.enter("1", "p", 1, True)
             assert await store.enter("1", "p", 1, True)
             assert not await store.enter("2", "p", 1, True)
+            assert not await store.enter("1", "p", 1, False)  # it asks anew: a leave is on its way
 
     run_async(play())
 
@@ -13165,6 +13186,10 @@ SCHEMAS = [
     pytest.param({"$ref": "#/$defs/b", "$defs": {"b": ONE_TEXT}}, None,
                  {"$ref": "#/$defs/b", "$defs": {"b": ONE_TEXT | CLOSED}}, id="a reference"),
     pytest.param(deep_schema(300), None, deep_schema(300), id="a deep one"),
+    pytest.param({"oneOf": [ONE_TEXT], "anyOf": [ONE_TEXT]}, "response_format",
+                 {"anyOf": [ONE_TEXT | CLOSED]}, id="two alternatives"),
+    # a description of it would be longer than it is
+    pytest.param({"type": "string", "x": 0}, "response_format", {"type": "string"}, id="unknown"),
     # what is no schema is the vendor's to refuse
     pytest.param({"properties": 3, "anyOf": "x", "items": [1], "type": None}, None,
                  {"properties": 3, "anyOf": "x", "items": [1], "type": None} | CLOSED,
@@ -13264,7 +13289,7 @@ def test_claude_is_told_in_words_to_answer_in_json(vendors: Server, upstream: Up
     """JSON without a schema is the default of some frameworks; Anthropic has no such mode."""
     upstream.play(official)
     turns = [system("Give a city."), *HI]
-    fields = {"messages": turns, "response_format": {"type": "json_object"}}
+    fields = {"messages": turns, "response_format": {"type": "json_object", "json_schema": "x"}}
     got = vendors.post("/v1/chat/completions", native("chat", model="claude-opus-4-6", **fields))
     assert (got.status_code, got.headers["x-dropped-params"]) == (200, "response_format")
     sent_up = upstream.requests[0].json
@@ -15249,7 +15274,7 @@ def test_nobody_waits_in_line_where_the_server_stops(
 QUICK = "[models.quick]\ntarget = 'anthropic/claude-haiku-4-5'\nfallback = ['openai/gpt-5-mini']\n"
 
 
-def test_a_retry_that_waits_and_a_fallback_give_the_place_back(
+def test_a_retry_keeps_the_place_and_a_fallback_gives_it_back(
     serve: Serve, upstream: Upstream, kept_in: str
 ) -> None:
     config = one_place() + "[providers.openai]\nmax_concurrent = 1\n" + QUICK + kept_in
@@ -15261,7 +15286,7 @@ def test_a_retry_that_waits_and_a_fallback_give_the_place_back(
         assert failed.wait(20)
         second = pool.submit(server.post, json=ask("second"))
         assert {first.result().status_code, second.result().status_code} == {200}
-    assert [prompt_of(r) for r in upstream.requests] == ["first", "second", "first"]
+    assert [prompt_of(r) for r in upstream.requests] == ["first", "first", "second"]
     upstream.clear()
     desk = Desk(upstream)
     upstream.play(reply(529, vendor_error(), ONCE), desk.script)
