@@ -6,6 +6,7 @@
 #     "granian>=2.8.7,<3",
 #     "httpx>=0.28.1,<0.29",
 #     "httpx-aiohttp>=0.2,<0.3",
+#     "aiohttp>=3.14,<4",
 #     "msgspec>=0.22,<0.23",
 #     "cachetools>=8,<9",
 #     "prometheus-client>=0.26,<0.27",
@@ -18,10 +19,10 @@
                                                                     (retry, fallback) │ upstream
     caller ◄─ writer (SDK frames | JSON | native) ◄─ events ◄─ adapter.decode ◄─ SSE ◄┘ bytes
                      │ at the end, however it ends
-                     └─► settle the hold ─► ledger row ─► metrics ─► one log line
+                     └─► metrics ─► one log line ─► settle the hold ─► ledger row
 
 Run it with `uv run proxy.py --demo`; the README says the rest. Read it from top to bottom: each
-section builds on those above it.
+section builds on those above it (but a body may name a template, which is the next section).
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ LOG = logging.getLogger("proxy")
 
 # ---- Config ------------------------------------------------------------------------------------
 # config.toml and the environment become one frozen Config. Nothing here opens a file except
-# load_config; all that is read from the environment later on is keys, and what shows a platform.
+# load_config; all that is read from the environment later on is keys, what shows a platform, and
+# what the command line goes by.
 
 
 class ConfigError(Exception):
@@ -258,7 +260,8 @@ class Model(Table, frozen=True):
 
 
 class Rates(Table, frozen=True):
-    """USD per million tokens. A cache price that is not set is the price of input."""
+    """USD per million tokens. A cache price that is not set is that of input; of a 1 h write, that
+    of a 5 m write."""
 
     input: Rate = Rate(0)
     output: Rate = Rate(0)
@@ -396,7 +399,7 @@ BUILT_IN_PROVIDERS: dict[str, dict[str, Any]] = {
                "models": ["gpt-*", "o*", "chat-*", "text-embedding-*"]},
 }  # fmt: skip
 
-# Variables that a PaaS, or a proxy this one replaces, also uses; read_environment has the others.
+# Variables that are one setting each; read_environment has the others.
 ENVIRONMENT = {
     "server.port": "PORT", "server.cors_origins": "CORS_ORIGIN", "server.log_level": "LOG_LEVEL",
     "server.admin_token": "ADMIN_TOKEN", "server.paused": "PROXY_PAUSED",
@@ -2034,7 +2037,7 @@ def read_claim(claims: dict[str, Any], name: str) -> str | None:
 
 # ---- Ledger ------------------------------------------------------------------------------------
 # One row per request: what it cost and how it ended. A thread of its own, which no slow DNS lookup
-# shares, writes to SQLite in group commits; a request's last byte is sent after its row is on disk.
+# shares, writes to SQLite in group commits; a request's last byte is sent after its row is written.
 
 OUTCOMES = {
     "stop": "ok", "tool_calls": "ok", "length": "truncated", "content_filter": "refused",
@@ -2171,8 +2174,8 @@ def open_ledger(path: Path | None) -> Database:
 
 
 class Ledger:
-    """Without a path the rows live only as long as the process. Where Redis counts what is spent,
-    several processes may write to one file, and it keeps what Redis has not received."""
+    """Where Redis counts what is spent, several processes may write to one file, and it keeps what
+    Redis has not received; without a path only that, as long as the process lives."""
 
     def __init__(self, table: LedgerTable, clock: Clock, shared: bool) -> None:
         self.path = path = Path(__file__).parent / table.path if table.path else None
@@ -2185,8 +2188,8 @@ class Ledger:
         self.lock = lock_ledger(path) if path and not shared else io.BytesIO()
 
     def record(self, entry: Entry) -> Awaitable[Any]:
-        """Done when the row is on disk, or at once while none can be written. Never raises: a full
-        disk must not end an answer."""
+        """Done when the row is in the file, or at once while none can be written. Never raises: a
+        full disk must not end an answer."""
         if not self.rows:
             self.group = asyncio.create_task(self.write())
         self.rows.append(astuple(entry))
@@ -2387,7 +2390,8 @@ class Store(Protocol):
 
 
 class Bucket(Struct):
-    """Holds up to `burst` and refills at `rate` a minute. Only a correction draws it below 0."""
+    """Holds up to `burst` and refills at `rate` a minute. Only a correction, or more
+    than a share's burst, draws it below 0."""
 
     rate: float
     burst: float
@@ -3336,7 +3340,7 @@ def event_data(event: bytes) -> bytes:
 # ---- Adapters ----------------------------------------------------------------------------------
 # One class a wire dialect, one object an upstream call: encode() writes the request, feed() reads
 # the answer. No I/O. A vendor that speaks a known dialect is a config block; a new dialect is one
-# class here and one line in ADAPTERS.
+# class here, and its name in ADAPTERS, SPEAKS and the pattern of Provider.adapter.
 
 # What models accept, so that a parameter is dropped and reported instead of a 400. The first line
 # with a matching pattern counts. Anthropic: `one` of temperature and top_p, or neither
@@ -4567,7 +4571,7 @@ class Catalog:
 
 
 # ---- Metrics and logs --------------------------------------------------------------------------
-# Prometheus metrics in a registry of the app's own, and one log line per request and per retry.
+# Prometheus metrics in a registry of the app's own, and one log line per request to a model.
 # Neither ever holds a prompt, an answer or a secret.
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
