@@ -2521,9 +2521,9 @@ def test_stream_is_the_default(plain_server: Server, upstream: Upstream) -> None
     body.pop("stream", None)
     bodies = [body | more for more in ({}, {"stream": None}, {"stream": True}, {"stream": False})]
     headers = [plain_server.post(json=body).headers for body in bodies]
-    for given in headers:  # what nginx and caches on the way go by
-        assert (given["x-accel-buffering"], given["cache-control"]) == ("no", "no-store")
-    kinds = [given["content-type"] for given in headers]
+    for names in headers:  # what nginx and caches on the way go by
+        assert (names["x-accel-buffering"], names["cache-control"]) == ("no", "no-store")
+    kinds = [names["content-type"] for names in headers]
     assert [kind.partition(";")[0] for kind in kinds] == [
         *["text/event-stream"] * 3,
         "application/json",
