@@ -6599,6 +6599,7 @@ def serve(config: Config, public: bool) -> None:
             granian.serve(target_loader=load, wrap_loader=False)
         except SystemExit:  # also where a worker gets the signal before its server
             if not granian.interrupt_signal:
+                LOG.error("a worker has died again at once: the server ends")
                 raise
 
 

@@ -14550,6 +14550,16 @@ def test_a_worker_that_dies_is_replaced(serve: Serve) -> None:
     assert server.log("a worker has died, and another one takes its place")
 
 
+def test_a_worker_that_dies_again_at_once_ends_the_server(serve: Serve) -> None:
+    server = serve()
+    [first] = workers_of(server)
+    os.kill(first, signal.SIGKILL)
+    [second] = wait_for(lambda: {*workers_of(server)} - {first})
+    os.kill(second, signal.SIGKILL)
+    assert server.process.wait(20) == 1
+    wait_for(lambda: server.log("a worker has died again at once: the server ends"))
+
+
 def workers_of(server: Server) -> list[int]:
     children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
     if not children.exists():
