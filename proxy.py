@@ -2231,6 +2231,8 @@ class Ledger:
             with self.database:  # commits, or rolls back when it fails
                 for statement, rows in statements:
                     self.database.executemany(statement, rows)
+            if self.path and not self.path.exists():
+                raise FileNotFoundError("its file was removed; a restart forgets what was spent")
             self.healthy = True
             return False
         except Exception as error:  # the disk, or a row that SQLite cannot hold

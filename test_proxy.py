@@ -7148,6 +7148,15 @@ def test_nobody_waits_for_a_ledger_that_cannot_be_written(tmp_path: Path) -> Non
     run_async(play())
 
 
+def test_a_ledger_whose_file_was_removed_is_noticed(serve: Serve, upstream: Upstream) -> None:
+    server = serve()
+    assert server.post().status_code == 200
+    (server.directory / "proxy.sqlite3").unlink()
+    assert server.post().status_code == 200
+    wait_for(lambda: server.get("/ready").status_code == 503)
+    assert "its file was removed" in str(server.lines)
+
+
 def test_it_is_ready_again_when_its_disk_is_though_nobody_asks(tmp_path: Path) -> None:
     path, environ = tmp_path / "ledger", {"ANTHROPIC_API_KEY": "k"}
     config = proxy.load_config(None, environ, **{"ledger.path": str(path)})
