@@ -1599,7 +1599,7 @@ def test_an_origin_is_written_as_browsers_send_it(origin: str, good: bool) -> No
 def test_the_most_exact_offer_of_a_model_counts() -> None:
     """Groq's openai/gpt-oss-* is none of OpenAI's gpt-*."""
     table = {"adapter": "chat", "base_url": "http://127.0.0.1:1/v1"}
-    groq = table | {"models": ["openai/gpt-oss-*", "llama-*"]}
+    groq = table | {"models": ["openai/gpt-oss-*", "openai/*", "llama-*"]}
     environ = {"ANTHROPIC_API_KEY": "k", "OPENAI_API_KEY": "k"}
     more = {"providers.groq": groq, "providers.any": table, "providers.own": table}
     app = proxy.create_app(proxy.load_config(None, environ, **more), environ, public=False)
@@ -13435,6 +13435,8 @@ TIERED = FULL | {"above": {"tokens": 200_000, "input": 6, "output": 22.5, "cache
         # cached tokens count towards the tier: 1 x 6 + 200,000 x 0.6
         pytest.param(TIERED, {"input_tokens": 200_001, "cache_read_tokens": 200_000}, "0.120006",
                      id="above the tier by cached tokens"),
+        pytest.param(FULL, {"input_tokens": 10, "cache_read_tokens": 20}, "0.000006",
+                     id="more cached than there was"),
         pytest.param(TIERED, {"output_tokens": 300_000}, "4.5", id="output does not count"),
         pytest.param({"free": True}, {"input_tokens": 10**9, "output_tokens": 9}, "0", id="free"),
         pytest.param({"input": 0.1, "output": 0.2}, {"input_tokens": 3, "output_tokens": 3},
@@ -13457,6 +13459,19 @@ def test_a_price_may_be_of_one_provider_alone() -> None:
     table = proxy.Prices(proxy.load_config(None, {}, prices=prices).prices)
     assert table.of("ollama", "llama-4") == proxy.Price(free=True)
     assert table.of("groq", "llama-4") == proxy.Price(Decimal(1), Decimal(1))
+
+
+def test_a_price_of_a_name_with_a_slash_is_its_resellers_too() -> None:
+    paid = proxy.Price(Decimal(1), Decimal(1))
+    prices = proxy.Prices({"openai/gpt-x": paid}, ["openai", "openrouter"])
+    assert prices.of("openrouter", "openai/gpt-x") == prices.of("openai", "gpt-x") == paid
+
+
+def test_a_pattern_that_covers_both_prices_a_tool_or_a_model() -> None:
+    model, tool = proxy.Price(Decimal(1), Decimal(1)), proxy.Price(per_use=Decimal(1))
+    for exact, other in ((model, tool), (tool, model)):
+        prices = proxy.Prices({"local/*": exact, "*": other})
+        assert (prices.of("local", "x"), prices.of("local", "x", tool=True)) == (model, tool)
 
 
 def test_a_free_pattern_that_covers_what_a_vendor_sells_is_refused() -> None:
@@ -13585,6 +13600,11 @@ def test_no_usage_costs_more_than_its_bound(data: Any, inputs: int, outputs: int
     assert 0 <= proxy.cost(usage, table) <= fixed + outputs * each
 
 
+def test_the_dearest_tier_is_held_for() -> None:
+    """However short the input is counted as: its real length is known only afterwards."""
+    assert proxy.cost_bound(price(**TIERED), 1000) == (Decimal("0.006"), Decimal("0.0000225"))
+
+
 def test_what_is_free_holds_nothing() -> None:
     assert proxy.cost_bound(price(free=True, input=1, output=1), 1000) == (0, 0)
 
@@ -13607,11 +13627,20 @@ IMAGES = [{"role": "user", "content": [SMALL_IMAGE] * 3}]
         pytest.param(ask(messages=IMAGES, model="gpt-4o-mini-2024-07-18"), 3 * 50_000,
                      id="images for a model that counts more"),
         pytest.param(ask(tools=[{"name": "f", "description": "x" * 1000}]), 2000, id="tools"),
+        pytest.param(ask(messages=history([called()], [result("")])["messages"]), 1000,
+                     id="tools that were called"),
     ],
 )  # fmt: skip
 def test_the_input_is_bounded_by_its_bytes(body: dict[str, Any], least: int) -> None:
     request = parse(body)[0]
     assert least < proxy.input_bound(request, request.model) < least + 500
+
+
+def test_an_image_at_its_original_size_is_held_for_as_that() -> None:
+    image = {"type": "input_image", "image_url": "data:image/png;base64,iVBO", "detail": "original"}
+    raw = native("responses", input=[user([image])])
+    request = proxy.parse_native(raw, "responses", proxy.Limits(), (), [])
+    assert 27_000 < proxy.input_bound(request, "gpt-5.4") < 27_500
 
 
 # ---- Metrics and logs --------------------------------------------------------------------------
