@@ -7392,6 +7392,38 @@ def test_a_store_holds_what_the_tightest_of_several_caps_has_left(open_store: Op
     run_async(play())
 
 
+def test_a_store_takes_no_tokens_for_what_a_cap_refuses(open_store: OpenStore) -> None:
+    limits = {"tokens_per_minute": 1000}
+
+    async def play() -> None:
+        async with open_store() as store:
+            poor = wish("1", caps=[cap(usd=1)], least=2, most=2, tokens=900, limits=limits)
+            for number in range(2):
+                poor.id = str(number)
+                refused = await store.admit(poor)
+                assert (refused.refused, refused.tokens) == ("", 1000)
+                assert isinstance(refused.exceeded, proxy.BudgetExceeded)
+
+    run_async(play())
+
+
+def test_a_store_tells_once_that_a_budget_is_spent(open_store: OpenStore) -> None:
+    """Too little was left for one request, and then another one spent it."""
+    told: list[int] = []
+
+    async def play() -> None:
+        async with open_store(tell=lambda _, percent: told.append(percent)) as store:
+            for number, usd in (("1", 0.85), ("2", 0.2), ("3", 0.15)):
+                asked = wish(number, caps=[cap(usd=1)], least=usd, most=usd)
+                given = await store.admit(asked)
+                assert bool(given.exceeded) == (number == "2")
+                await store.settle(end_of(asked, 0 if given.exceeded else usd))
+            assert await store.spent([cap()]) == [1]
+
+    run_async(play())
+    assert told == [80, 100]
+
+
 def test_a_store_settles_once(open_store: OpenStore) -> None:
     async def play() -> None:
         async with open_store() as store:
@@ -7859,6 +7891,15 @@ def test_a_place_counts_here_too_should_redis_go_away(redis_url: str) -> None:
             await store.leave("1", "p")
             await asyncio.sleep(0)  # Redis is told, too
             assert await store.enter("3", "p", 2, False)
+
+    run_async(play())
+
+
+def test_a_share_has_its_part_of_a_budget() -> None:
+    async def play() -> None:
+        store = proxy.MemoryStore(time.monotonic, nobody, NO_CACHE, share=4)
+        given = await store.admit(wish("1", caps=[cap(usd=1)], least=0.1, most=1))
+        assert given.held == Decimal("0.25")
 
     run_async(play())
 
@@ -8918,6 +8959,30 @@ def test_a_flood_of_small_spenders_is_forgotten_but_not_what_it_spent() -> None:
     assert len(window) <= 101
     assert window["all"].settled == Decimal("1.399")
     assert window["client 1"].settled == Decimal("0.4")  # who has spent most is remembered
+
+
+def test_a_flood_of_small_spenders_forgets_nobody_who_holds() -> None:
+    async def flood() -> None:
+        store = proxy.MemoryStore(time.monotonic, nobody, NO_CACHE)
+        store.scopes = 10
+        await hold(store, "first", [cap("client first")], Decimal("0.5"), Decimal("0.5"))
+        for number in range(20):
+            asked = wish(str(number), caps=[cap(f"client {number}")], least=0.1, most=0.1)
+            await store.admit(asked)
+            await store.settle(end_of(asked, 0.1))
+        assert await store.spent([cap("client first")]) == [Decimal("0.5")]
+
+    run_async(flood())
+
+
+def test_days_and_months_before_the_last_one_are_forgotten() -> None:
+    async def pass_by() -> list[str]:
+        store = proxy.MemoryStore(time.monotonic, nobody, NO_CACHE)
+        for window in ("2026-08", "2026-08-31", "2026-09", "2026-09-01", "2026-10", "2026-09-02"):
+            await hold(store, window, [cap(window=window)], Decimal(1), Decimal(1))
+        return sorted(store.windows)
+
+    assert run_async(pass_by()) == ["2026-09", "2026-09-01", "2026-09-02", "2026-10"]
 
 
 # Budgets over a socket. A token of output of the models named "…-flat" costs 0.001 USD and one of
