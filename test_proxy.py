@@ -7424,6 +7424,21 @@ def test_a_store_tells_once_that_a_budget_is_spent(open_store: OpenStore) -> Non
     assert told == [80, 100]
 
 
+def test_a_store_refuses_nothing_that_is_free(open_store: OpenStore) -> None:
+    """Even where more was spent than a cap has."""
+
+    async def play() -> None:
+        async with open_store() as store:
+            dear = wish("1", caps=[cap(usd=1)], least=1, most=1)
+            await store.admit(dear)
+            await store.settle(end_of(dear, 1.5))
+            assert (await store.admit(wish("2", caps=[cap(usd=1)]))).exceeded is None
+            poor = await store.admit(wish("3", caps=[cap(usd=1)], least=0.1, most=0.1))
+            assert poor.exceeded.message.startswith("budget: 0 USD are left of 1 USD")
+
+    run_async(play())
+
+
 def test_a_store_settles_once(open_store: OpenStore) -> None:
     async def play() -> None:
         async with open_store() as store:
@@ -7440,7 +7455,7 @@ def test_a_store_keeps_answers_within_bounds(open_store: OpenStore) -> None:
     """Each weighs 200 bytes more than it is long."""
 
     async def play() -> None:
-        async with open_store(cache=proxy.CacheTable(size=proxy.Size(3000))) as store:
+        async with open_store(cache=proxy.CacheTable(size=proxy.Size(3500))) as store:
 
             async def kept(key: str) -> Any:
                 return (await store.admit(wish(next(IDS), key=key))).answer
@@ -7455,7 +7470,7 @@ def test_a_store_keeps_answers_within_bounds(open_store: OpenStore) -> None:
             for number in range(4):
                 await put(f"k{number}", b"%d" % number * 800)
             assert [bool(await kept(f"k{n}")) for n in range(4)] == [False, True, True, True]
-            store.put("large", b"x" * 3001)
+            store.put("large", b"x" * 3301)
             await put("k3", b"new" * 10)  # in the place of the old one
             assert await kept("k2") == b"2" * 800
             assert await kept("large") is None
@@ -7480,6 +7495,8 @@ def test_a_store_gives_a_place_again_when_it_is_left(open_store: OpenStore) -> N
             entered = [await store.enter(f"{n}", "p", 2, False) for n in range(3)]
             assert entered == [True, True, False]
             assert await store.enter("3", "another", 2, False)
+            await store.leave("3", "p")  # where it is not
+            assert not await store.enter("4", "another", 1, False)
             assert not await store.enter("2", "p", 2, True)
             await store.leave("0", "p")
             await eventually(lambda: store.enter("2", "p", 2, True))
