@@ -7424,6 +7424,19 @@ def test_a_store_tells_once_that_a_budget_is_spent(open_store: OpenStore) -> Non
     assert told == [80, 100]
 
 
+def test_a_store_does_not_tell_of_a_cap_of_zero(open_store: OpenStore) -> None:
+    told: list[int] = []
+
+    async def play() -> None:
+        async with open_store(tell=lambda _, percent: told.append(percent)) as store:
+            poor = wish("1", caps=[cap(usd=0)], least=0.1, most=0.1)
+            assert (await store.admit(poor)).exceeded
+            await store.settle(end_of(poor))
+
+    run_async(play())
+    assert told == []
+
+
 def test_a_store_refuses_nothing_that_is_free(open_store: OpenStore) -> None:
     """Even where more was spent than a cap has."""
 
@@ -7722,6 +7735,33 @@ def test_what_holds_more_after_it_seemed_dead_gives_it_back(redis_url: str) -> N
     run_async(play())
 
 
+def test_what_seems_dead_twice_is_charged_all_that_it_held(redis_url: str) -> None:
+    async def play() -> None:
+        async with redis_store(redis_url) as store:
+            asked = wish("1", caps=[cap()], least=0.4, most=0.4)
+            await store.admit(asked)
+            await store.beat(0)
+            await hold(store, "1", [cap()], Decimal("0.2"), Decimal("0.2"))
+            await store.beat(0)
+            assert await store.spent([cap()]) == [Decimal("0.6")]
+            await store.settle(end_of(asked, 0.3))
+            assert await store.spent([cap()]) == [Decimal("0.3")]
+
+    run_async(play())
+
+
+def test_redis_remembers_no_caps_of_what_was_refused(redis_url: str) -> None:
+    async def play() -> None:
+        async with redis_store(redis_url) as store:
+            poor = wish("1", caps=[cap("client ip:1", 0)], least=0.1, most=0.1)
+            assert (await store.admit(poor)).exceeded
+            await store.settle(end_of(poor))
+            money = f"{store.link.prefix}money:*"
+            assert [key async for key in store.link.redis.scan_iter(money)] == []
+
+    run_async(play())
+
+
 def test_nobody_seems_dead_where_it_was_redis_that_was_away(
     start_redis: StartRedis,
 ) -> None:
@@ -7770,6 +7810,7 @@ def test_what_comes_after_the_end_of_a_request_takes_nothing(redis_url: str) -> 
             await store.settle(end_of(asked, 0.1))
             await hold(store, "1", [cap()], Decimal("0.2"), Decimal("0.2"))
             assert (await store.admit(replace_again(asked))).refused == "busy"
+            assert not await store.enter("1", "p", 1, True)
             assert await store.spent([cap()]) == [Decimal("0.1")]
 
     run_async(play())
