@@ -7865,11 +7865,22 @@ def test_an_end_that_comes_hours_late_costs_once(redis_url: str, asked: bool) ->
             message = msgspec.json.encode(old | {"asked": asked})
             await store.deliver(message, b"")
             assert await store.spent([cap()]) == [Decimal(0 if asked else "0.1")]
-            waits = wish("1", caps=[cap()], least=0.1, most=0.1)
+            waits = wish("1", caps=[cap()], least=0.2, most=0.2)
             if asked:
                 await store.admit(waits)
                 await store.deliver(message, b"")
                 assert await store.spent([cap()]) == [Decimal("0.1")]
+
+    run_async(play())
+
+
+def test_who_took_no_tokens_gives_none_back(redis_url: str) -> None:
+    async def play() -> None:
+        limits = {"tokens_per_minute": 1000}
+        async with redis_store(redis_url) as store:
+            await store.admit(wish("1", tokens=900, limits=limits))
+            await store.settle(end_of(wish("2", limits=limits), unused=800))
+            assert (await store.admit(wish(requests=0, limits=limits))).tokens < 800
 
     run_async(play())
 
@@ -7885,12 +7896,25 @@ def test_a_place_whose_reply_was_lost_is_given_again(redis_url: str) -> None:
     run_async(play())
 
 
+def test_who_waits_for_a_place_at_another_replica_is_first(redis_url: str) -> None:
+    async def play() -> None:
+        async with redis_store(redis_url) as store:
+            assert await store.enter("1", "p", 1, False)
+            assert not await store.enter("2", "p", 1, True)
+            assert await store.enter("1", "q", 1, False)  # its leave of the other comes later
+            assert not await store.enter("3", "p", 1, False)
+            assert await store.enter("2", "p", 1, True)
+
+    run_async(play())
+
+
 def test_a_debt_of_tokens_is_remembered_until_it_is_paid(redis_url: str) -> None:
     async def play() -> None:
         async with redis_store(redis_url) as store:
             asked = wish("1", tokens=10, limits={"tokens_per_minute": 600})
             await store.admit(asked)
             await store.settle(end_of(asked, unused=-3000))
+            await store.admit(replace_again(wish("2", limits={"tokens_per_minute": 600})))
             [key] = [k async for k in store.link.redis.scan_iter(f"{store.link.prefix}rate:*")]
             assert await store.link.redis.ttl(key) > 300
 
