@@ -7885,6 +7885,31 @@ def test_who_took_no_tokens_gives_none_back(redis_url: str) -> None:
     run_async(play())
 
 
+def test_tokens_that_come_back_to_a_full_rate_are_counted_from_there(redis_url: str) -> None:
+    async def play() -> None:
+        limits = {"tokens_per_minute": 1000}
+        async with redis_store(redis_url) as store:
+            asked = wish("1", tokens=900, limits=limits)
+            await store.admit(asked)
+            [key] = [k async for k in store.link.redis.scan_iter(f"{store.link.prefix}rate:*")]
+            await store.link.redis.delete(key)  # it expires when it is full
+            await store.settle(end_of(asked, unused=-100))
+            assert 900 <= (await store.admit(wish(requests=0, limits=limits))).tokens < 1000
+
+    run_async(play())
+
+
+def test_signs_of_life_give_no_place_to_who_was_refused(redis_url: str) -> None:
+    async def play() -> None:
+        async with redis_store(redis_url) as store:
+            poor = wish("1", caps=[cap(usd=0)], least=0.1, most=0.1)
+            assert (await store.admit(poor)).exceeded
+            await store.beat(30)
+            assert not (await store.admit(wish("2", limits={"concurrent_total": 1}))).refused
+
+    run_async(play())
+
+
 def test_a_place_whose_reply_was_lost_is_given_again(redis_url: str) -> None:
     async def play() -> None:
         async with redis_store(redis_url) as store:
