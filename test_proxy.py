@@ -7484,7 +7484,8 @@ def test_a_store_keeps_answers_within_bounds(open_store: OpenStore) -> None:
                 await put(f"k{number}", b"%d" % number * 800)
             assert [bool(await kept(f"k{n}")) for n in range(4)] == [False, True, True, True]
             store.put("large", b"x" * 3301)
-            await put("k3", b"new" * 10)  # in the place of the old one
+            for number in range(5):
+                await put("k3", b"new%d" % number * 100)  # in the place of the old one
             assert await kept("k2") == b"2" * 800
             assert await kept("large") is None
 
@@ -7910,6 +7911,27 @@ def test_signs_of_life_give_no_place_to_who_was_refused(redis_url: str) -> None:
     run_async(play())
 
 
+def test_an_answer_in_redis_is_kept_no_longer_than_its_own_time(redis_url: str) -> None:
+    async def play() -> None:
+        async with redis_store(redis_url) as store:
+            await store.link.run("put", "k", b"answer")
+            assert (await store.admit(wish("1", key="k"))).answer == b"answer"
+            await store.link.redis.zadd(f"{store.link.prefix}answers:time", {"k": 1})
+            assert (await store.admit(wish("2", key="k"))).answer is None
+
+    run_async(play())
+
+
+def test_a_short_rest_ends_no_longer_one(redis_url: str) -> None:
+    async def play() -> None:
+        async with redis_store(redis_url) as store:
+            for seconds in (60, 1):
+                await store.link.run("rest", "p", seconds * 1000)
+            assert (await store.admit(wish("1", rests=["p", "q"]))).rests["p"] > 30
+
+    run_async(play())
+
+
 def test_a_place_whose_reply_was_lost_is_given_again(redis_url: str) -> None:
     async def play() -> None:
         async with redis_store(redis_url) as store:
@@ -8055,6 +8077,10 @@ def test_one_replica_leads_and_the_others_get_its_answer(redis_url: str) -> None
             waiting = await b.admit(follower)
             assert (waiting.pending, waiting.held) == (True, 0)
             follower = replace_again(follower)
+            assert (await b.admit(follower)).pending
+            leaves = wish("leaves", key="k")
+            assert (await b.admit(leaves)).pending
+            await b.settle(end_of(leaves))
             assert (await b.admit(follower)).pending
             a.put("k", b"the answer")
             await a.settle(end_of(leader, 0.1))
