@@ -7740,15 +7740,23 @@ def test_what_seems_dead_twice_is_charged_all_that_it_held(redis_url: str) -> No
     async def play() -> None:
         async with redis_store(redis_url) as store:
             asked = wish("1", caps=[cap()], least=0.4, most=0.4)
+            asked.row = msgspec.json.encode(proxy.Entry(1796083200.0, "1"))
             await store.admit(asked)
+            await store.link.redis.delete(f"{store.link.prefix}spared")  # as after a while
             await store.beat(0)
             await hold(store, "1", [cap()], Decimal("0.2"), Decimal("0.2"))
             await store.beat(0)
             assert await store.spent([cap()]) == [Decimal("0.6")]
+            costs = [row["cost"] for row in await rows_of(store)]
+            assert costs == ["0.400000000", "0.600000000"]
             await store.settle(end_of(asked, 0.3))
             assert await store.spent([cap()]) == [Decimal("0.3")]
 
     run_async(play())
+
+
+def test_the_least_that_costs_anything_is_a_billionth() -> None:
+    assert [proxy.billionths(Decimal(usd)) for usd in ("0", "1e-10", "1.1e-9")] == [0, 1, 2]
 
 
 def test_redis_remembers_no_caps_of_what_was_refused(redis_url: str) -> None:
