@@ -8021,6 +8021,9 @@ def test_an_answer_that_would_keep_the_others_waiting_is_not_kept(redis_url: str
 def test_a_place_counts_here_too_should_redis_go_away(redis_url: str) -> None:
     async def play() -> None:
         async with redis_store(redis_url) as store:
+            ended = wish("0", provider="p", places=2)
+            assert (await store.admit(ended)).placed
+            await store.settle(end_of(ended))
             assert await store.enter("1", "p", 2, False)
             assert (await store.admit(wish("2", provider="p", places=2))).placed
             store.link.fall("for this test")
@@ -8028,6 +8031,34 @@ def test_a_place_counts_here_too_should_redis_go_away(redis_url: str) -> None:
             await store.leave("1", "p")
             await asyncio.sleep(0)  # Redis is told, too
             assert await store.enter("3", "p", 2, False)
+
+    run_async(play())
+
+
+def test_only_what_began_without_redis_ends_without_it(redis_url: str) -> None:
+    async def play() -> None:
+        limits = {"burst": 5, "requests_per_minute": 0.1}
+        async with redis_store(redis_url, budget_when_away="local") as store:
+            store.link.fall("for this test")
+            await store.admit(wish("1", caps=[cap()], least=0.1, most=0.1))
+            await store.admit(wish(client="key:b", limits=limits))  # of no request's own
+            await store.beat(30)
+            assert await hold(store, "1", [cap()], Decimal("0.1"), Decimal("0.1"))
+            assert await store.spent([cap()]) == [0]
+            given = await store.admit(wish(client="key:b", limits=limits))
+            assert given.requests == 4  # Redis has heard of one
+
+    run_async(play())
+
+
+def test_a_process_that_ends_leaves_its_places_at_once(redis_url: str) -> None:
+    async def play() -> None:
+        name = next(NAMESPACES)
+        async with redis_store(redis_url, name) as other:
+            async with redis_store(redis_url, name) as ends:
+                assert (await ends.admit(wish("1", provider="p", places=1))).placed
+                await other.link.redis.delete(f"{other.link.prefix}spared")  # as after a while
+            assert await other.enter("2", "p", 1, False)
 
     run_async(play())
 
