@@ -4062,6 +4062,17 @@ def test_what_runs_at_the_vendor_is_charged_where_it_is_priced(
     assert Decimal(str(daily["leftUsd"])) == 8 - usd
 
 
+def test_without_a_budget_uses_need_no_limit() -> None:
+    config = proxy.load_config(None, {}, prices={"web_search*": {"per_use": 0.01}})
+    catalog = proxy.Catalog(config, ["anthropic"], capped=False)
+    body, allowed = native("messages", tools=[SEARCH]), [SEARCH["type"]]
+    request = proxy.parse_native(body, "messages", proxy.Limits(), allowed, [])
+    targets = [("anthropic", "claude-haiku-4-5")]
+    assert catalog.bounds(request, targets, capped=False) == []
+    with pytest.raises(proxy.BadRequest, match="max_uses"):
+        catalog.bounds(request, targets, capped=True)
+
+
 def test_only_a_vendors_own_limit_of_uses_counts(
     searching: Server, upstream: Upstream, key: dict[str, str]
 ) -> None:
