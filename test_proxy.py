@@ -15786,6 +15786,24 @@ def test_what_no_key_may_be_asked_makes_none_of_them_rest(serve: Serve, upstream
     assert keys_of(upstream)[3:] == ["first", "second", "third"]
 
 
+def test_how_long_a_vendor_and_its_keys_rest() -> None:
+    told: list[tuple[str, float]] = []
+    keys = proxy.VendorKeys({"p": {"a": "A", "b": "B"}}, lambda *rest: told.append(rest))
+    for status, wait in ((529, 5000), (429, 5000), (429, None), (429, 0), (401, 5000)):
+        keys.rest("p", "A", proxy.UpstreamError(status, "no", wait=wait))
+    assert told == [("p", 3600), ("a", 60), ("a", 10), ("a", 10), ("a", 60)]
+    keys.rest("p", "A", proxy.UpstreamError(529, "no", wait=1))  # which ends no longer one
+    assert keys.resting("p") > 3000
+
+
+def test_a_key_that_has_rested_takes_its_turns_again() -> None:
+    keys = proxy.VendorKeys({"p": {"a": "A", "b": "B"}}, lambda *_: None)
+    keys.rests["a"] = time.monotonic()
+    assert [keys.choose("p") for _ in range(4)] == ["A", "B", "A", "B"]
+    keys.merge({"a": 60})
+    assert [keys.choose("p") for _ in range(2)] == ["B", "B"]
+
+
 def test_all_keys_rejected_is_told_as_that(serve: Serve, upstream: Upstream) -> None:
     server = serve(SEVERAL, environ=THREE)
     upstream.play(reply(401, vendor_error()))
