@@ -4073,6 +4073,30 @@ def test_without_a_budget_uses_need_no_limit() -> None:
         catalog.bounds(request, targets, capped=True)
 
 
+def test_more_uses_than_a_thousand_are_refused() -> None:
+    def read(uses: int) -> Any:
+        body = native("messages", tools=[SEARCH | {"max_uses": uses}])
+        return proxy.parse_native(body, "messages", proxy.Limits(), [SEARCH["type"]], [])
+
+    assert read(1000).hosted == [(SEARCH["type"], 1000)]
+    with pytest.raises(proxy.BadRequest, match="at most 1000 uses"):
+        read(1001)
+
+
+def test_chat_says_nothing_of_a_store_to_who_may_not_know_it() -> None:
+    request = proxy.parse_native(native("chat", store=False), "chat", proxy.Limits(), (), [])
+    assert "store" not in adapter("local").encode(request)
+
+
+def test_what_a_block_has_a_vendor_look_up_is_known() -> None:
+    video = {"video_url": {"url": "https://a.example/v"}}
+    kept = (video, {"image_url": {}}, {"input_audio": {}}, {"id": "rs_1"}, {"file_id": "f"})
+    assert all(map(proxy.is_kept, kept))
+    call = {"id": "1", "function": {"name": "f", "arguments": "{}"}}
+    plain = (call, {"id": "1", "type": "reasoning"}, {"type": "file", "file_id": None})
+    assert not any(map(proxy.is_kept, plain))
+
+
 def test_only_a_vendors_own_limit_of_uses_counts(
     searching: Server, upstream: Upstream, key: dict[str, str]
 ) -> None:
