@@ -3764,9 +3764,11 @@ def test_control_characters_in_the_names_of_native_bodies_are_stripped(
     function = {"name": "a\u202eb\n", "parameters": {"type": "object"}}
     fields: dict[str, Any] = {"tools": [{"type": "function", "function": function}]}
     fields["messages"] = [{**user("Hi"), "name": "Bo\x07b"}]
+    fields["tool_choice"] = {"type": "function", "function": {"name": function["name"]}}
     assert ask_native(natives, "chat", key, **fields).status_code == 200
     sent = upstream.requests[0].json
     assert sent["tools"][0]["function"]["name"] == "ab"
+    assert sent["tool_choice"]["function"]["name"] == "ab"
     assert sent["messages"][0]["name"] == "Bob"
 
 
