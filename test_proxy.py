@@ -12528,6 +12528,12 @@ def test_a_stop_text_ends_an_answer_of_responses(
         assert text_of(response.text) == said
 
 
+def test_of_two_stop_texts_the_first_in_the_answer_ends_it() -> None:
+    for stops in (["A", "B"], ["B", "A"]):
+        cut = proxy.StopCutter(stops).cut([proxy.Text("1A2B3")])
+        assert cut == [proxy.Text("1"), proxy.Finish("stop")]
+
+
 def test_a_stop_text_closes_the_vendors_stream(vendors: Server, upstream: Upstream) -> None:
     """What comes after it would be paid for and thrown away."""
     events = responses_events(["one END", " two"])
@@ -17491,6 +17497,18 @@ def test_what_is_closed_is_not_warned_of(
 ) -> None:
     start, check, code = examined(tmp_path, config, {}, arguments)
     assert (code, start) == (0, "") and "warning" not in check
+
+
+def test_a_demo_needs_no_budget() -> None:
+    server, budget = proxy.Server(cors_origins=(ORIGIN,)), proxy.BudgetTable(proxy.UNLIMITED)
+    warned = proxy.check_exposure(proxy.Config(server, budget=budget, demo=True), {}, public=True)
+    assert not [text for text in warned if text.startswith("budget")]
+
+
+def test_what_redis_counts_is_not_forgotten_at_a_restart() -> None:
+    server, redis = proxy.Server(cors_origins=(ORIGIN,)), proxy.RedisTable("redis://127.0.0.1")
+    warned = proxy.check_exposure(proxy.Config(server, redis=redis), {}, public=True)
+    assert not [text for text in warned if text.startswith("ledger")]
 
 
 def test_check_says_of_a_loopback_bind_behind_a_proxy_that_it_is_public(tmp_path: Path) -> None:
