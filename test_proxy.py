@@ -5052,6 +5052,7 @@ def test_variables_without_a_template_are_dropped_and_named(
         pytest.param("http://localhost:3000.evil.example", 403, id="port as a prefix"),
         pytest.param("http://evil.example/localhost:3000", 403, id="localhost in the path"),
         pytest.param("http://127.0.0.1@evil.example", 403, id="127.0.0.1 as a user"),
+        pytest.param("app://localhost", 403, id="no page"),
         pytest.param("", 403, id="empty"),
     ],
 )
