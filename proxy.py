@@ -2193,6 +2193,7 @@ class Ledger:
         if not self.rows:
             self.group = asyncio.create_task(self.write())
         self.rows.append(astuple(entry))
+        # gather(): of nothing, so it is done
         return asyncio.shield(self.group) if self.healthy else asyncio.gather()
 
     async def write(self) -> None:
@@ -2368,8 +2369,8 @@ class Store(Protocol):
         """Give a request all that it asks for, or say what it lacks: see Admission."""
 
     async def settle(self, end: Settlement) -> None:
-        """Replace what was held by the true cost, and free the place at a provider. Idempotent: the
-        second time does nothing."""
+        """Replace what was held by the true cost, and free the place at a provider. Where it
+        may be told again, as its reply was lost, the second time does nothing."""
 
     async def spent(self, caps: list[Cap]) -> list[Decimal]:
         """USD spent or held under each of the caps."""
@@ -2392,8 +2393,8 @@ class Store(Protocol):
 
 
 class Bucket(Struct):
-    """Holds up to `burst` and refills at `rate` a minute. Only a correction, or more
-    than a share's burst, draws it below 0."""
+    """Holds up to `burst` and refills at `rate` a minute. Only a correction, or more than
+    a share's burst, draws it below 0."""
 
     rate: float
     burst: float
@@ -4409,12 +4410,12 @@ def input_bound(request: Request, model: str = "") -> int:
     asked, native = request.measure(), request.native or {}
     size = asked.size + image * asked.images + ORIGINAL_IMAGE_TOKENS * asked.large
     size += TOOL_TOKENS if request.tools or request.called() or native.get("tools") else 0
-    # documents and search results may have far more tokens than the body has bytes; but no model
-    # reads more than its context, once per turn
+    # documents and search results may have far more tokens than the body has bytes, or far fewer;
+    # but no model reads more than its context, once per turn
     if not (asked.documents or request.hosted):
         return size
     turns = 1 + sum(uses for _, uses in request.hosted)
-    return max(size, context_size(model) or 2_000_000) * turns
+    return (context_size(model) or max(size, 2_000_000)) * turns
 
 
 def output_bound(tokens: int, n: int) -> int:
@@ -4450,7 +4451,7 @@ class Catalog:
         """The targets of a model name or alias, first choice first. Where no `provider` was asked,
         the most exact offer of the name counts. Raises 403."""
         if not name:
-            raise BadRequest("model: is missing")
+            raise BadRequest("model: is missing; /v1/models lists what may be asked for")
         if targets := self.resolve_alias(name):
             return targets
         if name in self.config.models:

@@ -4138,15 +4138,13 @@ def test_what_a_system_prompt_is_made_of_is_looked_at_too() -> None:
 
 
 def test_a_document_is_held_for_as_all_that_the_model_reads() -> None:
-    """Its pages may be a few bytes each."""
-    source = {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0="}
-    raw = {
-        "model": "claude-haiku-4-5",
-        "messages": [user([{"type": "document", "source": source}])],
-    }
-    request = proxy.parse_native(raw, "messages", proxy.Limits(), (), [])
-    assert proxy.input_bound(request, "claude-haiku-4-5") == 200_000
-    assert proxy.input_bound(request, "of-unknown-size") >= 1_000_000
+    """Its pages may be a few bytes each, or the scan of one a million."""
+    for data in ("JVBERi0=", "A" * 3_000_000):
+        source = {"type": "base64", "media_type": "application/pdf", "data": data}
+        raw = native("messages", messages=[user([{"type": "document", "source": source}])])
+        request = proxy.parse_native(raw, "messages", proxy.Limits(), (), [])
+        assert proxy.input_bound(request, "claude-haiku-4-5") == 200_000
+        assert proxy.input_bound(request, "of-unknown-size") >= max(1_000_000, len(data))
 
 
 @pytest.mark.parametrize("path", ["/api/anthropic", "/v1/messages"])
